@@ -1,0 +1,2 @@
+//! The `tinyserve` command.
+fn main() {}

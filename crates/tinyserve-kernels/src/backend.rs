@@ -1,0 +1,380 @@
+//! The seam between a model and a device: the operations that a forward pass needs.
+
+use std::fmt;
+use std::ops::Range;
+
+use tinyserve_kv::{KvLayout, PageCopy, PageId, PageSelector, SelectionPolicy, Slot};
+
+use crate::{HostTensor, KernelError};
+
+/// Pointwise function of a feed-forward layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Activation {
+    /// `0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))`: `gelu_new`, `gelu_pytorch_tanh`.
+    GeluTanh,
+    /// `0.5·x·(1 + erf(x/√2))`: the exact `gelu`.
+    Gelu,
+    /// `max(x, 0)`.
+    Relu,
+    /// `x / (1 + exp(−x))`, also called swish.
+    Silu,
+}
+
+/// How a norm centres its rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum NormKind {
+    /// `(x − mean) / √(variance + ε)`.
+    Layer,
+    /// `x / √(mean(x²) + ε)`.
+    Rms,
+}
+
+/// Which way round a checkpoint stores a matrix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum MatrixLayout {
+    /// `[out, in]`, as `torch.nn.Linear`.
+    OutIn,
+    /// `[in, out]`, as GPT-2's `Conv1D`.
+    InOut,
+}
+
+/// One of the matrices that a linear layer puts side by side.
+#[derive(Debug, Clone)]
+pub struct LinearPart {
+    /// `[out, in]` or `[in, out]`, as the layer's layout says.
+    pub weight: HostTensor,
+    /// `[out]`.
+    pub bias: Option<HostTensor>,
+}
+
+/// A linear layer whose output is the outputs of its parts, side by side.
+///
+/// Query, key and value projections of one input are three parts of one layer; so are gate and up.
+#[derive(Debug, Clone)]
+pub struct LinearSpec {
+    /// The parts; all have the same input width.
+    pub parts: Vec<LinearPart>,
+    /// How every part is stored.
+    pub layout: MatrixLayout,
+}
+
+/// How an operation puts its result into its output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Store {
+    /// Replace what is there.
+    Overwrite,
+    /// Add to what is there: a residual connection without a pass of its own.
+    Add,
+}
+
+/// Heads in a fused projection `[rows, (q_heads + 2·kv_heads)·head_dim]`: queries, keys, values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads; a multiple of `kv_heads`.
+    pub q_heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Channels of one head.
+    pub head_dim: usize,
+}
+
+impl Heads {
+    /// Query heads that share one KV head.
+    #[must_use]
+    pub fn group(&self) -> usize {
+        self.q_heads / self.kv_heads
+    }
+
+    /// Columns of the queries.
+    #[must_use]
+    pub fn q_columns(&self) -> Range<usize> {
+        0..self.q_heads * self.head_dim
+    }
+
+    /// Columns of the keys.
+    #[must_use]
+    pub fn k_columns(&self) -> Range<usize> {
+        let start = self.q_heads * self.head_dim;
+        start..start + self.kv_heads * self.head_dim
+    }
+
+    /// Columns of the values.
+    #[must_use]
+    pub fn v_columns(&self) -> Range<usize> {
+        let start = (self.q_heads + self.kv_heads) * self.head_dim;
+        start..start + self.kv_heads * self.head_dim
+    }
+
+    /// Columns of the fused projection.
+    #[must_use]
+    pub fn qkv_width(&self) -> usize {
+        (self.q_heads + 2 * self.kv_heads) * self.head_dim
+    }
+}
+
+/// Looks rows up in an embedding table.
+#[derive(Debug)]
+pub struct EmbedArgs<'a, B: Backend> {
+    /// Token table `[vocab, hidden]`.
+    pub table: &'a B::Linear,
+    /// Token ids `[rows]`, each below `vocab`.
+    pub ids: &'a [u32],
+    /// How the rows are stored.
+    pub store: Store,
+    /// `[rows, hidden]`.
+    pub out: &'a mut B::Tensor,
+}
+
+/// Normalises each row.
+#[derive(Debug)]
+pub struct NormArgs<'a, B: Backend> {
+    /// Which norm.
+    pub kind: NormKind,
+    /// `[rows, hidden]`.
+    pub x: &'a B::Tensor,
+    /// Scale `[hidden]`.
+    pub weight: &'a B::Vector,
+    /// Shift `[hidden]`.
+    pub bias: Option<&'a B::Vector>,
+    /// Added under the root.
+    pub epsilon: f32,
+    /// `[rows, hidden]`.
+    pub out: &'a mut B::Tensor,
+}
+
+/// `out = x·Wᵀ + b`.
+#[derive(Debug)]
+pub struct LinearArgs<'a, B: Backend> {
+    /// `[rows, in]`.
+    pub x: &'a B::Tensor,
+    /// `[out, in]`, with biases.
+    pub linear: &'a B::Linear,
+    /// How the result is stored.
+    pub store: Store,
+    /// `[rows, out]`.
+    pub out: &'a mut B::Tensor,
+}
+
+/// Angles of the rotary embedding, once per step for all layers.
+#[derive(Debug)]
+pub struct RotaryAnglesArgs<'a, B: Backend> {
+    /// Position of each row `[rows]`.
+    pub positions: &'a [u32],
+    /// Angle per position and channel pair `[head_dim / 2]`.
+    pub inverse_frequencies: &'a [f32],
+    /// `[rows, head_dim]`: cosines `[head_dim / 2]`, then sines.
+    pub out: &'a mut B::Tensor,
+}
+
+/// Rotates queries and keys in place: channel `i` with channel `i + head_dim / 2` (rotate-half).
+#[derive(Debug)]
+pub struct RotaryArgs<'a, B: Backend> {
+    /// What [`Backend::rotary_angles`] wrote.
+    pub angles: &'a B::Tensor,
+    /// Heads of `qkv`.
+    pub heads: Heads,
+    /// `[rows, heads.qkv_width()]`; values stay as they are.
+    pub qkv: &'a mut B::Tensor,
+}
+
+/// Writes keys and values into pages and grows the boxes in the same pass.
+#[derive(Debug)]
+pub struct AppendKvArgs<'a, B: Backend> {
+    /// The layer whose pages are written.
+    pub layer: usize,
+    /// Heads of `qkv`.
+    pub heads: Heads,
+    /// `[rows, heads.qkv_width()]`.
+    pub qkv: &'a B::Tensor,
+    /// Where each row goes `[rows]`; all different, rows of one page in ascending order.
+    pub slots: &'a [Slot],
+    /// The pages.
+    pub pages: &'a mut B::KvPages,
+}
+
+/// Which pages attention reads.
+#[derive(Clone, Copy)]
+pub enum Attention<'a> {
+    /// All of them.
+    Dense,
+    /// Those that a policy chooses, where the pages live.
+    Policy(&'a SelectionPolicy),
+    /// Those that a custom selector chooses, on the host.
+    Custom(&'a dyn PageSelector),
+}
+
+impl fmt::Debug for Attention<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Dense => f.write_str("Dense"),
+            Self::Policy(policy) => f.debug_tuple("Policy").field(policy).finish(),
+            Self::Custom(_) => f.write_str("Custom"),
+        }
+    }
+}
+
+/// The rows of one sequence in a batch, and what they attend to.
+#[derive(Debug, Clone)]
+pub struct AttendSequence<'a> {
+    /// Rows of the batch that are this sequence's, in order of position.
+    pub rows: Range<usize>,
+    /// Position of the first row; row `i` sees tokens `0..=first_position + i`.
+    pub first_position: usize,
+    /// The sequence's pages; they hold the rows' own keys already.
+    pub pages: &'a [PageId],
+    /// Which pages each row reads. Every row selects for itself.
+    pub attention: Attention<'a>,
+}
+
+/// Causal attention over pages.
+#[derive(Debug)]
+pub struct AttendArgs<'a, B: Backend> {
+    /// The layer whose pages are read.
+    pub layer: usize,
+    /// Heads of `qkv`.
+    pub heads: Heads,
+    /// `[rows, heads.qkv_width()]`, of which the queries are read.
+    pub qkv: &'a B::Tensor,
+    /// Factor of the scores before the softmax, usually `1/√head_dim`.
+    pub scale: f32,
+    /// The sequences of the batch.
+    pub sequences: &'a [AttendSequence<'a>],
+    /// The pages.
+    pub pages: &'a B::KvPages,
+    /// Whether to measure recall too, which reads every key of the sequences that select.
+    pub measure_recall: bool,
+    /// `[rows, q_heads·head_dim]`.
+    pub out: &'a mut B::Tensor,
+}
+
+/// What attention read, added up over rows, heads and layers.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct AttendStats {
+    /// Pages read, counted per [row, kv_head].
+    pub pages_read: u64,
+    /// Pages that dense attention would read, counted the same way.
+    pub pages_total: u64,
+    /// Bytes of keys, values and boxes read.
+    pub bytes_read: u64,
+    /// Bytes of keys and values that dense attention would read.
+    pub bytes_dense: u64,
+    /// Sum of the recalls that were measured, one per [row, q_head] that selected.
+    pub recall_sum: f64,
+    /// How many recalls were measured.
+    pub recall_count: u64,
+}
+
+impl AttendStats {
+    /// Adds `other` to these counts.
+    pub fn add(&mut self, other: &Self) {
+        self.pages_read += other.pages_read;
+        self.pages_total += other.pages_total;
+        self.bytes_read += other.bytes_read;
+        self.bytes_dense += other.bytes_dense;
+        self.recall_sum += other.recall_sum;
+        self.recall_count += other.recall_count;
+    }
+
+    /// Bytes read as a share of what dense attention reads; `None` before anything was read.
+    #[must_use]
+    pub fn bytes_ratio(&self) -> Option<f64> {
+        (self.bytes_dense > 0).then(|| self.bytes_read as f64 / self.bytes_dense as f64)
+    }
+
+    /// Mean share of the dense attention mass that the pages read hold; `None` if never measured.
+    #[must_use]
+    pub fn recall(&self) -> Option<f64> {
+        (self.recall_count > 0).then(|| self.recall_sum / self.recall_count as f64)
+    }
+}
+
+/// The pointwise half of a feed-forward layer.
+#[derive(Debug)]
+pub struct ActivateArgs<'a, B: Backend> {
+    /// The function.
+    pub activation: Activation,
+    /// Whether `x` is `[rows, 2·width]`, gate beside up, and the result `f(gate)·up`.
+    pub gated: bool,
+    /// `[rows, width]`, or `[rows, 2·width]` when gated.
+    pub x: &'a B::Tensor,
+    /// `[rows, width]`.
+    pub out: &'a mut B::Tensor,
+}
+
+/// A device: its memory, and the operations of a forward pass over it.
+///
+/// Tensors are activations `[rows, columns]` in f32; operations resize their outputs to the rows
+/// of their inputs. An operation panics on shapes that do not fit: the model, not the user, made
+/// them. What a user or a file can get wrong is refused with a [`KernelError`] when memory is
+/// created or weights are loaded.
+pub trait Backend: Send + Sized {
+    /// Activations `[rows, columns]`, f32.
+    type Tensor: Send + fmt::Debug;
+    /// A norm's scale or shift `[columns]`.
+    type Vector: Send + Sync + fmt::Debug;
+    /// Matrices `[out, in]` with biases, or an embedding table.
+    type Linear: Send + Sync + fmt::Debug;
+    /// The bytes of a page pool.
+    type KvPages: Send + fmt::Debug;
+
+    /// An activation tensor of no rows; it grows as operations write it, and never shrinks.
+    fn tensor(&self, columns: usize) -> Self::Tensor;
+
+    /// Takes a vector over from a checkpoint.
+    ///
+    /// # Errors
+    /// When the tensor is not one-dimensional, or the device has no memory for it.
+    fn load_vector(&self, vector: &HostTensor) -> Result<Self::Vector, KernelError>;
+
+    /// Takes a linear layer over from a checkpoint.
+    ///
+    /// # Errors
+    /// When shapes do not fit each other, or the device has no memory for it.
+    fn load_linear(&self, spec: LinearSpec) -> Result<Self::Linear, KernelError>;
+
+    /// Memory for `pages` pages.
+    ///
+    /// # Errors
+    /// When the device has no memory for them.
+    fn allocate_pages(&self, layout: KvLayout, pages: usize) -> Result<Self::KvPages, KernelError>;
+
+    /// Copies a page, for copy on write.
+    fn copy_page(&self, pages: &mut Self::KvPages, copy: PageCopy);
+
+    /// Looks rows up in an embedding table.
+    fn embed(&self, args: EmbedArgs<'_, Self>);
+
+    /// Normalises rows.
+    fn norm(&self, args: NormArgs<'_, Self>);
+
+    /// Multiplies by a matrix.
+    fn linear(&self, args: LinearArgs<'_, Self>);
+
+    /// Prepares the angles of a step.
+    fn rotary_angles(&self, args: RotaryAnglesArgs<'_, Self>);
+
+    /// Rotates queries and keys.
+    fn rotary(&self, args: RotaryArgs<'_, Self>);
+
+    /// Writes keys and values into pages.
+    fn append_kv(&self, args: AppendKvArgs<'_, Self>);
+
+    /// Attends over pages.
+    ///
+    /// # Errors
+    /// [`KernelError::Selector`] when a custom selector returns a list that is empty, unsorted or
+    /// out of range.
+    fn attend(&self, args: AttendArgs<'_, Self>) -> Result<AttendStats, KernelError>;
+
+    /// Applies a feed-forward layer's function.
+    fn activate(&self, args: ActivateArgs<'_, Self>);
+
+    /// Copies rows of `x` into `out`, in the order of `rows`.
+    fn gather_rows(&self, x: &Self::Tensor, rows: &[u32], out: &mut Self::Tensor);
+
+    /// Copies a tensor to the host: `out` becomes `[rows · columns]`.
+    fn download(&self, x: &Self::Tensor, out: &mut Vec<f32>);
+
+    /// Fills a tensor from the host; `values` is `[rows · columns]`.
+    fn upload(&self, values: &[f32], out: &mut Self::Tensor);
+}

@@ -1,0 +1,144 @@
+//! Element formats of cached keys and values.
+
+use std::fmt;
+use std::str::FromStr;
+
+use half::{bf16, f16};
+
+use crate::KvError;
+
+/// How keys and values are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum KvFormat {
+    /// 32-bit IEEE float.
+    F32,
+    /// 16-bit IEEE float: values beyond ±65,504 saturate.
+    F16,
+    /// bfloat16: the upper half of a 32-bit float.
+    Bf16,
+}
+
+impl KvFormat {
+    /// Every format, widest first.
+    pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
+
+    /// Bytes of one stored element.
+    #[must_use]
+    pub fn element_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+
+    /// The name as flags and configuration files spell it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
+impl fmt::Display for KvFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for KvFormat {
+    type Err = KvError;
+
+    fn from_str(s: &str) -> Result<Self, KvError> {
+        match s {
+            "f32" | "float32" => Ok(Self::F32),
+            "f16" | "float16" => Ok(Self::F16),
+            "bf16" | "bfloat16" => Ok(Self::Bf16),
+            other => Err(KvError::Invalid {
+                what: "kv_cache_dtype",
+                found: format!("{other:?}"),
+                expected: "f32, f16 or bf16".to_owned(),
+            }),
+        }
+    }
+}
+
+/// An element type that pages can hold.
+pub trait KvElement: bytemuck::Pod + Send + Sync {
+    /// The format whose element this is.
+    const FORMAT: KvFormat;
+
+    /// The stored value nearest to `x`; finite input stays finite.
+    fn from_f32(x: f32) -> Self;
+
+    /// The stored value, exactly.
+    fn to_f32(self) -> f32;
+}
+
+impl KvElement for f32 {
+    const FORMAT: KvFormat = KvFormat::F32;
+
+    #[inline]
+    fn from_f32(x: f32) -> Self {
+        x
+    }
+
+    #[inline]
+    fn to_f32(self) -> f32 {
+        self
+    }
+}
+
+impl KvElement for f16 {
+    const FORMAT: KvFormat = KvFormat::F16;
+
+    #[inline]
+    fn from_f32(x: f32) -> Self {
+        // An infinite key would turn whole rows of attention into NaN: saturate instead.
+        Self::from_f32(if x.is_finite() { x.clamp(-65_504.0, 65_504.0) } else { x })
+    }
+
+    #[inline]
+    fn to_f32(self) -> f32 {
+        f16::to_f32(self)
+    }
+}
+
+impl KvElement for bf16 {
+    const FORMAT: KvFormat = KvFormat::Bf16;
+
+    #[inline]
+    fn from_f32(x: f32) -> Self {
+        Self::from_f32(if x.is_finite() { x.clamp(-3.389e38, 3.389e38) } else { x })
+    }
+
+    #[inline]
+    fn to_f32(self) -> f32 {
+        bf16::to_f32(self)
+    }
+}
+
+/// Runs generic code for the element type of a [`KvFormat`] that is known only at run time.
+///
+/// `with_element!(format, E => expression)` evaluates `expression` with `E` bound to the type.
+#[macro_export]
+macro_rules! with_element {
+    ($format:expr, $element:ident => $body:expr) => {
+        match $format {
+            $crate::KvFormat::F32 => {
+                type $element = f32;
+                $body
+            }
+            $crate::KvFormat::F16 => {
+                type $element = $crate::half::f16;
+                $body
+            }
+            $crate::KvFormat::Bf16 => {
+                type $element = $crate::half::bf16;
+                $body
+            }
+        }
+    };
+}

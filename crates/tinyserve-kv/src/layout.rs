@@ -1,0 +1,143 @@
+//! The shape of a paged cache, and the only offset arithmetic over it.
+
+use crate::{KvError, KvFormat};
+
+/// The shape of a cache, as a model and its user state it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvShape {
+    /// Transformer layers.
+    pub layers: usize,
+    /// Key/value heads of a layer.
+    pub kv_heads: usize,
+    /// Channels of one head.
+    pub head_dim: usize,
+    /// Tokens of one page.
+    pub page_size: usize,
+    /// How keys and values are stored.
+    pub format: KvFormat,
+}
+
+/// A checked [`KvShape`] with the offsets and sizes that follow from it.
+///
+/// One page holds `page_size` tokens of every layer. In one layer a page is
+/// `[kv_heads][keys [page_size, head_dim], values [page_size, head_dim]]`, so attention of one
+/// head reads one contiguous run. Its boxes lie apart, `[kv_heads][min [head_dim], max [head_dim]]`,
+/// so scoring reads nothing else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvLayout {
+    shape: KvShape,
+}
+
+/// Largest page: beyond it a page is a context, and selection has nothing to choose from.
+pub const MAX_PAGE_SIZE: usize = 4096;
+
+impl KvLayout {
+    /// Checks `shape`.
+    ///
+    /// # Errors
+    /// When a size is zero, the page is larger than [`MAX_PAGE_SIZE`], or a page's size overflows.
+    pub fn new(shape: KvShape) -> Result<Self, KvError> {
+        let sizes = [
+            ("layers", shape.layers),
+            ("kv_heads", shape.kv_heads),
+            ("head_dim", shape.head_dim),
+            ("page_size", shape.page_size),
+        ];
+        for (what, size) in sizes {
+            if size == 0 {
+                return Err(KvError::Invalid {
+                    what,
+                    found: "0".to_owned(),
+                    expected: "at least 1".to_owned(),
+                });
+            }
+        }
+        if shape.page_size > MAX_PAGE_SIZE {
+            return Err(KvError::Invalid {
+                what: "page_size",
+                found: shape.page_size.to_string(),
+                expected: format!("1 to {MAX_PAGE_SIZE} tokens"),
+            });
+        }
+        let bytes = sizes
+            .iter()
+            .try_fold(4 * shape.format.element_bytes(), |n, (_, size)| n.checked_mul(*size))
+            .filter(|bytes| isize::try_from(*bytes).is_ok());
+        if bytes.is_none() {
+            return Err(KvError::Invalid {
+                what: "page bytes",
+                found: "more than this machine can address".to_owned(),
+                expected: "a smaller layers × kv_heads × head_dim × page_size".to_owned(),
+            });
+        }
+        Ok(Self { shape })
+    }
+
+    /// The shape that was checked.
+    #[must_use]
+    pub fn shape(&self) -> KvShape {
+        self.shape
+    }
+
+    /// Tokens of one page.
+    #[must_use]
+    pub fn page_size(&self) -> usize {
+        self.shape.page_size
+    }
+
+    /// Pages that `tokens` tokens need.
+    #[must_use]
+    pub fn pages_for(&self, tokens: usize) -> usize {
+        tokens.div_ceil(self.shape.page_size)
+    }
+
+    /// Elements of the keys (or the values) of one head in one page: `page_size × head_dim`.
+    #[must_use]
+    pub fn head_elements(&self) -> usize {
+        self.shape.page_size * self.shape.head_dim
+    }
+
+    /// Elements of one page in one layer, keys and values of all heads.
+    #[must_use]
+    pub fn page_elements(&self) -> usize {
+        2 * self.shape.kv_heads * self.head_elements()
+    }
+
+    /// Elements of the boxes of one page in one layer: min and max of all heads.
+    #[must_use]
+    pub fn box_elements(&self) -> usize {
+        2 * self.shape.kv_heads * self.shape.head_dim
+    }
+
+    /// Offset, in elements, of head `kv_head` in a page of one layer; its keys start there.
+    #[must_use]
+    pub fn head_offset(&self, kv_head: usize) -> usize {
+        2 * kv_head * self.head_elements()
+    }
+
+    /// Offset, in elements, of head `kv_head` in the boxes of a page of one layer.
+    #[must_use]
+    pub fn box_offset(&self, kv_head: usize) -> usize {
+        2 * kv_head * self.shape.head_dim
+    }
+
+    /// Bytes of keys and values that one token holds in all layers.
+    #[must_use]
+    pub fn bytes_per_token(&self) -> usize {
+        2 * self.shape.layers * self.token_head_bytes() * self.shape.kv_heads
+    }
+
+    /// Bytes of the key (or of the value) of one token in one head of one layer.
+    #[must_use]
+    pub fn token_head_bytes(&self) -> usize {
+        self.shape.head_dim * self.shape.format.element_bytes()
+    }
+
+    /// Bytes of one page in all layers: keys, values and boxes.
+    #[must_use]
+    pub fn bytes_per_page(&self) -> usize {
+        self.shape.layers
+            * (self.page_elements() + self.box_elements())
+            * self.shape.format.element_bytes()
+    }
+}

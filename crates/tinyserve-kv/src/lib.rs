@@ -1,0 +1,25 @@
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+mod error;
+mod format;
+mod layout;
+mod pages;
+mod policy;
+mod pool;
+mod select;
+mod selector;
+mod table;
+
+pub use error::KvError;
+pub use format::{KvElement, KvFormat};
+pub use layout::{KvLayout, KvShape, MAX_PAGE_SIZE};
+pub use pages::{HeadPage, HostPages, PageBox};
+pub use policy::{Budget, GroupReduce, Scorer, SelectionPolicy};
+pub use pool::{PageId, PagePool};
+pub use select::{attention_mass, score_box, select_pages};
+pub use selector::{PageSelector, SelectFields, SelectInput};
+pub use table::{PageCopy, PageTable, Slot};
+
+#[doc(hidden)]
+pub use half;

@@ -1,0 +1,58 @@
+//! Page scores and the choice among them: the scalar reference that every kernel is held to.
+
+use std::cmp::Ordering;
+
+/// Upper bound of `query·key` over every key in the box (equation 2 of arXiv 2509.12211).
+///
+/// All slices are `[head_dim]`. Terms are added in channel order, as a plain dot product adds
+/// them, so the bound holds in floating point too.
+#[must_use]
+pub fn score_box(query: &[f32], min: &[f32], max: &[f32]) -> f32 {
+    query.iter().zip(min.iter().zip(max)).map(|(&q, (&lo, &hi))| (q * lo).max(q * hi)).sum()
+}
+
+/// Writes the pages to read into `selected`, in ascending order.
+///
+/// The first `sink_pages` and the last `max(recent_pages, 1)` pages are always chosen; the rest of
+/// `budget` goes to the highest `scores` `[pages]`, ties to the lower page. `selected` has
+/// `min(pages, max(budget, sink_pages + max(recent_pages, 1)))` entries.
+pub fn select_pages(
+    scores: &[f32],
+    budget: usize,
+    sink_pages: usize,
+    recent_pages: usize,
+    selected: &mut Vec<u32>,
+) {
+    selected.clear();
+    let pages = scores.len();
+    let sink = sink_pages.min(pages);
+    let recent = pages - recent_pages.max(1).min(pages - sink);
+    let wanted = budget.saturating_sub(sink + pages - recent).min(recent - sink);
+    // Page indices are 32-bit in page ids already.
+    selected.extend((0..pages).map(|page| page as u32));
+    let best_first = |a: &u32, b: &u32| -> Ordering {
+        scores[*b as usize].total_cmp(&scores[*a as usize]).then(a.cmp(b))
+    };
+    let candidates = &mut selected[sink..recent];
+    if wanted > 0 && wanted < candidates.len() {
+        candidates.select_nth_unstable_by(wanted - 1, best_first);
+    }
+    selected.drain(sink + wanted..recent);
+    selected[sink..sink + wanted].sort_unstable();
+}
+
+/// Softmax mass of `logits` `[tokens]` (attention scores of one query head) that falls on the
+/// tokens of the `selected` pages: the recall of a selection.
+#[must_use]
+pub fn attention_mass(logits: &[f32], selected: &[u32], page_size: usize) -> f32 {
+    let peak = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mass = |tokens: &[f32]| tokens.iter().map(|&x| f64::from(x - peak).exp()).sum::<f64>();
+    let kept: f64 = selected
+        .iter()
+        .map(|&page| {
+            let start = (page as usize * page_size).min(logits.len());
+            mass(&logits[start..(start + page_size).min(logits.len())])
+        })
+        .sum();
+    (kept / mass(logits)) as f32
+}
