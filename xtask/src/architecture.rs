@@ -29,10 +29,7 @@ const CHECKERS: &[&str] = &["tinyserve-tests", "xtask"];
 /// External packages that stay in their room. Dev-dependencies are free.
 const ROOMS: &[(&[&str], &[&str])] = &[
     (&["cudarc"], &["tinyserve-kernels"]),
-    (
-        &["safetensors", "memmap2", "tokenizers"],
-        &["tinyserve-model", "tinyserve-tests", "xtask"],
-    ),
+    (&["safetensors", "memmap2", "tokenizers"], &["tinyserve-model", "tinyserve-tests", "xtask"]),
     (&["axum", "tokio", "hyper"], &["tinyserve-server"]),
     (&["clap", "anyhow", "indicatif"], &["tinyserve-cli", "xtask"]),
     (&["proptest", "criterion", "tempfile"], &["tinyserve-tests"]),
@@ -175,7 +172,10 @@ impl Metadata {
     /// Names of our own packages, built already or not.
     fn ours(&self) -> BTreeSet<&str> {
         let members = self.packages.iter().map(|package| package.name.as_str());
-        members.chain(CRATES.iter().map(|(name, _)| *name)).chain(CHECKERS.iter().copied()).collect()
+        members
+            .chain(CRATES.iter().map(|(name, _)| *name))
+            .chain(CHECKERS.iter().copied())
+            .collect()
     }
 }
 

@@ -1,3 +1,5 @@
+//! Errors of kernels and backends.
+
 use thiserror::Error;
 
 /// What a kernel or a backend refuses, with what was found and what was expected.

@@ -1,7 +1,9 @@
 #![doc = include_str!("../README.md")]
 
 mod backend;
+mod cpu;
 mod error;
+mod reference;
 mod tensor;
 
 pub use backend::{
@@ -9,5 +11,6 @@ pub use backend::{
     Backend, EmbedArgs, Heads, LinearArgs, LinearPart, LinearSpec, MatrixLayout, NormArgs,
     NormKind, RotaryAnglesArgs, RotaryArgs, Store,
 };
+pub use cpu::{Cpu, CpuLinear, CpuOptions, CpuPath, CpuTensor, CpuVector};
 pub use error::KernelError;
 pub use tensor::{DType, HostTensor};

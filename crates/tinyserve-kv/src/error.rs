@@ -1,3 +1,5 @@
+//! The one error type of the crate.
+
 use thiserror::Error;
 
 /// What the cache refuses, with what was found and what was expected.

@@ -4,6 +4,7 @@
 mod error;
 mod format;
 mod layout;
+mod memory;
 mod pages;
 mod policy;
 mod pool;

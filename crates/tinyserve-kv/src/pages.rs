@@ -1,45 +1,9 @@
 //! Pages in host memory: keys, values and boxes, appended to in one pass.
 
-use std::ops::Range;
-
-use bytemuck::Zeroable;
-
+use crate::memory::ZeroedMemory;
 use crate::{KvElement, KvError, KvFormat, KvLayout, PageCopy, PageId, Slot, with_element};
 
-/// One cache line; the unit of allocation, so that every page starts aligned for any vector load.
-#[derive(Debug, Clone, Copy, Zeroable, bytemuck::Pod)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
-
-/// Zeroed memory that the system commits when it is first touched.
-#[derive(Debug)]
-struct AlignedBytes {
-    lines: Vec<Line>,
-    bytes: usize,
-}
-
-impl AlignedBytes {
-    fn new(bytes: usize) -> Result<Self, KvError> {
-        let lines = bytemuck::allocation::try_zeroed_vec(bytes.div_ceil(64)).map_err(|()| {
-            KvError::Invalid {
-                what: "KV pool",
-                found: format!("{bytes} bytes per layer, which the system refuses"),
-                expected: "fewer pages, a shorter context or a smaller kv_cache_dtype".to_owned(),
-            }
-        })?;
-        Ok(Self { lines, bytes })
-    }
-
-    fn elements<E: KvElement>(&self, range: Range<usize>) -> &[E] {
-        &bytemuck::cast_slice(&self.lines)[range]
-    }
-
-    fn elements_mut<E: KvElement>(&mut self, range: Range<usize>) -> &mut [E] {
-        &mut bytemuck::cast_slice_mut(&mut self.lines)[range]
-    }
-}
-
-/// Keys, values and box of one head in one page of one layer.
+/// Keys and values of one head in one page of one layer.
 #[derive(Debug, Clone, Copy)]
 pub struct HeadPage<'a, E> {
     /// Keys `[page_size, head_dim]`; rows beyond the sequence are garbage.
@@ -59,8 +23,8 @@ pub struct PageBox<'a, E> {
 
 #[derive(Debug)]
 struct LayerPages {
-    pages: AlignedBytes,
-    boxes: AlignedBytes,
+    pages: ZeroedMemory,
+    boxes: ZeroedMemory,
 }
 
 /// The bytes of a page pool in host memory.
@@ -93,8 +57,8 @@ impl HostPages {
         let layers = (0..layout.shape().layers)
             .map(|_| {
                 Ok(LayerPages {
-                    pages: AlignedBytes::new(total(layout.page_elements())?)?,
-                    boxes: AlignedBytes::new(total(layout.box_elements())?)?,
+                    pages: ZeroedMemory::new(total(layout.page_elements())?)?,
+                    boxes: ZeroedMemory::new(total(layout.box_elements())?)?,
                 })
             })
             .collect::<Result<_, KvError>>()?;
@@ -116,7 +80,7 @@ impl HostPages {
     /// Bytes of address space; physical memory follows as pages are written.
     #[must_use]
     pub fn reserved_bytes(&self) -> usize {
-        self.layers.iter().map(|layer| layer.pages.bytes + layer.boxes.bytes).sum()
+        self.layers.iter().map(|layer| layer.pages.bytes() + layer.boxes.bytes()).sum()
     }
 
     /// Keys and values of `kv_head` in `page` of `layer`.
@@ -130,7 +94,7 @@ impl HostPages {
         page: PageId,
         kv_head: usize,
     ) -> HeadPage<'_, E> {
-        self.check_element::<E>();
+        self.check_access::<E>(page, kv_head);
         let start = page.index() * self.layout.page_elements() + self.layout.head_offset(kv_head);
         let length = self.layout.head_elements();
         let both = self.layers[layer].pages.elements::<E>(start..start + 2 * length);
@@ -149,7 +113,7 @@ impl HostPages {
         page: PageId,
         kv_head: usize,
     ) -> PageBox<'_, E> {
-        self.check_element::<E>();
+        self.check_access::<E>(page, kv_head);
         let start = page.index() * self.layout.box_elements() + self.layout.box_offset(kv_head);
         let length = self.layout.shape().head_dim;
         let both = self.layers[layer].boxes.elements::<E>(start..start + 2 * length);
@@ -157,9 +121,29 @@ impl HostPages {
         PageBox { min, max }
     }
 
+    /// Widens the boxes of a sequence's pages into `out`, `[pages, 2 (min, max), head_dim]`: what
+    /// [`crate::SelectFields::boxes`] takes.
+    ///
+    /// `out` is cleared first and keeps its memory from call to call.
+    ///
+    /// # Panics
+    /// When an index is out of range.
+    pub fn boxes_f32(&self, layer: usize, pages: &[PageId], kv_head: usize, out: &mut Vec<f32>) {
+        out.clear();
+        out.reserve(2 * pages.len() * self.layout.shape().head_dim);
+        with_element!(self.layout.shape().format, E => {
+            for &page in pages {
+                let PageBox { min, max } = self.page_box::<E>(layer, page, kv_head);
+                out.extend(min.iter().chain(max).map(|&x| KvElement::to_f32(x)));
+            }
+        });
+    }
+
     /// Writes the key and value of one token and grows the box of its page in the same pass.
     ///
-    /// `keys` and `values` are `[kv_heads, head_dim]`. The token at offset 0 starts a new box.
+    /// `keys` and `values` are `[kv_heads, head_dim]`. The tokens of a page are appended in order:
+    /// the one at offset 0 starts a new box, the others grow it. A channel with a NaN key has NaN
+    /// in both corners of the box from then on, so that selection cannot hide it.
     ///
     /// # Panics
     /// When a slice has another length or an index is out of range.
@@ -173,6 +157,7 @@ impl HostPages {
         assert!(slot.offset < layout.page_size(), "offset {} in a page", slot.offset);
         assert_eq!(keys.len(), layout.shape().kv_heads * dim, "keys [kv_heads, head_dim]");
         assert_eq!(values.len(), keys.len(), "values [kv_heads, head_dim]");
+        self.check_page(slot.page);
         let LayerPages { pages, boxes } = &mut self.layers[layer];
         let page = slot.page.index();
         let page_start = page * layout.page_elements();
@@ -189,10 +174,11 @@ impl HostPages {
             for channel in 0..dim {
                 let stored = E::from_f32(key[channel]);
                 stored_key[channel] = stored;
-                if fresh || stored.to_f32() < min[channel].to_f32() {
+                let x = stored.to_f32();
+                if fresh || x < min[channel].to_f32() || x.is_nan() {
                     min[channel] = stored;
                 }
-                if fresh || stored.to_f32() > max[channel].to_f32() {
+                if fresh || x > max[channel].to_f32() || x.is_nan() {
                     max[channel] = stored;
                 }
             }
@@ -224,8 +210,17 @@ impl HostPages {
         }
     }
 
-    fn check_element<E: KvElement>(&self) {
+    // Ranges alone would not do: beyond a page's heads lies the next page, beyond the last page
+    // lies padding.
+    fn check_access<E: KvElement>(&self, page: PageId, kv_head: usize) {
         let format: KvFormat = self.layout.shape().format;
         assert_eq!(E::FORMAT, format, "the pages hold another element type");
+        let heads = self.layout.shape().kv_heads;
+        assert!(kv_head < heads, "KV head {kv_head} of {heads}");
+        self.check_page(page);
+    }
+
+    fn check_page(&self, page: PageId) {
+        assert!(page.index() < self.capacity, "page {} of {}", page.index(), self.capacity);
     }
 }

@@ -1,7 +1,6 @@
 //! Selection policies: which pages a decode step reads, as data that every backend can run.
 
-use crate::{KvError, score_box, select_pages};
-use crate::{PageSelector, SelectInput};
+use crate::{KvError, PageSelector, SelectInput, score_box, select_pages};
 
 /// What a page is scored by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -15,18 +14,24 @@ pub enum Scorer {
 /// How many pages are read.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Budget {
-    /// `max(1, floor(ratio × pages))`.
+    /// `max(1, floor(ratio × pages))`, where 0.29 of 100 pages is 29 although 0.29 has no exact
+    /// binary form and the product is 28.999….
     Ratio(f64),
     /// As many whole pages as this many tokens fill, at least one.
     Tokens(usize),
 }
 
 impl Budget {
-    /// Pages that may be read out of `pages`, always-kept pages included.
+    /// Pages that may be read out of `pages`, always-kept pages included: at least 1, and no more
+    /// than there are.
+    ///
+    /// # Panics
+    /// When a token budget meets a `page_size` of zero.
     #[must_use]
     pub fn pages(self, pages: usize, page_size: usize) -> usize {
         let budget = match self {
-            Self::Ratio(ratio) => (ratio * pages as f64) as usize,
+            // The ratio and the product are each off by half an ulp at most.
+            Self::Ratio(ratio) => (ratio * pages as f64 * (1.0 + 2.0 * f64::EPSILON)) as usize,
             Self::Tokens(tokens) => tokens / page_size,
         };
         budget.clamp(1, pages.max(1))
@@ -107,6 +112,27 @@ impl SelectionPolicy {
         let budget = self.budget.pages(pages, page_size).max(kept);
         (budget < pages).then_some(budget)
     }
+
+    /// Score of one page for the queries that share its KV head.
+    ///
+    /// Each query, `min` and `max` are `[head_dim]`. NaN when a query's score is.
+    #[must_use]
+    pub fn score<'a>(
+        &self,
+        queries: impl IntoIterator<Item = &'a [f32]>,
+        min: &[f32],
+        max: &[f32],
+    ) -> f32 {
+        let scores = queries.into_iter().map(|query| match self.scorer {
+            Scorer::Box => score_box(query, min, max),
+        });
+        match self.group_reduce {
+            // `f32::max` would drop a NaN, and with it the only sign that the page bounds nothing.
+            GroupReduce::Max => scores.fold(f32::NEG_INFINITY, |best, score| {
+                if score > best || score.is_nan() { score } else { best }
+            }),
+        }
+    }
 }
 
 impl PageSelector for SelectionPolicy {
@@ -115,17 +141,9 @@ impl PageSelector for SelectionPolicy {
         else {
             return false;
         };
-        let mut scores = Vec::with_capacity(input.page_count());
-        for page in 0..input.page_count() {
-            let (min, max) = (input.min(page), input.max(page));
-            let score = match (self.scorer, self.group_reduce) {
-                (Scorer::Box, GroupReduce::Max) => input
-                    .queries()
-                    .map(|query| score_box(query, min, max))
-                    .fold(f32::NEG_INFINITY, f32::max),
-            };
-            scores.push(score);
-        }
+        let scores: Vec<f32> = (0..input.page_count())
+            .map(|page| self.score(input.queries(), input.min(page), input.max(page)))
+            .collect();
         select_pages(&scores, budget, self.sink_pages, self.recent_pages, selected);
         true
     }

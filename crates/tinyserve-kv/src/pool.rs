@@ -20,8 +20,10 @@ impl PageId {
 #[derive(Debug, Clone)]
 pub struct PagePool {
     holders: Vec<u32>,
-    // Sorted so that the lowest free page is on top: a sequence that grows alone gets
-    // neighbouring pages, which attention then reads as one stream.
+    // A stack, the next page on top. It starts with the lowest page on top, and a table gives its
+    // pages back last page first: so a sequence that grows alone gets ascending neighbours, which
+    // attention reads as one stream. Pages that were used before come before untouched ones, which
+    // keeps resident memory at the peak of use.
     free: Vec<PageId>,
 }
 

@@ -4,10 +4,13 @@ use std::cmp::Ordering;
 
 /// Upper bound of `query·key` over every key in the box (equation 2 of arXiv 2509.12211).
 ///
-/// All slices are `[head_dim]`. Terms are added in channel order, as a plain dot product adds
-/// them, so the bound holds in floating point too.
+/// All slices are `[head_dim]`. Terms are added in channel order and rounded one by one, as a plain
+/// dot product does it, so against such a product the bound is exact in floating point; against one
+/// that adds in another order or fuses it holds to rounding. Terms that overflow to both infinities
+/// give NaN, which [`select_pages`] ranks above every number.
 #[must_use]
 pub fn score_box(query: &[f32], min: &[f32], max: &[f32]) -> f32 {
+    debug_assert!(query.len() == min.len() && min.len() == max.len(), "slices [head_dim]");
     query.iter().zip(min.iter().zip(max)).map(|(&q, (&lo, &hi))| (q * lo).max(q * hi)).sum()
 }
 
@@ -16,6 +19,9 @@ pub fn score_box(query: &[f32], min: &[f32], max: &[f32]) -> f32 {
 /// The first `sink_pages` and the last `max(recent_pages, 1)` pages are always chosen; the rest of
 /// `budget` goes to the highest `scores` `[pages]`, ties to the lower page. `selected` has
 /// `min(pages, max(budget, sink_pages + max(recent_pages, 1)))` entries.
+///
+/// +0 and −0 tie. A NaN score bounds nothing, so it ranks with +∞: the page is read, and what went
+/// wrong shows as it does in dense attention.
 pub fn select_pages(
     scores: &[f32],
     budget: usize,
@@ -30,8 +36,13 @@ pub fn select_pages(
     let wanted = budget.saturating_sub(sink + pages - recent).min(recent - sink);
     // Page indices are 32-bit in page ids already.
     selected.extend((0..pages).map(|page| page as u32));
-    let best_first = |a: &u32, b: &u32| -> Ordering {
-        scores[*b as usize].total_cmp(&scores[*a as usize]).then(a.cmp(b))
+    let rank = |page: u32| {
+        let score = scores[page as usize];
+        if score.is_nan() { f32::INFINITY } else { score }
+    };
+    let best_first = |&a: &u32, &b: &u32| {
+        // Without NaN the comparison is never undecided.
+        rank(b).partial_cmp(&rank(a)).unwrap_or(Ordering::Equal).then(a.cmp(&b))
     };
     let candidates = &mut selected[sink..recent];
     if wanted > 0 && wanted < candidates.len() {
@@ -43,16 +54,21 @@ pub fn select_pages(
 
 /// Softmax mass of `logits` `[tokens]` (attention scores of one query head) that falls on the
 /// tokens of the `selected` pages: the recall of a selection.
+///
+/// `selected` names each page once; pages beyond the tokens add nothing. Without tokens nothing is
+/// missed and the mass is 1. A NaN logit gives NaN.
+///
+/// # Panics
+/// When `page_size` is zero.
 #[must_use]
 pub fn attention_mass(logits: &[f32], selected: &[u32], page_size: usize) -> f32 {
-    let peak = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mass = |tokens: &[f32]| tokens.iter().map(|&x| f64::from(x - peak).exp()).sum::<f64>();
-    let kept: f64 = selected
-        .iter()
-        .map(|&page| {
-            let start = (page as usize * page_size).min(logits.len());
-            mass(&logits[start..(start + page_size).min(logits.len())])
-        })
-        .sum();
+    if logits.is_empty() {
+        return 1.0;
+    }
+    let peak = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let mass = |tokens: &[f32]| tokens.iter().map(|&x| (f64::from(x) - peak).exp()).sum::<f64>();
+    let pages = logits.chunks(page_size);
+    let kept: f64 =
+        selected.iter().filter_map(|&page| pages.clone().nth(page as usize)).map(mass).sum();
     (kept / mass(logits)) as f32
 }

@@ -12,6 +12,9 @@ pub struct Slot {
 }
 
 /// A page whose content has to be copied before the table that asked for it is written to.
+///
+/// The other holders of `from` may let it go at any time: copies are made in the order in which
+/// they were asked for, before anything else is written to the pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use = "the new page is garbage until the copy is made"]
 pub struct PageCopy {
@@ -76,7 +79,7 @@ impl PageTable {
         Slot { page: self.pages[position / self.page_size], offset: position % self.page_size }
     }
 
-    /// Makes room for `tokens` more tokens, all or nothing.
+    /// Makes room for `tokens` more tokens, all or nothing; the caller then writes all of them.
     ///
     /// When the open page is shared, this sequence gets a page of its own in its place, and the
     /// caller has to copy the content before writing (copy on write).
@@ -88,7 +91,8 @@ impl PageTable {
         pool: &mut PagePool,
         tokens: usize,
     ) -> Result<Option<PageCopy>, KvError> {
-        let total = (self.tokens + tokens).div_ceil(self.page_size);
+        // Saturated, an absurd request needs more pages than any pool has, and is refused below.
+        let total = self.tokens.saturating_add(tokens).div_ceil(self.page_size);
         let shared_open = (tokens > 0 && !self.tokens.is_multiple_of(self.page_size))
             .then(|| self.pages.len() - 1)
             .filter(|&open| pool.holders(self.pages[open]) > 1);
@@ -117,6 +121,9 @@ impl PageTable {
     }
 
     /// A second table over the same pages, which are now shared.
+    ///
+    /// Every token that was made room for must have been written: a write to a shared page would
+    /// reach both tables.
     #[must_use]
     pub fn fork(&self, pool: &mut PagePool) -> Self {
         for &page in &self.pages {

@@ -1,1 +1,21 @@
-//! Facade.
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+mod config;
+mod engine;
+mod error;
+mod request;
+
+pub use config::{AttentionMode, Device, KvCacheDtype, ScorerName, TinyServeConfig};
+pub use engine::{TinyServe, TinyServeBuilder};
+pub use error::TinyServeError;
+pub use request::{
+    KvUsage, Prompt, Stats, StreamEvent, Timings, TinyServeRequest, TinyServeResponse,
+};
+
+/// Kernels: the backend seam and its CPU implementation.
+pub use tinyserve_kernels as kernels;
+/// The KV cache: pages, boxes, policies, the seam for custom selectors.
+pub use tinyserve_kv as kv;
+/// Checkpoints, tokenizers, the forward pass, sampling.
+pub use tinyserve_model as model;

@@ -1,0 +1,335 @@
+//! Matrix products over weights as they are stored.
+//!
+//! Every element of the output is summed in one order, whatever the number of rows: a batch gives
+//! each sequence bit for bit what it gets alone.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::Cpu;
+use super::columns::Columns;
+use super::path::CpuPath;
+use super::simd::{Element, Kernel, Simd, dispatch};
+use super::tensor::{CpuLinear, CpuMatrix, CpuTensor, Elements};
+use crate::{MatrixLayout, Store};
+
+/// Multiply-adds below which waking other threads costs more than it saves.
+const SERIAL_WORK: usize = 64 * 1024;
+/// Outputs of a strip are a multiple of this, so that strips end at whole vectors.
+const STRIP: usize = 64;
+/// Bytes of input rows that are reused from the second-level cache while weights stream past.
+const ROW_BLOCK_BYTES: usize = 384 * 1024;
+
+/// `out = x·Wᵀ + b`, all parts side by side.
+pub(super) fn linear(
+    cpu: &Cpu,
+    (x, linear): (&CpuTensor, &CpuLinear),
+    store: Store,
+    out: &mut CpuTensor,
+) {
+    let (path, threads) = (cpu.path(), cpu.threads());
+    let (rows, width) = (x.rows(), linear.outputs);
+    let columns = Columns::new(out.values_mut(), width);
+    let mut first = 0;
+    let parts: Vec<(&CpuMatrix, usize)> = linear
+        .parts
+        .iter()
+        .map(|part| {
+            let start = first;
+            first += part.outputs;
+            (part, start)
+        })
+        .collect();
+    let run = |part: &CpuMatrix, start: usize, strip: Range<usize>| {
+        let strip = StripArgs {
+            x: x.values(),
+            rows,
+            part,
+            strip,
+            start,
+            columns,
+            add: store == Store::Add,
+        };
+        match part.elements() {
+            Elements::F32(w) => run_strip(path, linear.layout, strip, w),
+            Elements::F16(w) => run_strip(path, linear.layout, strip, w),
+            Elements::Bf16(w) => run_strip(path, linear.layout, strip, w),
+        }
+    };
+    if threads == 1 || rows * linear.inputs * width < SERIAL_WORK {
+        for (part, start) in parts {
+            run(part, start, 0..part.outputs);
+        }
+        return;
+    }
+    // Several strips per thread, so that a thread that is held up does not hold up all.
+    let target = (width / (threads * 4)).next_multiple_of(STRIP).max(STRIP);
+    let strips: Vec<(&CpuMatrix, usize, Range<usize>)> = parts
+        .into_iter()
+        .flat_map(|(part, start)| {
+            (0..part.outputs)
+                .step_by(target)
+                .map(move |s| (part, start, s..(s + target).min(part.outputs)))
+        })
+        .collect();
+    cpu.install(|| {
+        strips.into_par_iter().for_each(|(part, start, strip)| run(part, start, strip));
+    });
+}
+
+struct StripArgs<'a> {
+    /// `[rows, inputs]`.
+    x: &'a [f32],
+    rows: usize,
+    part: &'a CpuMatrix,
+    /// Outputs of the part.
+    strip: Range<usize>,
+    /// Column of the part's first output.
+    start: usize,
+    columns: Columns<'a>,
+    add: bool,
+}
+
+fn run_strip<E: Element>(path: CpuPath, layout: MatrixLayout, args: StripArgs<'_>, w: &[E]) {
+    match layout {
+        MatrixLayout::OutIn => dispatch(path, OutIn { args, w }),
+        MatrixLayout::InOut if args.rows == 1 => dispatch(path, InOutRow { args, w }),
+        MatrixLayout::InOut => dispatch(path, InOut { args, w }),
+    }
+}
+
+impl StripArgs<'_> {
+    /// Adds bias and residual to finished sums and stores them.
+    #[inline(always)]
+    fn finish(&self, row: usize, output: usize, sums: &[f32]) {
+        let column = self.start + output;
+        // SAFETY: the columns belong to this strip, which is one thread's; the slice ends here.
+        let out = unsafe { self.columns.slice(row, column..column + sums.len()) };
+        for (i, (out, &sum)) in out.iter_mut().zip(sums).enumerate() {
+            let y = sum + self.part.bias.as_ref().map_or(0.0, |bias| bias[output + i]);
+            *out = if self.add { *out + y } else { y };
+        }
+    }
+}
+
+/// `[out, in]`: dot products of weight rows with input rows, each in one vector accumulator.
+struct OutIn<'a, E> {
+    args: StripArgs<'a>,
+    w: &'a [E],
+}
+
+impl<E: Element> Kernel for OutIn<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let inputs = self.args.part.inputs;
+        let block = (ROW_BLOCK_BYTES / (4 * inputs)).max(8);
+        for first in (0..self.args.rows).step_by(block) {
+            let rows = first..(first + block).min(self.args.rows);
+            let mut output = self.args.strip.start;
+            if rows.len() == 1 {
+                // Eight weight rows at once: their sums hide each other's latency.
+                while output + 8 <= self.args.strip.end {
+                    self.tile::<S, 1, 8>(simd, rows.start, output);
+                    output += 8;
+                }
+            }
+            while output + 4 <= self.args.strip.end {
+                self.row_tiles::<S, 4>(simd, rows.clone(), output);
+                output += 4;
+            }
+            while output < self.args.strip.end {
+                self.row_tiles::<S, 1>(simd, rows.clone(), output);
+                output += 1;
+            }
+        }
+    }
+}
+
+impl<E: Element> OutIn<'_, E> {
+    #[inline(always)]
+    fn row_tiles<S: Simd, const O: usize>(&self, simd: S, rows: Range<usize>, output: usize) {
+        let mut row = rows.start;
+        if S::LANES == 16 {
+            while row + 6 <= rows.end {
+                self.tile::<S, 6, O>(simd, row, output);
+                row += 6;
+            }
+        }
+        while row + 3 <= rows.end {
+            self.tile::<S, 3, O>(simd, row, output);
+            row += 3;
+        }
+        while row < rows.end {
+            self.tile::<S, 1, O>(simd, row, output);
+            row += 1;
+        }
+    }
+
+    #[inline(always)]
+    fn tile<S: Simd, const R: usize, const O: usize>(&self, simd: S, row: usize, output: usize) {
+        let inputs = self.args.part.inputs;
+        let w: [&[E]; O] =
+            std::array::from_fn(|o| &self.w[(output + o) * inputs..(output + o + 1) * inputs]);
+        let x: [&[f32]; R] =
+            std::array::from_fn(|r| &self.args.x[(row + r) * inputs..(row + r + 1) * inputs]);
+        let mut sums = [[simd.splat(0.0); O]; R];
+        let whole = inputs - inputs % S::LANES;
+        let mut i = 0;
+        while i < whole {
+            let w: [S::V; O] = std::array::from_fn(|o| E::load(simd, &w[o][i..i + S::LANES]));
+            for r in 0..R {
+                let x = simd.load(&x[r][i..i + S::LANES]);
+                for o in 0..O {
+                    sums[r][o] = simd.mul_add(w[o], x, sums[r][o]);
+                }
+            }
+            i += S::LANES;
+        }
+        if whole < inputs {
+            for r in 0..R {
+                let x = simd.load_tail(&x[r][whole..]);
+                for o in 0..O {
+                    let w = simd.load_tail(&w[o][whole..]);
+                    sums[r][o] = simd.mul_add(w, x, sums[r][o]);
+                }
+            }
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            let sums: [f32; O] = std::array::from_fn(|o| simd.sum(sums[o]));
+            self.args.finish(row + r, output, &sums);
+        }
+    }
+}
+
+/// `[in, out]`, one row: weight rows are added up as they stream by, four at a time.
+struct InOutRow<'a, E> {
+    args: StripArgs<'a>,
+    w: &'a [E],
+}
+
+impl<E: Element> Kernel for InOutRow<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let inputs = self.args.part.inputs;
+        let mut sums = vec![0.0; self.args.strip.len()];
+        let mut i = 0;
+        while i + 4 <= inputs {
+            self.add_rows::<S, 4>(simd, i, &mut sums);
+            i += 4;
+        }
+        while i < inputs {
+            self.add_rows::<S, 1>(simd, i, &mut sums);
+            i += 1;
+        }
+        self.args.finish(0, self.args.strip.start, &sums);
+    }
+}
+
+impl<E: Element> InOutRow<'_, E> {
+    #[inline(always)]
+    fn add_rows<S: Simd, const K: usize>(&self, simd: S, i: usize, sums: &mut [f32]) {
+        let (outputs, strip) = (self.args.part.outputs, &self.args.strip);
+        let w: [&[E]; K] = std::array::from_fn(|k| {
+            &self.w[(i + k) * outputs + strip.start..(i + k) * outputs + strip.end]
+        });
+        let x: [S::V; K] = std::array::from_fn(|k| simd.splat(self.args.x[i + k]));
+        let whole = sums.len() - sums.len() % S::LANES;
+        let mut o = 0;
+        while o < whole {
+            let mut sum = simd.load(&sums[o..o + S::LANES]);
+            for k in 0..K {
+                sum = simd.mul_add(E::load(simd, &w[k][o..o + S::LANES]), x[k], sum);
+            }
+            simd.store(sum, &mut sums[o..o + S::LANES]);
+            o += S::LANES;
+        }
+        if whole < sums.len() {
+            let mut sum = simd.load_tail(&sums[whole..]);
+            for k in 0..K {
+                sum = simd.mul_add(simd.load_tail(&w[k][whole..]), x[k], sum);
+            }
+            simd.store_tail(sum, &mut sums[whole..]);
+        }
+    }
+}
+
+/// `[in, out]`, many rows: panels of weights are widened once and used for every row.
+struct InOut<'a, E> {
+    args: StripArgs<'a>,
+    w: &'a [E],
+}
+
+/// Vectors of outputs in a panel.
+const PANEL_VECTORS: usize = 4;
+
+impl<E: Element> Kernel for InOut<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let (inputs, outputs) = (self.args.part.inputs, self.args.part.outputs);
+        let wide = PANEL_VECTORS * S::LANES;
+        let mut panel = vec![0.0; inputs * wide];
+        for output in self.args.strip.clone().step_by(wide) {
+            let n = wide.min(self.args.strip.end - output);
+            for (i, panel) in panel.chunks_exact_mut(wide).enumerate() {
+                let w = &self.w[i * outputs + output..i * outputs + output + n];
+                for (w, panel) in w.chunks(S::LANES).zip(panel.chunks_exact_mut(S::LANES)) {
+                    simd.store(simd.load_up_to(w), panel);
+                }
+            }
+            let mut row = 0;
+            if S::LANES == 16 {
+                while row + 6 <= self.args.rows {
+                    self.tile::<S, 6>(simd, &panel, (row, output, n));
+                    row += 6;
+                }
+            }
+            while row + 2 <= self.args.rows {
+                self.tile::<S, 2>(simd, &panel, (row, output, n));
+                row += 2;
+            }
+            while row < self.args.rows {
+                self.tile::<S, 1>(simd, &panel, (row, output, n));
+                row += 1;
+            }
+        }
+    }
+}
+
+impl<E: Element> InOut<'_, E> {
+    #[inline(always)]
+    fn tile<S: Simd, const R: usize>(
+        &self,
+        simd: S,
+        panel: &[f32],
+        (row, output, n): (usize, usize, usize),
+    ) {
+        let inputs = self.args.part.inputs;
+        let x: [&[f32]; R] =
+            std::array::from_fn(|r| &self.args.x[(row + r) * inputs..(row + r + 1) * inputs]);
+        let mut sums = [[simd.splat(0.0); PANEL_VECTORS]; R];
+        for (i, panel) in panel.chunks_exact(PANEL_VECTORS * S::LANES).enumerate() {
+            let w: [S::V; PANEL_VECTORS] =
+                std::array::from_fn(|v| simd.load(&panel[v * S::LANES..(v + 1) * S::LANES]));
+            for r in 0..R {
+                let x = simd.splat(x[r][i]);
+                for v in 0..PANEL_VECTORS {
+                    sums[r][v] = simd.mul_add(w[v], x, sums[r][v]);
+                }
+            }
+        }
+        let mut plain = [0.0; 16 * PANEL_VECTORS];
+        for (r, sums) in sums.iter().enumerate() {
+            for (v, &sum) in sums.iter().enumerate() {
+                simd.store(sum, &mut plain[v * S::LANES..]);
+            }
+            self.args.finish(row + r, output, &plain[..n]);
+        }
+    }
+}

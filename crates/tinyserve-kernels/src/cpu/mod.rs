@@ -1,0 +1,269 @@
+//! The CPU backend: a scalar reference and vector kernels behind the same operations.
+
+mod attend;
+mod columns;
+mod linear;
+mod path;
+mod pointwise;
+mod select;
+mod simd;
+mod tensor;
+
+use rayon::prelude::*;
+use tinyserve_kv::{HostPages, KvLayout, PageCopy};
+
+pub use path::CpuPath;
+pub use tensor::{CpuLinear, CpuTensor, CpuVector};
+
+use crate::reference;
+use crate::{
+    ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
+    KernelError, LinearArgs, LinearSpec, NormArgs, RotaryAnglesArgs, RotaryArgs, Store,
+};
+use simd::dispatch;
+
+/// How a [`Cpu`] is set up.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct CpuOptions {
+    /// Threads; all that the system offers unless set.
+    pub threads: Option<usize>,
+    /// Instruction set; the best that the processor has unless set.
+    pub path: Option<CpuPath>,
+}
+
+/// The CPU backend. It owns its threads.
+#[derive(Debug)]
+pub struct Cpu {
+    pool: rayon::ThreadPool,
+    threads: usize,
+    path: CpuPath,
+}
+
+/// Most threads that can be asked for: beyond it a number is a typing mistake.
+const MAX_THREADS: usize = 1024;
+
+/// Elements below which a pointwise operation stays on one thread.
+const SERIAL_ELEMENTS: usize = 64 * 1024;
+
+impl Cpu {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// When the thread count is out of range, the processor lacks the instruction set, or the
+    /// system refuses a thread.
+    pub fn new(options: CpuOptions) -> Result<Self, KernelError> {
+        let path = options.path.unwrap_or_else(CpuPath::detect).check()?;
+        let threads = match options.threads {
+            None => std::thread::available_parallelism().map_or(1, usize::from),
+            Some(n @ 1..=MAX_THREADS) => n,
+            Some(n) => {
+                return Err(KernelError::Invalid {
+                    what: "threads",
+                    found: n.to_string(),
+                    expected: format!("1 to {MAX_THREADS}"),
+                });
+            }
+        };
+        let threads = if path == CpuPath::Scalar { 1 } else { threads };
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|i| format!("tinyserve-cpu-{i}"))
+            .build()
+            .map_err(|error| KernelError::Invalid {
+                what: "threads",
+                found: threads.to_string(),
+                expected: format!("as many as the system starts ({error})"),
+            })?;
+        Ok(Self { pool, threads, path })
+    }
+
+    /// Threads that operations are split over.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// The instruction set in use.
+    #[must_use]
+    pub fn path(&self) -> CpuPath {
+        self.path
+    }
+
+    fn install<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
+        self.pool.install(f)
+    }
+
+    /// Runs `f` on pairs of input and output rows, on several threads when there is much to do.
+    fn rows(
+        &self,
+        (x, columns): (&[f32], usize),
+        out: &mut CpuTensor,
+        f: impl Fn(&[f32], &mut [f32]) + Send + Sync,
+    ) {
+        let width = out.columns();
+        if self.threads == 1 || x.len() < SERIAL_ELEMENTS {
+            f(x, out.values_mut());
+            return;
+        }
+        let rows = (x.len() / columns).div_ceil(4 * self.threads);
+        self.install(|| {
+            x.par_chunks(rows * columns)
+                .zip(out.values_mut().par_chunks_mut(rows * width))
+                .for_each(|(x, out)| f(x, out));
+        });
+    }
+}
+
+impl Backend for Cpu {
+    type Tensor = CpuTensor;
+    type Vector = CpuVector;
+    type Linear = CpuLinear;
+    type KvPages = HostPages;
+
+    fn tensor(&self, columns: usize) -> CpuTensor {
+        CpuTensor::new(columns)
+    }
+
+    fn load_vector(&self, vector: &HostTensor) -> Result<CpuVector, KernelError> {
+        Ok(CpuVector(tensor::vector(vector)?))
+    }
+
+    fn load_linear(&self, spec: LinearSpec) -> Result<CpuLinear, KernelError> {
+        CpuLinear::new(spec)
+    }
+
+    fn allocate_pages(&self, layout: KvLayout, pages: usize) -> Result<HostPages, KernelError> {
+        Ok(HostPages::new(layout, pages)?)
+    }
+
+    fn copy_page(&self, pages: &mut HostPages, copy: PageCopy) {
+        pages.copy(copy);
+    }
+
+    fn embed(&self, args: EmbedArgs<'_, Self>) {
+        let EmbedArgs { table, ids, store, out } = args;
+        let [part] = table.parts.as_slice() else {
+            panic!("an embedding table is one matrix, found {}", table.parts.len());
+        };
+        out.resize(ids.len());
+        let hidden = out.columns();
+        for (&id, out) in ids.iter().zip(out.values_mut().chunks_exact_mut(hidden)) {
+            let row = part.weight.to_f32(id as usize * hidden..(id as usize + 1) * hidden);
+            match store {
+                Store::Overwrite => out.copy_from_slice(&row),
+                Store::Add => out.iter_mut().zip(row).for_each(|(out, x)| *out += x),
+            }
+        }
+    }
+
+    fn norm(&self, args: NormArgs<'_, Self>) {
+        let NormArgs { kind, x, weight, bias, epsilon, out } = args;
+        out.resize(x.rows());
+        let columns = x.columns();
+        let (weight, bias) = (weight.0.as_slice(), bias.map(|bias| bias.0.as_slice()));
+        self.rows((x.values(), columns), out, |x, out| {
+            if self.path == CpuPath::Scalar {
+                for (x, out) in x.chunks_exact(columns).zip(out.chunks_exact_mut(columns)) {
+                    reference::norm_row(kind, epsilon, x, (weight, bias), out);
+                }
+            } else {
+                dispatch(self.path, pointwise::Norm { kind, epsilon, x, weight, bias, out });
+            }
+        });
+    }
+
+    fn linear(&self, args: LinearArgs<'_, Self>) {
+        let LinearArgs { x, linear, store, out } = args;
+        assert_eq!(x.columns(), linear.inputs, "input width of a linear layer");
+        assert_eq!(out.columns(), linear.outputs, "output width of a linear layer");
+        out.resize(x.rows());
+        if self.path != CpuPath::Scalar {
+            linear::linear(self, (x, linear), store, out);
+            return;
+        }
+        let mut start = 0;
+        for part in &linear.parts {
+            let columns = start..start + part.outputs;
+            start = columns.end;
+            let rows = reference::LinearRows {
+                x: x.values(),
+                weight: &part.weight,
+                layout: linear.layout,
+                bias: part.bias.as_deref(),
+                columns,
+                width: linear.outputs,
+                add: store == Store::Add,
+            };
+            reference::linear(&rows, out.values_mut());
+        }
+    }
+
+    fn rotary_angles(&self, args: RotaryAnglesArgs<'_, Self>) {
+        let RotaryAnglesArgs { positions, inverse_frequencies, out } = args;
+        out.resize(positions.len());
+        let dim = out.columns();
+        for (&position, out) in positions.iter().zip(out.values_mut().chunks_exact_mut(dim)) {
+            reference::rotary_angles_row(position, inverse_frequencies, out);
+        }
+    }
+
+    fn rotary(&self, args: RotaryArgs<'_, Self>) {
+        let RotaryArgs { angles, heads, qkv } = args;
+        let (dim, rotated) = (heads.head_dim, heads.v_columns().start);
+        let rows = qkv.values_mut().chunks_exact_mut(heads.qkv_width());
+        for (angles, qkv) in angles.values().chunks_exact(dim).zip(rows) {
+            for head in qkv[..rotated].chunks_exact_mut(dim) {
+                reference::rotate_head(angles, head);
+            }
+        }
+    }
+
+    fn append_kv(&self, args: AppendKvArgs<'_, Self>) {
+        let AppendKvArgs { layer, heads, qkv, slots, pages } = args;
+        for (row, &slot) in qkv.values().chunks_exact(heads.qkv_width()).zip(slots) {
+            pages.append(layer, slot, &row[heads.k_columns()], &row[heads.v_columns()]);
+        }
+    }
+
+    fn attend(&self, args: AttendArgs<'_, Self>) -> Result<AttendStats, KernelError> {
+        args.out.resize(args.qkv.rows());
+        attend::attend(self, args)
+    }
+
+    fn activate(&self, args: ActivateArgs<'_, Self>) {
+        let ActivateArgs { activation, gated, x, out } = args;
+        out.resize(x.rows());
+        let (columns, width) = (x.columns(), out.columns());
+        assert_eq!(columns, if gated { 2 * width } else { width }, "input width of an activation");
+        self.rows((x.values(), columns), out, |x, out| {
+            if self.path == CpuPath::Scalar {
+                for (x, out) in x.chunks_exact(columns).zip(out.chunks_exact_mut(width)) {
+                    for (i, out) in out.iter_mut().enumerate() {
+                        let y = reference::activate(activation, x[i]);
+                        *out = if gated { y * x[width + i] } else { y };
+                    }
+                }
+            } else {
+                dispatch(self.path, pointwise::Activate { activation, gated, width, x, out });
+            }
+        });
+    }
+
+    fn gather_rows(&self, x: &CpuTensor, rows: &[u32], out: &mut CpuTensor) {
+        out.resize(rows.len());
+        let columns = x.columns();
+        for (&row, out) in rows.iter().zip(out.values_mut().chunks_exact_mut(columns)) {
+            out.copy_from_slice(&x.values()[row as usize * columns..][..columns]);
+        }
+    }
+
+    fn download(&self, x: &CpuTensor, out: &mut Vec<f32>) {
+        out.clear();
+        out.extend_from_slice(x.values());
+    }
+
+    fn upload(&self, values: &[f32], out: &mut CpuTensor) {
+        out.resize(values.len() / out.columns());
+        out.values_mut().copy_from_slice(values);
+    }
+}

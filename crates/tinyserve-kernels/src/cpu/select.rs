@@ -1,0 +1,153 @@
+//! Choosing pages: scores from the boxes, a budget, a list.
+
+use tinyserve_kv::{
+    KvElement, PageId, PageSelector, Scorer, SelectFields, SelectInput, SelectionPolicy,
+    select_pages,
+};
+
+use super::attend::Context;
+use super::path::CpuPath;
+use super::simd::{Element, Kernel, Simd, dispatch};
+use crate::{Attention, KernelError};
+
+/// Buffers that choosing reuses.
+#[derive(Default)]
+pub(super) struct Choice {
+    scores: Vec<f32>,
+    boxes: Vec<f32>,
+}
+
+/// Fills `list` with the pages that one KV head of one row reads; `false` means all of them.
+///
+/// `queries` is `[group, head_dim]`.
+pub(super) fn choose<E: KvElement + Element>(
+    context: &Context<'_>,
+    attention: Attention<'_>,
+    (kv_head, table, tokens): (usize, &[PageId], usize),
+    queries: &[f32],
+    choice: &mut Choice,
+    list: &mut Vec<u32>,
+) -> Result<bool, KernelError> {
+    list.clear();
+    match attention {
+        Attention::Dense => Ok(false),
+        Attention::Policy(policy) => {
+            let size = context.pages.layout().page_size();
+            let Some(budget) = policy.page_budget(context.layer, tokens, size) else {
+                return Ok(false);
+            };
+            choice.scores.clear();
+            choice.scores.resize(table.len(), 0.0);
+            let scores = choice.scores.as_mut_slice();
+            if context.path == CpuPath::Scalar {
+                context.pages.boxes_f32(context.layer, table, kv_head, &mut choice.boxes);
+                let boxes = choice.boxes.chunks_exact(2 * context.heads.head_dim);
+                for (score, corners) in scores.iter_mut().zip(boxes) {
+                    let (min, max) = corners.split_at(context.heads.head_dim);
+                    *score = policy.score(queries.chunks_exact(context.heads.head_dim), min, max);
+                }
+            } else {
+                let element = std::marker::PhantomData::<E>;
+                let scores = Scores { context, policy, table, kv_head, queries, scores, element };
+                dispatch(context.path, scores);
+            }
+            select_pages(&choice.scores, budget, policy.sink_pages, policy.recent_pages, list);
+            Ok(true)
+        }
+        Attention::Custom(selector) => {
+            context.pages.boxes_f32(context.layer, table, kv_head, &mut choice.boxes);
+            let input = SelectInput::new(SelectFields {
+                layer: context.layer,
+                kv_head,
+                tokens,
+                page_size: context.pages.layout().page_size(),
+                head_dim: context.heads.head_dim,
+                queries,
+                boxes: &choice.boxes,
+            });
+            custom(selector, &input, list)
+        }
+    }
+}
+
+fn custom(
+    selector: &dyn PageSelector,
+    input: &SelectInput<'_>,
+    list: &mut Vec<u32>,
+) -> Result<bool, KernelError> {
+    if !selector.select(input, list) {
+        return Ok(false);
+    }
+    let pages = input.page_count();
+    let wrong = if list.is_empty() {
+        Some("an empty list".to_owned())
+    } else if let Some(pair) = list.windows(2).find(|pair| pair[0] >= pair[1]) {
+        Some(format!("page {} before page {}", pair[0], pair[1]))
+    } else {
+        list.last().filter(|&&page| page as usize >= pages).map(|page| format!("page {page}"))
+    };
+    match wrong {
+        None => Ok(true),
+        Some(found) => Err(KernelError::Selector(format!(
+            "layer {}, KV head {}: found {found}, expected at least one page, in ascending order, \
+             below {pages}",
+            input.layer(),
+            input.kv_head()
+        ))),
+    }
+}
+
+/// Scores of the boxes of all pages of one KV head.
+struct Scores<'a, E> {
+    context: &'a Context<'a>,
+    policy: &'a SelectionPolicy,
+    table: &'a [PageId],
+    kv_head: usize,
+    queries: &'a [f32],
+    /// `[pages]`.
+    scores: &'a mut [f32],
+    element: std::marker::PhantomData<E>,
+}
+
+impl<E: KvElement + Element> Kernel for Scores<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Context { pages, layer, heads, .. } = *self.context;
+        let Scorer::Box = self.policy.scorer;
+        for (score, &page) in self.scores.iter_mut().zip(self.table) {
+            let corners = pages.page_box::<E>(layer, page, self.kv_head);
+            let mut queries = self.queries.chunks_exact(heads.head_dim);
+            let first =
+                queries.next().map_or(f32::NAN, |q| bound(simd, q, corners.min, corners.max));
+            *score = queries.fold(first, |best, q| {
+                let score = bound(simd, q, corners.min, corners.max);
+                // Not f32::max: a score that is not a number has to reach the choice.
+                if score > best || score.is_nan() { score } else { best }
+            });
+        }
+    }
+}
+
+/// `Σ_d max(q_d·min_d, q_d·max_d)`.
+#[inline(always)]
+fn bound<S: Simd, E: Element>(simd: S, q: &[f32], min: &[E], max: &[E]) -> f32 {
+    let mut sum = simd.splat(0.0);
+    let whole = q.len() - q.len() % S::LANES;
+    let mut d = 0;
+    while d < whole {
+        let q = simd.load(&q[d..d + S::LANES]);
+        let low = simd.mul(q, E::load(simd, &min[d..d + S::LANES]));
+        let high = simd.mul(q, E::load(simd, &max[d..d + S::LANES]));
+        sum = simd.add(sum, simd.max(low, high));
+        d += S::LANES;
+    }
+    if whole < q.len() {
+        let q = simd.load_tail(&q[whole..]);
+        let low = simd.mul(q, simd.load_tail(&min[whole..]));
+        let high = simd.mul(q, simd.load_tail(&max[whole..]));
+        sum = simd.add(sum, simd.max(low, high));
+    }
+    simd.sum(sum)
+}

@@ -1,0 +1,105 @@
+//! 512-bit vectors.
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use super::{Kernel, Simd};
+
+/// Proof that the processor has AVX-512 F, BW, VL and DQ.
+#[derive(Clone, Copy)]
+pub(super) struct Avx512 {
+    _only_made_after_detection: (),
+}
+
+pub(super) fn run<K: Kernel>(kernel: K) -> K::Output {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+    fn compiled<K: Kernel>(kernel: K, simd: Avx512) -> K::Output {
+        kernel.run(simd)
+    }
+    assert!(super::CpuPath::Avx512.is_available(), "this processor has no AVX-512");
+    // SAFETY: the processor has the features, as the line above made sure.
+    unsafe { compiled(kernel, Avx512 { _only_made_after_detection: () }) }
+}
+
+/// Calls intrinsics from methods of a type whose existence proves that the processor has them.
+macro_rules! intrinsic {
+    ($call:expr) => {
+        // SAFETY: a value of this type exists, so the processor has the instructions; intrinsics
+        // that read or write memory get a pointer to a slice whose length was checked before.
+        unsafe { $call }
+    };
+}
+
+impl Simd for Avx512 {
+    type V = __m512;
+    const LANES: usize = 16;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        intrinsic!(_mm512_set1_ps(x))
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32]) -> __m512 {
+        let x = &x[..16];
+        intrinsic!(_mm512_loadu_ps(x.as_ptr()))
+    }
+    #[inline(always)]
+    fn load_f16(self, x: &[f16]) -> __m512 {
+        let x = &x[..16];
+        intrinsic!(_mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())))
+    }
+    #[inline(always)]
+    fn load_bf16(self, x: &[bf16]) -> __m512 {
+        let x = &x[..16];
+        intrinsic!({
+            let halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves))
+        })
+    }
+    #[inline(always)]
+    fn store(self, x: __m512, out: &mut [f32]) {
+        let out = &mut out[..16];
+        intrinsic!(_mm512_storeu_ps(out.as_mut_ptr(), x));
+    }
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        intrinsic!(_mm512_add_ps(a, b))
+    }
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        intrinsic!(_mm512_sub_ps(a, b))
+    }
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        intrinsic!(_mm512_mul_ps(a, b))
+    }
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        intrinsic!(_mm512_div_ps(a, b))
+    }
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        intrinsic!(_mm512_max_ps(a, b))
+    }
+    #[inline(always)]
+    fn min(self, a: __m512, b: __m512) -> __m512 {
+        intrinsic!(_mm512_min_ps(a, b))
+    }
+    #[inline(always)]
+    fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        intrinsic!(_mm512_fmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    fn round(self, x: __m512) -> __m512 {
+        intrinsic!(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x))
+    }
+    #[inline(always)]
+    fn scale_by_power(self, x: __m512, n: __m512) -> __m512 {
+        intrinsic!(_mm512_scalef_ps(x, n))
+    }
+    #[inline(always)]
+    fn sum(self, x: __m512) -> f32 {
+        intrinsic!(_mm512_reduce_add_ps(x))
+    }
+}

@@ -1,0 +1,76 @@
+//! Attention of one row and one query head over listed pages: scores, softmax, weighted sum.
+
+use tinyserve_kv::{HostPages, KvElement, PageId, attention_mass};
+
+/// One query head of one row, and the pages it may read.
+#[derive(Clone, Copy)]
+pub(crate) struct AttendRow<'a> {
+    pub(crate) pages: &'a HostPages,
+    pub(crate) layer: usize,
+    pub(crate) kv_head: usize,
+    /// The sequence's page table.
+    pub(crate) table: &'a [PageId],
+    /// Tokens that the row sees.
+    pub(crate) tokens: usize,
+    /// `[head_dim]`.
+    pub(crate) query: &'a [f32],
+    pub(crate) scale: f32,
+}
+
+impl AttendRow<'_> {
+    /// Tokens of page `index` that the row sees.
+    fn visible(&self, index: usize) -> usize {
+        let size = self.pages.layout().page_size();
+        (self.tokens - (index * size).min(self.tokens)).min(size)
+    }
+
+    fn scores<E: KvElement>(&self, list: &[u32]) -> Vec<f64> {
+        let dim = self.query.len();
+        let mut scores = Vec::new();
+        for &index in list {
+            let page = self.table[index as usize];
+            let keys = self.pages.head::<E>(self.layer, page, self.kv_head).keys;
+            for key in keys.chunks_exact(dim).take(self.visible(index as usize)) {
+                let dot: f64 = self
+                    .query
+                    .iter()
+                    .zip(key)
+                    .map(|(&q, k)| f64::from(q) * f64::from(k.to_f32()))
+                    .sum();
+                scores.push(dot * f64::from(self.scale));
+            }
+        }
+        scores
+    }
+}
+
+/// Writes the row's output `[head_dim]`; `list` holds indices into the page table.
+pub(crate) fn attend_row<E: KvElement>(row: &AttendRow<'_>, list: &[u32], out: &mut [f32]) {
+    let scores = row.scores::<E>(list);
+    let peak = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let total: f64 = scores.iter().map(|score| (score - peak).exp()).sum();
+    let mut sums = vec![0.0; out.len()];
+    let mut scores = scores.into_iter();
+    for &index in list {
+        let page = row.table[index as usize];
+        let values = row.pages.head::<E>(row.layer, page, row.kv_head).values;
+        let visible = row.visible(index as usize);
+        for (value, score) in values.chunks_exact(out.len()).take(visible).zip(&mut scores) {
+            let weight = (score - peak).exp() / total;
+            for (sum, v) in sums.iter_mut().zip(value) {
+                *sum += weight * f64::from(v.to_f32());
+            }
+        }
+    }
+    for (out, sum) in out.iter_mut().zip(sums) {
+        *out = sum as f32;
+    }
+}
+
+/// Share of the dense attention mass that the pages of `list` hold.
+pub(crate) fn recall<E: KvElement>(row: &AttendRow<'_>, list: &[u32]) -> f32 {
+    let size = row.pages.layout().page_size();
+    let all: Vec<u32> = (0..row.tokens.div_ceil(size) as u32).collect();
+    let logits: Vec<f32> = row.scores::<E>(&all).into_iter().map(|score| score as f32).collect();
+    attention_mass(&logits, list, size)
+}

@@ -1,0 +1,50 @@
+//! What the tests of stored pages share: shapes, and a widened view of a page.
+
+mod numbers;
+
+pub(crate) use numbers::Numbers;
+use proptest::prelude::*;
+use tinyserve_kv::{HostPages, KvElement, KvFormat, KvLayout, KvShape, PageId, with_element};
+
+/// Layouts of every format, with odd head sizes and pages of 1 to 64 tokens.
+pub(crate) fn layouts() -> impl Strategy<Value = KvLayout> {
+    let head_dims = prop_oneof![1usize..=20, Just(24usize), Just(33), Just(64)];
+    let page_sizes = prop_oneof![1usize..=64, Just(1usize), Just(16)];
+    (1usize..=2, 1usize..=3, head_dims, page_sizes, prop::sample::select(&KvFormat::ALL[..]))
+        .prop_map(|(layers, kv_heads, head_dim, page_size, format)| {
+            KvLayout::new(KvShape { layers, kv_heads, head_dim, page_size, format }).unwrap()
+        })
+}
+
+/// `x` as `format` stores it, widened.
+pub(crate) fn stored(format: KvFormat, x: f32) -> f32 {
+    with_element!(format, E => KvElement::to_f32(<E as KvElement>::from_f32(x)))
+}
+
+/// One head of one page, widened to f32.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Head {
+    /// Keys `[page_size, head_dim]`.
+    pub(crate) keys: Vec<f32>,
+    /// Values `[page_size, head_dim]`.
+    pub(crate) values: Vec<f32>,
+    /// Channel-wise minimum of the box `[head_dim]`.
+    pub(crate) min: Vec<f32>,
+    /// Channel-wise maximum of the box `[head_dim]`.
+    pub(crate) max: Vec<f32>,
+}
+
+/// Reads one head of one page.
+pub(crate) fn read(pages: &HostPages, layer: usize, page: PageId, kv_head: usize) -> Head {
+    with_element!(pages.layout().shape().format, E => {
+        let widen = |xs: &[E]| xs.iter().map(|&x| KvElement::to_f32(x)).collect();
+        let (head, corners) =
+            (pages.head::<E>(layer, page, kv_head), pages.page_box::<E>(layer, page, kv_head));
+        Head {
+            keys: widen(head.keys),
+            values: widen(head.values),
+            min: widen(corners.min),
+            max: widen(corners.max),
+        }
+    })
+}

@@ -1,0 +1,262 @@
+//! The forward pass, written once over the backend seam.
+
+use tinyserve_kernels::{
+    ActivateArgs, AppendKvArgs, AttendArgs, AttendSequence, AttendStats, Backend, EmbedArgs,
+    LinearArgs, NormArgs, RotaryAnglesArgs, RotaryArgs, Store,
+};
+use tinyserve_kv::Slot;
+
+use crate::model::Norm;
+use crate::{Batch, KvCache, LogitRows, Model, ModelError, StepOutput};
+
+/// Every buffer of a step, allocated once and reused.
+#[derive(Debug)]
+pub struct Activations<B: Backend> {
+    /// The residual stream `[rows, hidden]`.
+    hidden: B::Tensor,
+    /// A norm's output `[rows, hidden]`.
+    normed: B::Tensor,
+    /// Queries, keys and values `[rows, (q_heads + 2·kv_heads)·head_dim]`.
+    qkv: B::Tensor,
+    /// Cosines and sines of the step's positions `[rows, head_dim]`.
+    angles: B::Tensor,
+    /// Attention's output `[rows, q_heads·head_dim]`.
+    attended: B::Tensor,
+    /// First feed-forward projection `[rows, intermediate]`, twice as wide when gated.
+    wide: B::Tensor,
+    /// Activated `[rows, intermediate]`.
+    activated: B::Tensor,
+    /// Rows that yield logits `[logit rows, hidden]`.
+    last: B::Tensor,
+    /// `[logit rows, vocab]`.
+    logits: B::Tensor,
+    ids: Vec<u32>,
+    positions: Vec<u32>,
+    slots: Vec<Slot>,
+    logit_rows: Vec<u32>,
+}
+
+impl<B: Backend> Activations<B> {
+    /// Buffers for steps of `model`.
+    #[must_use]
+    pub fn new(model: &Model<B>) -> Self {
+        let (backend, config, structure) = (&model.backend, &model.config, &model.structure);
+        let wide = config.intermediate_size;
+        Self {
+            hidden: backend.tensor(config.hidden_size),
+            normed: backend.tensor(config.hidden_size),
+            qkv: backend.tensor(structure.heads.qkv_width()),
+            angles: backend.tensor(config.head_dim),
+            attended: backend.tensor(structure.heads.q_columns().len()),
+            wide: backend.tensor(if structure.gated { 2 * wide } else { wide }),
+            activated: backend.tensor(wide),
+            last: backend.tensor(config.hidden_size),
+            logits: backend.tensor(config.vocab_size),
+            ids: Vec::new(),
+            positions: Vec::new(),
+            slots: Vec::new(),
+            logit_rows: Vec::new(),
+        }
+    }
+}
+
+impl<B: Backend> Model<B> {
+    /// Runs one step: appends the keys and values of every new token to `cache` and computes the
+    /// logits that were asked for.
+    ///
+    /// # Errors
+    /// When a token is outside the vocabulary, a position outside the context, a sequence has no
+    /// new token, or a custom selector returns a list that attention cannot read.
+    pub fn forward(
+        &self,
+        activations: &mut Activations<B>,
+        cache: &mut KvCache<B>,
+        batch: &Batch<'_>,
+        output: &mut StepOutput,
+    ) -> Result<(), ModelError> {
+        self.plan(activations, batch, output)?;
+        let backend = &self.backend;
+        let a = activations;
+        backend.embed(EmbedArgs {
+            table: &self.token_embedding,
+            ids: &a.ids,
+            store: Store::Overwrite,
+            out: &mut a.hidden,
+        });
+        if let Some(table) = &self.position_embedding {
+            let (ids, out) = (&a.positions, &mut a.hidden);
+            backend.embed(EmbedArgs { table, ids, store: Store::Add, out });
+        }
+        if !self.structure.inverse_frequencies.is_empty() {
+            backend.rotary_angles(RotaryAnglesArgs {
+                positions: &a.positions,
+                inverse_frequencies: &self.structure.inverse_frequencies,
+                out: &mut a.angles,
+            });
+        }
+        output.stats = AttendStats::default();
+        let mut row = 0;
+        let sequences: Vec<_> = batch
+            .sequences
+            .iter()
+            .map(|step| {
+                let rows = row..row + step.tokens.len();
+                row = rows.end;
+                AttendSequence {
+                    rows,
+                    first_position: step.first_position(),
+                    pages: step.table.pages(),
+                    attention: step.attention,
+                }
+            })
+            .collect();
+        for layer in 0..self.blocks.len() {
+            let stats = self.attention(a, cache, layer, &sequences, batch.measure_recall)?;
+            output.stats.add(&stats);
+            self.feed_forward(a, layer);
+        }
+        self.logits(a, output);
+        Ok(())
+    }
+
+    /// Checks the batch and flattens it into rows.
+    fn plan(
+        &self,
+        a: &mut Activations<B>,
+        batch: &Batch<'_>,
+        output: &mut StepOutput,
+    ) -> Result<(), ModelError> {
+        a.ids.clear();
+        a.positions.clear();
+        a.slots.clear();
+        a.logit_rows.clear();
+        output.rows.clear();
+        for step in batch.sequences {
+            if step.tokens.is_empty() {
+                return Err(ModelError::EmptyPrompt);
+            }
+            let (end, limit) = (step.table.len(), self.config.max_positions);
+            if end > limit {
+                return Err(ModelError::ContextOverflow { tokens: end, limit });
+            }
+            for (position, &token) in (step.first_position()..).zip(step.tokens) {
+                if token as usize >= self.config.vocab_size {
+                    return Err(ModelError::TokenOutOfRange {
+                        token,
+                        vocab: self.config.vocab_size,
+                    });
+                }
+                a.ids.push(token);
+                a.positions.push(position as u32);
+                a.slots.push(step.table.slot(position));
+            }
+            let (end, first_logit) = (a.ids.len() as u32, a.logit_rows.len());
+            match step.logits {
+                LogitRows::None => {}
+                LogitRows::Last => a.logit_rows.push(end - 1),
+                LogitRows::All => a.logit_rows.extend(end - step.tokens.len() as u32..end),
+            }
+            output.rows.push(first_logit..a.logit_rows.len());
+        }
+        if a.ids.is_empty() {
+            return Err(ModelError::EmptyPrompt);
+        }
+        Ok(())
+    }
+
+    fn attention(
+        &self,
+        a: &mut Activations<B>,
+        cache: &mut KvCache<B>,
+        layer: usize,
+        sequences: &[AttendSequence<'_>],
+        measure_recall: bool,
+    ) -> Result<AttendStats, ModelError> {
+        let (backend, block, heads) = (&self.backend, &self.blocks[layer], self.structure.heads);
+        self.norm(&block.attention_norm, &a.hidden, &mut a.normed);
+        backend.linear(LinearArgs {
+            x: &a.normed,
+            linear: &block.qkv,
+            store: Store::Overwrite,
+            out: &mut a.qkv,
+        });
+        if !self.structure.inverse_frequencies.is_empty() {
+            backend.rotary(RotaryArgs { angles: &a.angles, heads, qkv: &mut a.qkv });
+        }
+        backend.append_kv(AppendKvArgs {
+            layer,
+            heads,
+            qkv: &a.qkv,
+            slots: &a.slots,
+            pages: &mut cache.pages,
+        });
+        let stats = backend.attend(AttendArgs {
+            layer,
+            heads,
+            qkv: &a.qkv,
+            scale: self.structure.attention_scale,
+            sequences,
+            pages: &cache.pages,
+            measure_recall,
+            out: &mut a.attended,
+        })?;
+        backend.linear(LinearArgs {
+            x: &a.attended,
+            linear: &block.attention_out,
+            store: Store::Add,
+            out: &mut a.hidden,
+        });
+        Ok(stats)
+    }
+
+    fn feed_forward(&self, a: &mut Activations<B>, layer: usize) {
+        let (backend, block) = (&self.backend, &self.blocks[layer]);
+        self.norm(&block.mlp_norm, &a.hidden, &mut a.normed);
+        backend.linear(LinearArgs {
+            x: &a.normed,
+            linear: &block.mlp_in,
+            store: Store::Overwrite,
+            out: &mut a.wide,
+        });
+        backend.activate(ActivateArgs {
+            activation: self.structure.activation,
+            gated: self.structure.gated,
+            x: &a.wide,
+            out: &mut a.activated,
+        });
+        backend.linear(LinearArgs {
+            x: &a.activated,
+            linear: &block.mlp_out,
+            store: Store::Add,
+            out: &mut a.hidden,
+        });
+    }
+
+    fn logits(&self, a: &mut Activations<B>, output: &mut StepOutput) {
+        output.vocab = self.config.vocab_size;
+        output.logits.clear();
+        if a.logit_rows.is_empty() {
+            return;
+        }
+        self.backend.gather_rows(&a.hidden, &a.logit_rows, &mut a.last);
+        self.norm(&self.final_norm, &a.last, &mut a.normed);
+        self.backend.linear(LinearArgs {
+            x: &a.normed,
+            linear: self.head.as_ref().unwrap_or(&self.token_embedding),
+            store: Store::Overwrite,
+            out: &mut a.logits,
+        });
+        self.backend.download(&a.logits, &mut output.logits);
+    }
+
+    fn norm(&self, norm: &Norm<B>, x: &B::Tensor, out: &mut B::Tensor) {
+        self.backend.norm(NormArgs {
+            kind: self.structure.norm,
+            x,
+            weight: &norm.weight,
+            bias: norm.bias.as_ref(),
+            epsilon: self.structure.norm_epsilon,
+            out,
+        });
+    }
+}

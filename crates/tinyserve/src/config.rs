@@ -1,0 +1,324 @@
+//! Settings of an engine: one name each in code, files, flags and the environment.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use tinyserve_kernels::DType;
+use tinyserve_kv::{Budget, KvFormat, SelectionPolicy};
+
+use crate::TinyServeError;
+
+/// When decode steps select pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AttentionMode {
+    /// From `sparse_min_context` tokens on (1024 unless set).
+    #[default]
+    Auto,
+    /// Never: every step reads every page.
+    Dense,
+    /// At every length, unless `sparse_min_context` is set.
+    Sparse,
+}
+
+/// Where the model runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Device {
+    /// The best device there is; today the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+}
+
+/// How keys and values are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KvCacheDtype {
+    /// As the model's weights are.
+    #[default]
+    Auto,
+    /// 32-bit float.
+    #[serde(alias = "float32")]
+    F32,
+    /// 16-bit float.
+    #[serde(alias = "float16")]
+    F16,
+    /// bfloat16.
+    #[serde(alias = "bfloat16")]
+    Bf16,
+}
+
+impl KvCacheDtype {
+    /// The format for a model whose weights are `weights`.
+    #[must_use]
+    pub fn resolve(self, weights: DType) -> KvFormat {
+        match (self, weights) {
+            (Self::F32, _) | (Self::Auto, DType::F32) => KvFormat::F32,
+            (Self::F16, _) | (Self::Auto, DType::F16) => KvFormat::F16,
+            (Self::Bf16, _) | (Self::Auto, DType::Bf16) => KvFormat::Bf16,
+        }
+    }
+}
+
+/// What a page is scored by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScorerName {
+    /// The upper bound over the page's bounding box.
+    #[default]
+    Box,
+}
+
+/// Settings of an engine.
+///
+/// The same names are keys of a JSON or TOML file, flags (`--selection-ratio`) and environment
+/// variables (`TINYSERVE_SELECTION_RATIO`) of the command. An unknown key is an error.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TinyServeConfig {
+    /// A folder in Hugging Face layout, or `builtin:stories260k`.
+    pub model: String,
+    /// Where the model runs.
+    pub device: Device,
+    /// Threads of the CPU; all that the system offers unless set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threads: Option<usize>,
+    /// Tokens of one page.
+    #[serde(alias = "block_size")]
+    pub page_size: usize,
+    /// When decode steps select pages.
+    pub attention: AttentionMode,
+    /// Share of the pages that a selecting step reads, above 0 and at most 1.
+    pub selection_ratio: f64,
+    /// Tokens that a selecting step reads, instead of a share.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_budget: Option<usize>,
+    /// What a page is scored by.
+    pub scorer: ScorerName,
+    /// First pages that are always read.
+    pub sink_pages: usize,
+    /// Last pages that are always read.
+    pub recent_pages: usize,
+    /// First layers that always read everything.
+    pub dense_layers: usize,
+    /// Contexts below this many tokens are read in full; see [`AttentionMode`] for the default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sparse_min_context: Option<usize>,
+    /// How keys and values are stored.
+    pub kv_cache_dtype: KvCacheDtype,
+    /// Most prompt tokens of one prefill step.
+    pub attention_chunk_size: usize,
+    /// Most tokens of a sequence, prompt included; unless set, the model's context, at most 8192.
+    #[serde(alias = "max_model_len", skip_serializing_if = "Option::is_none")]
+    pub max_sequence_length: Option<usize>,
+}
+
+impl Default for TinyServeConfig {
+    fn default() -> Self {
+        let policy = SelectionPolicy::default();
+        Self {
+            model: tinyserve_model::BUILTIN_MODEL.to_owned(),
+            device: Device::Auto,
+            threads: None,
+            page_size: 16,
+            attention: AttentionMode::Auto,
+            selection_ratio: 0.3,
+            token_budget: None,
+            scorer: ScorerName::Box,
+            sink_pages: policy.sink_pages,
+            recent_pages: policy.recent_pages,
+            dense_layers: policy.dense_layers,
+            sparse_min_context: None,
+            kv_cache_dtype: KvCacheDtype::Auto,
+            attention_chunk_size: 256,
+            max_sequence_length: None,
+        }
+    }
+}
+
+/// Most tokens of a sequence when neither the user nor the model asks for fewer.
+const DEFAULT_MAX_SEQUENCE_LENGTH: usize = 8192;
+
+impl TinyServeConfig {
+    /// Reads a `.json` or `.toml` file; keys that it leaves out keep their defaults.
+    ///
+    /// # Errors
+    /// When the file cannot be read, has another ending, holds an unknown key or a value of the
+    /// wrong type, or a value is out of its range.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self, TinyServeError> {
+        let path = path.as_ref();
+        let format = FileFormat::of(path)?;
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| TinyServeError::ConfigIo { path: path.into(), source })?;
+        let config: Self = match format {
+            FileFormat::Json => serde_json::from_str(&text).map_err(|e| e.to_string()),
+            FileFormat::Toml => toml::from_str(&text).map_err(|e| one_line(&e)),
+        }
+        .map_err(|message| TinyServeError::ConfigFormat { path: path.into(), message })?;
+        config.check().map_err(|error| TinyServeError::ConfigFormat {
+            path: path.into(),
+            message: error.to_string(),
+        })?;
+        Ok(config)
+    }
+
+    /// Writes a `.json` or `.toml` file.
+    ///
+    /// # Errors
+    /// When the file cannot be written or has another ending.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<(), TinyServeError> {
+        let path = path.as_ref();
+        let text = match FileFormat::of(path)? {
+            FileFormat::Json => serde_json::to_string_pretty(self).map_err(|e| e.to_string()),
+            FileFormat::Toml => toml::to_string_pretty(self).map_err(|e| e.to_string()),
+        }
+        .map_err(|message| TinyServeError::ConfigFormat { path: path.into(), message })?;
+        std::fs::write(path, text + "\n")
+            .map_err(|source| TinyServeError::ConfigIo { path: path.into(), source })
+    }
+
+    /// Checks every value that can be checked without a model.
+    ///
+    /// # Errors
+    /// [`TinyServeError::Setting`], naming the first field that is out of its range.
+    pub fn check(&self) -> Result<(), TinyServeError> {
+        let at_least_one = [
+            ("page_size", Some(self.page_size)),
+            ("attention_chunk_size", Some(self.attention_chunk_size)),
+            ("threads", self.threads),
+            ("max_sequence_length", self.max_sequence_length),
+        ];
+        for (field, value) in at_least_one {
+            if value == Some(0) {
+                return Err(TinyServeError::Setting {
+                    field,
+                    found: "0".to_owned(),
+                    expected: "at least 1".to_owned(),
+                });
+            }
+        }
+        Ok(self.selection_policy().check()?)
+    }
+
+    /// The policy that these settings describe.
+    #[must_use]
+    pub fn selection_policy(&self) -> SelectionPolicy {
+        let min_context = match self.attention {
+            AttentionMode::Sparse => 0,
+            AttentionMode::Auto | AttentionMode::Dense => SelectionPolicy::default().min_context,
+        };
+        SelectionPolicy {
+            budget: self.token_budget.map_or(Budget::Ratio(self.selection_ratio), Budget::Tokens),
+            sink_pages: self.sink_pages,
+            recent_pages: self.recent_pages,
+            dense_layers: self.dense_layers,
+            min_context: self.sparse_min_context.unwrap_or(min_context),
+            ..SelectionPolicy::default()
+        }
+    }
+
+    /// Most tokens of a sequence of a model whose own limit is `context`.
+    ///
+    /// # Errors
+    /// When `max_sequence_length` is set beyond the model's context.
+    pub fn sequence_limit(&self, context: usize) -> Result<usize, TinyServeError> {
+        match self.max_sequence_length {
+            Some(limit) if limit > context => Err(TinyServeError::Setting {
+                field: "max_sequence_length",
+                found: limit.to_string(),
+                expected: format!("at most {context}, the context that the model was made for"),
+            }),
+            Some(limit) => Ok(limit),
+            None => Ok(context.min(DEFAULT_MAX_SEQUENCE_LENGTH)),
+        }
+    }
+}
+
+enum FileFormat {
+    Json,
+    Toml,
+}
+
+impl FileFormat {
+    fn of(path: &Path) -> Result<Self, TinyServeError> {
+        match path.extension().and_then(|extension| extension.to_str()) {
+            Some("json") => Ok(Self::Json),
+            Some("toml") => Ok(Self::Toml),
+            _ => Err(TinyServeError::ConfigFormat {
+                path: path.into(),
+                message: "a configuration file ends in .json or .toml".to_owned(),
+            }),
+        }
+    }
+}
+
+/// A TOML error without the excerpt that it draws under its sentence.
+fn one_line(error: &toml::de::Error) -> String {
+    error.message().replace('\n', " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_round_trip_and_leave_defaults_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = TinyServeConfig {
+            page_size: 32,
+            token_budget: Some(512),
+            attention: AttentionMode::Sparse,
+            kv_cache_dtype: KvCacheDtype::Bf16,
+            ..TinyServeConfig::default()
+        };
+        for name in ["c.json", "c.toml"] {
+            let path = dir.path().join(name);
+            config.save(&path).unwrap();
+            assert_eq!(TinyServeConfig::load(&path).unwrap(), config);
+        }
+        let path = dir.path().join("partial.toml");
+        std::fs::write(&path, "block_size = 8\nmax_model_len = 100\n").unwrap();
+        let loaded = TinyServeConfig::load(&path).unwrap();
+        assert_eq!((loaded.page_size, loaded.max_sequence_length), (8, Some(100)));
+        assert_eq!(loaded.selection_ratio, 0.3);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let cases = [
+            ("a.toml", "pages = 3", "pages"),
+            ("b.json", r#"{"selection_ratio": 0}"#, "selection_ratio is 0"),
+            ("c.json", r#"{"selection_ratio": 1.5}"#, "selection_ratio is 1.5"),
+            ("d.toml", "page_size = 0", "page_size is 0"),
+            ("e.toml", "num_gpus = 2", "num_gpus"),
+            ("f.toml", "kv_cache_dtype = \"int3\"", "int3"),
+            ("g.json", "{", "EOF"),
+            ("h.yaml", "", ".json or .toml"),
+        ];
+        for (name, text, expected) in cases {
+            let path = dir.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            let message = TinyServeConfig::load(&path).unwrap_err().to_string();
+            assert!(message.contains(expected) && message.contains(name), "{message}");
+            assert!(!message.contains('\n'), "{message}");
+        }
+        let missing = TinyServeConfig::load(dir.path().join("none.toml")).unwrap_err();
+        assert!(missing.to_string().contains("none.toml"));
+    }
+
+    #[test]
+    fn the_mode_decides_the_minimum_context() {
+        let of = |attention, sparse_min_context| {
+            TinyServeConfig { attention, sparse_min_context, ..TinyServeConfig::default() }
+                .selection_policy()
+                .min_context
+        };
+        assert_eq!(of(AttentionMode::Auto, None), 1024);
+        assert_eq!(of(AttentionMode::Sparse, None), 0);
+        assert_eq!(of(AttentionMode::Sparse, Some(64)), 64);
+        assert_eq!(of(AttentionMode::Auto, Some(64)), 64);
+    }
+}

@@ -1,0 +1,228 @@
+//! What goes into an engine and what comes out.
+
+use serde::Serialize;
+use tinyserve_model::{FinishReason, SamplingParams};
+
+/// A prompt as text or as token ids.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Prompt {
+    /// Text, tokenised with the model's special tokens.
+    Text(String),
+    /// Token ids, taken as they are.
+    Tokens(Vec<u32>),
+}
+
+impl From<&str> for Prompt {
+    fn from(text: &str) -> Self {
+        Self::Text(text.to_owned())
+    }
+}
+
+impl From<String> for Prompt {
+    fn from(text: String) -> Self {
+        Self::Text(text)
+    }
+}
+
+impl From<Vec<u32>> for Prompt {
+    fn from(tokens: Vec<u32>) -> Self {
+        Self::Tokens(tokens)
+    }
+}
+
+/// One request.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TinyServeRequest {
+    /// What to continue.
+    pub prompt: Prompt,
+    /// Most tokens to generate.
+    pub max_tokens: usize,
+    /// How tokens are drawn.
+    pub sampling: SamplingParams,
+    /// Texts that end the generation; they are not part of the result.
+    pub stop: Vec<String>,
+    /// Whether to go on after an end-of-sequence token.
+    pub ignore_eos: bool,
+    /// The caller's name for the request; one is made up when it is empty.
+    pub request_id: String,
+}
+
+impl TinyServeRequest {
+    /// A request with the default settings: 512 tokens, temperature 0.7, top-p 0.9.
+    #[must_use]
+    pub fn new(prompt: impl Into<Prompt>) -> Self {
+        Self {
+            prompt: prompt.into(),
+            max_tokens: 512,
+            sampling: SamplingParams::default(),
+            stop: Vec::new(),
+            ignore_eos: false,
+            request_id: String::new(),
+        }
+    }
+
+    /// Sets the most tokens to generate.
+    #[must_use]
+    pub fn max_tokens(mut self, max_tokens: usize) -> Self {
+        self.max_tokens = max_tokens;
+        self
+    }
+
+    /// Sets the temperature; 0 takes the most likely token.
+    #[must_use]
+    pub fn temperature(mut self, temperature: f32) -> Self {
+        self.sampling.temperature = temperature;
+        self
+    }
+
+    /// Sets the probability mass that is drawn from.
+    #[must_use]
+    pub fn top_p(mut self, top_p: f32) -> Self {
+        self.sampling.top_p = top_p;
+        self
+    }
+
+    /// Sets the seed of the draws.
+    #[must_use]
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.sampling.seed = Some(seed);
+        self
+    }
+
+    /// Adds a text that ends the generation.
+    #[must_use]
+    pub fn stop(mut self, stop: impl Into<String>) -> Self {
+        self.stop.push(stop.into());
+        self
+    }
+
+    /// Goes on after an end-of-sequence token, or does not.
+    #[must_use]
+    pub fn ignore_eos(mut self, ignore_eos: bool) -> Self {
+        self.ignore_eos = ignore_eos;
+        self
+    }
+
+    /// Names the request.
+    #[must_use]
+    pub fn request_id(mut self, request_id: impl Into<String>) -> Self {
+        self.request_id = request_id.into();
+        self
+    }
+}
+
+/// What happens while a request runs.
+#[derive(Debug, Clone, PartialEq)]
+pub enum StreamEvent {
+    /// Part of the prompt is in the cache.
+    Prefill {
+        /// Prompt tokens in the cache.
+        done: usize,
+        /// Prompt tokens.
+        total: usize,
+    },
+    /// A token was drawn. Its text may be empty while a character or a stop text is incomplete.
+    Token {
+        /// The token.
+        id: u32,
+        /// Natural logarithm of its probability.
+        logprob: f32,
+        /// Text that is new with it.
+        text: String,
+    },
+    /// Text that was held back until the end.
+    Rest {
+        /// The text.
+        text: String,
+    },
+}
+
+/// How long the parts of a request took.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+pub struct Timings {
+    /// Milliseconds to compute the prompt.
+    pub prefill_ms: f64,
+    /// Prompt tokens per second.
+    pub prefill_tok_s: f64,
+    /// Milliseconds to the first token.
+    pub ttft_ms: f64,
+    /// Milliseconds of the decode steps.
+    pub decode_ms: f64,
+    /// Tokens per second of the decode steps, the first token excluded; null without a step.
+    pub decode_tok_s: Option<f64>,
+}
+
+/// What a request held and read in the cache.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+pub struct KvUsage {
+    /// Pages that it held at its end.
+    pub pages: usize,
+    /// Bytes of those pages, boxes included.
+    pub bytes_resident: usize,
+    /// Bytes that its decode steps read.
+    pub bytes_read: u64,
+    /// Bytes that dense decode steps would have read.
+    pub bytes_dense: u64,
+    /// The former over the latter; null without a decode step.
+    pub bytes_read_ratio: Option<f64>,
+    /// Share of the dense attention mass that the selected pages held, measured on sampled steps;
+    /// null when no step selected.
+    pub recall: Option<f64>,
+}
+
+/// A finished request.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TinyServeResponse {
+    /// The request's name.
+    pub request_id: String,
+    /// The new text, without the prompt.
+    pub generated_text: String,
+    /// The new tokens; an end-of-sequence token is the last of them when it ended the text.
+    pub tokens: Vec<u32>,
+    /// Natural logarithm of each token's probability.
+    pub logprobs: Vec<f32>,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// Milliseconds from submission to the last token.
+    pub latency_ms: f64,
+    /// Weights and the request's pages, in units of 10⁹ bytes.
+    pub memory_usage_gb: f64,
+    /// Measured recall of the selected pages; 1 when every step read every page.
+    pub kv_cache_hit_rate: f64,
+    /// How long its parts took.
+    pub timings: Timings,
+    /// What it held and read in the cache.
+    pub kv: KvUsage,
+}
+
+/// Totals over the requests that an engine has finished.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+pub struct Stats {
+    /// Finished requests.
+    pub total_requests: u64,
+    /// Generated tokens.
+    pub total_tokens: u64,
+    /// Mean latency, milliseconds.
+    pub avg_latency_ms: f64,
+    /// Mean memory, 10⁹ bytes.
+    pub avg_memory_gb: f64,
+    /// Mean measured recall of the selected pages; 1 when every step read every page.
+    pub kv_hit_rate: f64,
+}
+
+impl Stats {
+    pub(crate) fn add(&mut self, response: &TinyServeResponse) {
+        self.total_requests += 1;
+        self.total_tokens += response.tokens.len() as u64;
+        let n = self.total_requests as f64;
+        for (mean, value) in [
+            (&mut self.avg_latency_ms, response.latency_ms),
+            (&mut self.avg_memory_gb, response.memory_usage_gb),
+            (&mut self.kv_hit_rate, response.kv_cache_hit_rate),
+        ] {
+            *mean += (value - *mean) / n;
+        }
+    }
+}
