@@ -228,7 +228,7 @@ impl<B: Backend> Generator<B> {
         outcome.prefill = start.elapsed();
         let decode_start = Instant::now();
         while reason.is_none() {
-            let logits = self.output.logits(0).next_back();
+            let logits = self.output.logits(0).last();
             let logits = logits.ok_or(ModelError::EmptyPrompt)?;
             let token = sampler.sample(logits, &history)?;
             if outcome.tokens.is_empty() {

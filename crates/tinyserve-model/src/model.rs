@@ -85,9 +85,7 @@ impl<B: Backend> Model<B> {
         }
         let final_norm = weights.norm(names.final_norm)?;
         let head = (!config.tie_word_embeddings)
-            .then(|| {
-                weights.linear(MatrixLayout::OutIn, hidden, &[("lm_head", vocab, false)])
-            })
+            .then(|| weights.linear(MatrixLayout::OutIn, hidden, &[("lm_head", vocab, false)]))
             .transpose()?;
         progress(config.layers, config.layers);
         let structure = Structure::of(&config);
@@ -169,11 +167,9 @@ struct Names {
 impl Names {
     fn of(architecture: Architecture) -> Self {
         match architecture {
-            Architecture::Gpt2 => Self {
-                token_embedding: "wte",
-                position_embedding: Some("wpe"),
-                final_norm: "ln_f",
-            },
+            Architecture::Gpt2 => {
+                Self { token_embedding: "wte", position_embedding: Some("wpe"), final_norm: "ln_f" }
+            }
             Architecture::Llama => Self {
                 token_embedding: "embed_tokens",
                 position_embedding: None,

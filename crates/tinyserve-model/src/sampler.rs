@@ -147,7 +147,8 @@ impl Sampler {
             return most_likely(&self.candidates);
         }
         let candidates = &mut self.candidates;
-        let by_likelihood = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+        let by_likelihood =
+            |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
         if params.top_k > 0 && params.top_k < candidates.len() {
             candidates.select_nth_unstable_by(params.top_k - 1, by_likelihood);
             candidates.truncate(params.top_k);
@@ -289,7 +290,8 @@ mod tests {
     #[test]
     fn a_seed_repeats_and_no_seed_does_not() {
         let draw = |seed| {
-            let params = SamplingParams { temperature: 5.0, top_p: 1.0, seed, ..Default::default() };
+            let params =
+                SamplingParams { temperature: 5.0, top_p: 1.0, seed, ..Default::default() };
             let mut sampler = Sampler::new(params).unwrap();
             (0..64).map(|_| sampler.sample(&LOGITS, &[]).unwrap().id).collect::<Vec<_>>()
         };
@@ -307,7 +309,10 @@ mod tests {
             ("top_p", SamplingParams { top_p: 0.0, ..Default::default() }),
             ("top_p", SamplingParams { top_p: 1.5, ..Default::default() }),
             ("min_p", SamplingParams { min_p: -0.1, ..Default::default() }),
-            ("repetition_penalty", SamplingParams { repetition_penalty: 0.0, ..Default::default() }),
+            (
+                "repetition_penalty",
+                SamplingParams { repetition_penalty: 0.0, ..Default::default() },
+            ),
         ];
         for (name, params) in bad {
             let message = params.check().unwrap_err().to_string();

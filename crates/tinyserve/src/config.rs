@@ -62,6 +62,17 @@ impl KvCacheDtype {
     }
 }
 
+/// What the frequencies of the rotary embedding are rounded to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RopeFrequencyDtype {
+    /// f32, as models are trained.
+    #[default]
+    F32,
+    /// The element type of the weights, as casting a whole transformers model leaves them.
+    Weights,
+}
+
 /// What a page is scored by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -108,6 +119,8 @@ pub struct TinyServeConfig {
     pub sparse_min_context: Option<usize>,
     /// How keys and values are stored.
     pub kv_cache_dtype: KvCacheDtype,
+    /// What the frequencies of the rotary embedding are rounded to.
+    pub rope_frequency_dtype: RopeFrequencyDtype,
     /// Most prompt tokens of one prefill step.
     pub attention_chunk_size: usize,
     /// Most tokens of a sequence, prompt included; unless set, the model's context, at most 8192.
@@ -132,6 +145,7 @@ impl Default for TinyServeConfig {
             dense_layers: policy.dense_layers,
             sparse_min_context: None,
             kv_cache_dtype: KvCacheDtype::Auto,
+            rope_frequency_dtype: RopeFrequencyDtype::F32,
             attention_chunk_size: 256,
             max_sequence_length: None,
         }

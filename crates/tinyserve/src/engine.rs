@@ -13,8 +13,8 @@ use tinyserve_model::{
 };
 
 use crate::{
-    AttentionMode, KvUsage, Prompt, Stats, StreamEvent, Timings, TinyServeConfig, TinyServeError,
-    TinyServeRequest, TinyServeResponse,
+    AttentionMode, KvUsage, Prompt, RopeFrequencyDtype, Stats, StreamEvent, Timings,
+    TinyServeConfig, TinyServeError, TinyServeRequest, TinyServeResponse,
 };
 
 /// Decode steps between two measurements of recall.
@@ -163,7 +163,10 @@ impl TinyServeBuilder {
         let config = self.config;
         config.check()?;
         let backend = Cpu::new(CpuOptions { threads: config.threads, ..self.cpu })?;
-        let checkpoint = Checkpoint::load(&config.model)?;
+        let mut checkpoint = Checkpoint::load(&config.model)?;
+        if config.rope_frequency_dtype == RopeFrequencyDtype::Weights {
+            checkpoint.round_rope_frequencies();
+        }
         let max_sequence_length = config.sequence_limit(checkpoint.config().max_positions)?;
         let format = config.kv_cache_dtype.resolve(checkpoint.dtype());
         let layout = checkpoint.config().kv_layout(config.page_size, format)?;

@@ -6,7 +6,9 @@ mod engine;
 mod error;
 mod request;
 
-pub use config::{AttentionMode, Device, KvCacheDtype, ScorerName, TinyServeConfig};
+pub use config::{
+    AttentionMode, Device, KvCacheDtype, RopeFrequencyDtype, ScorerName, TinyServeConfig,
+};
 pub use engine::{TinyServe, TinyServeBuilder};
 pub use error::TinyServeError;
 pub use request::{

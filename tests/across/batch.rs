@@ -1,0 +1,124 @@
+//! Invariant 5: a batch, a chunking or a fork gives each sequence what it gets alone.
+
+use proptest::prelude::*;
+use tinyserve_kernels::{Attention, Cpu};
+use tinyserve_kv::{Budget, KvFormat, SelectionPolicy};
+use tinyserve_model::{Checkpoint, LogitRows};
+use tinyserve_tests::{Runner, assert_close, cpu, golden};
+
+fn runner(format: KvFormat, page_size: usize) -> Runner<Cpu> {
+    let checkpoint = golden("llama-gqa");
+    Runner::new(cpu(), &checkpoint, (page_size, format, 2048_usize.div_ceil(page_size)))
+}
+
+fn tokens(length: std::ops::Range<usize>) -> impl Strategy<Value = Vec<u32>> {
+    prop::collection::vec(3..512_u32, length)
+}
+
+fn format() -> impl Strategy<Value = KvFormat> {
+    prop::sample::select(KvFormat::ALL.to_vec())
+}
+
+/// Logits are bit for bit the same, so no tolerance.
+fn last_row(runner: &mut Runner<Cpu>, tokens: &[u32], chunk: usize) -> Vec<f32> {
+    runner.all_logits(tokens, chunk).pop().unwrap()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    #[test]
+    fn chunks_do_not_change_logits(
+        tokens in tokens(1..60), chunk in 1..40_usize,
+        format in format(), page_size in prop::sample::select(vec![1, 3, 4, 16, 64]),
+    ) {
+        let mut runner = runner(format, page_size);
+        let whole = runner.all_logits(&tokens, usize::MAX);
+        let parts = runner.all_logits(&tokens, chunk);
+        prop_assert_eq!(whole, parts);
+    }
+
+    #[test]
+    fn a_batch_gives_each_sequence_what_it_gets_alone(
+        prompts in prop::collection::vec(tokens(1..30), 1..5),
+        format in format(), page_size in prop::sample::select(vec![1, 3, 16]),
+    ) {
+        let mut runner = runner(format, page_size);
+        let alone: Vec<_> =
+            prompts.iter().map(|p| last_row(&mut runner, p, usize::MAX)).collect();
+        let mut sequences: Vec<_> =
+            prompts.iter().map(|p| runner.sequence(p, LogitRows::Last)).collect();
+        let mut all: Vec<_> = sequences.iter_mut().collect();
+        runner.step(&mut all, Attention::Dense);
+        for (i, alone) in alone.iter().enumerate() {
+            prop_assert_eq!(runner.output.logits(i).next().unwrap(), alone.as_slice());
+        }
+    }
+
+    #[test]
+    fn forks_share_pages_and_then_go_their_own_ways(
+        prefix in tokens(1..40), one in tokens(1..20), other in tokens(1..20),
+        page_size in prop::sample::select(vec![1, 4, 16]),
+    ) {
+        let mut runner = runner(KvFormat::F32, page_size);
+        let joined = |tail: &[u32]| prefix.iter().chain(tail).copied().collect::<Vec<_>>();
+        let alone =
+            [joined(&one), joined(&other)].map(|p| last_row(&mut runner, &p, usize::MAX));
+        let mut first = runner.sequence(&prefix, LogitRows::None);
+        runner.step(&mut [&mut first], Attention::Dense);
+        let mut second = runner.sequence(&other, LogitRows::Last);
+        second.table = runner.cache.fork(&first.table);
+        (first.next, first.logits) = (one, LogitRows::Last);
+        runner.step(&mut [&mut first, &mut second], Attention::Dense);
+        for (i, alone) in alone.iter().enumerate() {
+            prop_assert_eq!(runner.output.logits(i).next().unwrap(), alone.as_slice());
+        }
+        runner.cache.release(first.table);
+        runner.cache.release(second.table);
+        prop_assert_eq!(runner.cache.pool().used_pages(), 0);
+    }
+
+    #[test]
+    fn a_budget_that_covers_every_page_is_dense_bit_for_bit(
+        tokens in tokens(2..80), page_size in prop::sample::select(vec![1, 4, 16]),
+        format in format(),
+    ) {
+        let mut runner = runner(format, page_size);
+        let full = SelectionPolicy {
+            budget: Budget::Ratio(1.0), dense_layers: 0, min_context: 0,
+            ..SelectionPolicy::default()
+        };
+        let short = SelectionPolicy { min_context: 1000, ..full };
+        let mut rows = Vec::new();
+        for attention in [Attention::Dense, Attention::Policy(&full), Attention::Policy(&short)] {
+            let mut sequence = runner.sequence(&tokens[..tokens.len() - 1], LogitRows::None);
+            runner.step(&mut [&mut sequence], Attention::Dense);
+            (sequence.next, sequence.logits) = (tokens[tokens.len() - 1..].to_vec(), LogitRows::Last);
+            runner.step(&mut [&mut sequence], attention);
+            rows.push(runner.output.logits(0).next().unwrap().to_vec());
+            runner.cache.release(sequence.table);
+        }
+        prop_assert_eq!(&rows[0], &rows[1]);
+        prop_assert_eq!(&rows[0], &rows[2]);
+    }
+}
+
+/// The scalar reference and the vector paths are the same model.
+#[test]
+fn every_instruction_set_computes_the_same_logits() {
+    use tinyserve_kernels::{CpuOptions, CpuPath};
+    for name in tinyserve_tests::GOLDEN {
+        let checkpoint = golden(name);
+        let rows = |checkpoint: &Checkpoint, path| {
+            let backend = Cpu::new(CpuOptions { threads: Some(2), path: Some(path) }).unwrap();
+            let mut runner = Runner::new(backend, checkpoint, (16, KvFormat::F32, 16));
+            runner.all_logits(&(3..100).collect::<Vec<_>>(), 31)
+        };
+        let expected = rows(&checkpoint, CpuPath::Scalar);
+        for path in CpuPath::ALL.into_iter().filter(|path| path.is_available()) {
+            for (found, expected) in rows(&checkpoint, path).iter().zip(&expected) {
+                assert_close(&format!("{name} {path}"), found, expected, 2e-5);
+            }
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! Pretrained models against oracles that nobody here wrote.
+
+use serde::Deserialize;
+use tinyserve::{Prompt, TinyServe, TinyServeRequest};
+use tinyserve_kernels::Attention;
+use tinyserve_kv::KvFormat;
+use tinyserve_model::{Checkpoint, logprob};
+use tinyserve_tests::{Runner, assert_close, cpu, data, json};
+
+#[derive(Deserialize)]
+struct Oracle {
+    cases: Vec<Case>,
+}
+
+#[derive(Deserialize)]
+struct Case {
+    prompt: String,
+    prompt_ids: Vec<u32>,
+    greedy_ids: Vec<u32>,
+    text: String,
+    min_top1_top2_margin: f32,
+    mean_nll_of_sequence: f64,
+    logits_last: Vec<f32>,
+}
+
+fn check(name: &str, checkpoint: &Checkpoint) {
+    let oracle: Oracle = json(&format!("data/models/{name}/golden.json"));
+    let tokenizer = checkpoint.tokenizer().unwrap();
+    let mut runner = Runner::new(cpu(), checkpoint, (16, KvFormat::F32, 64));
+    for (i, case) in oracle.cases.iter().enumerate() {
+        let what = format!("{name} case {i}");
+        if !case.prompt.is_empty() {
+            assert_eq!(tokenizer.encode(&case.prompt, true).unwrap(), case.prompt_ids, "{what}");
+        }
+        assert!(case.min_top1_top2_margin > 1e-3, "{what}: no margin to compare by");
+        let n = case.greedy_ids.len();
+        let greedy = runner.greedy(&case.prompt_ids, n, Attention::Dense);
+        assert_eq!(greedy, case.greedy_ids, "{what}");
+        let sequence: Vec<u32> = case.prompt_ids.iter().chain(&greedy).copied().collect();
+        assert_eq!(tokenizer.decode(&sequence, true).unwrap(), case.text, "{what}");
+        let rows = runner.all_logits(&sequence, 64);
+        assert_close(&what, rows.last().unwrap(), &case.logits_last, 1e-4);
+        let nll: f64 =
+            rows.iter().zip(&sequence[1..]).map(|(row, &id)| -f64::from(logprob(row, id))).sum();
+        let nll = nll / (sequence.len() - 1) as f64;
+        assert!((nll - case.mean_nll_of_sequence).abs() < 1e-4, "{what}: {nll}");
+    }
+}
+
+#[test]
+fn stories260k_is_its_oracle() {
+    check("stories260k", &Checkpoint::builtin().unwrap());
+}
+
+#[test]
+fn slm4096_with_the_exact_gelu_is_its_oracle() {
+    check("slm4096-gpt2", &Checkpoint::open(&data("data/models/slm4096-gpt2")).unwrap());
+}
+
+/// The text that karpathy/llama2.c's own test pins for this model, byte for byte, through the
+/// facade.
+#[test]
+fn two_hundred_greedy_tokens_are_karpathys() {
+    let expected =
+        std::fs::read_to_string(data("data/models/stories260k/karpathy_expected_stdout.txt"))
+            .unwrap();
+    for page_size in [1, 16, 64] {
+        let engine = TinyServe::builder().page_size(page_size).build().unwrap();
+        let request = TinyServeRequest::new(Prompt::Tokens(vec![1]))
+            .max_tokens(200)
+            .temperature(0.0)
+            .ignore_eos(true);
+        let response = engine.serve(request).unwrap();
+        assert_eq!(response.tokens.len(), 200);
+        assert_eq!(response.generated_text.trim_end(), expected.trim_end());
+    }
+}

@@ -1,0 +1,6 @@
+//! Tests that need more than one crate, in one binary.
+
+mod activations;
+mod batch;
+mod embedded;
+mod golden;
