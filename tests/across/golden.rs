@@ -2,9 +2,10 @@
 
 use tinyserve_kernels::Attention;
 use tinyserve_kv::KvFormat;
-use tinyserve_model::{LogitRows, logprob};
+use tinyserve_model::{Checkpoint, LogitRows, logprob};
 use tinyserve_tests::{
     GOLDEN, GoldenCase, Runner, Sequence, argmax, assert_close, cpu, golden, golden_cases,
+    golden_from_pretrained,
 };
 
 /// Of the largest logit; the reference computes in f32 too.
@@ -35,32 +36,44 @@ fn token_ids_are_equal() {
     }
 }
 
+/// Checks every case alone; returns how many had margins to compare greedy tokens by.
+fn check_alone(name: &str, checkpoint: &Checkpoint, cases: &[GoldenCase]) -> usize {
+    let mut compared = 0;
+    for page_size in [1, 4, 16, 64] {
+        let pages = 1024_usize.div_ceil(page_size);
+        let mut runner = Runner::new(cpu(), checkpoint, (page_size, KvFormat::F32, pages));
+        for (i, case) in cases.iter().enumerate() {
+            for chunk in [usize::MAX, 7] {
+                let what = format!("{name} case {i} page {page_size} chunk {chunk}");
+                let rows = runner.all_logits(&case.ids, chunk);
+                assert_close(&what, rows.last().unwrap(), &case.last_logits, TOLERANCE);
+                let nll = nll_mean(&rows, &case.ids);
+                assert!((nll - case.nll_mean).abs() <= 1e-4, "{what}: {nll} {}", case.nll_mean);
+            }
+            if margin_allows(case) {
+                let greedy = runner.greedy(&case.ids, case.greedy.len(), Attention::Dense);
+                assert_eq!(greedy, case.greedy, "{name} case {i} page {page_size}");
+                compared += 1;
+            }
+        }
+        assert_eq!(runner.cache.pool().used_pages(), 0, "every page came back");
+    }
+    compared
+}
+
 #[test]
 fn logits_tokens_and_likelihoods_are_equal_alone() {
-    let mut compared = 0;
-    for name in GOLDEN {
-        let (checkpoint, cases) = (golden(name), golden_cases(name));
-        for page_size in [1, 4, 16, 64] {
-            let pages = 1024_usize.div_ceil(page_size);
-            let mut runner = Runner::new(cpu(), &checkpoint, (page_size, KvFormat::F32, pages));
-            for (i, case) in cases.iter().enumerate() {
-                for chunk in [usize::MAX, 7] {
-                    let what = format!("{name} case {i} page {page_size} chunk {chunk}");
-                    let rows = runner.all_logits(&case.ids, chunk);
-                    assert_close(&what, rows.last().unwrap(), &case.last_logits, TOLERANCE);
-                    let nll = nll_mean(&rows, &case.ids);
-                    assert!((nll - case.nll_mean).abs() <= 1e-4, "{what}: {nll} {}", case.nll_mean);
-                }
-                if margin_allows(case) {
-                    let greedy = runner.greedy(&case.ids, case.greedy.len(), Attention::Dense);
-                    assert_eq!(greedy, case.greedy, "{name} case {i} page {page_size}");
-                    compared += 1;
-                }
-            }
-            assert_eq!(runner.cache.pool().used_pages(), 0, "every page came back");
-        }
-    }
+    let compared: usize =
+        GOLDEN.iter().map(|name| check_alone(name, &golden(name), &golden_cases(name))).sum();
     assert!(compared >= 4 * 15, "only {compared} of 80 had margins to compare greedy tokens");
+}
+
+#[test]
+fn half_precision_checkpoints_are_what_from_pretrained_makes_of_them() {
+    for name in ["llama-tied-rope-scaled-bf16", "llama-sharded-f16"] {
+        let (checkpoint, cases) = golden_from_pretrained(name);
+        assert!(check_alone(name, &checkpoint, &cases) >= 4 * 2, "{name}: too few margins");
+    }
 }
 
 /// All cases of a checkpoint at once: prompts in chunks of different sizes, so that some decode

@@ -67,6 +67,18 @@ pub fn golden_cases(name: &str) -> Vec<GoldenCase> {
     json::<Golden>(&format!("golden/{name}/expected.json")).cases
 }
 
+/// A golden checkpoint that stores half precision as it is opened by default, with the cases that
+/// `from_pretrained(dtype=torch.float32)` gives: its rotary frequencies are f32.
+///
+/// # Panics
+/// When it cannot be opened.
+#[must_use]
+pub fn golden_from_pretrained(name: &str) -> (Checkpoint, Vec<GoldenCase>) {
+    let checkpoint = Checkpoint::open(&data(&format!("golden/{name}")));
+    let cases = json::<Golden>(&format!("golden/{name}/from_pretrained.json")).cases;
+    (checkpoint.unwrap_or_else(|e| panic!("{name}: {e}")), cases)
+}
+
 /// A golden checkpoint.
 ///
 /// The reference was cast to the type of its weights and back before it computed, which left its
