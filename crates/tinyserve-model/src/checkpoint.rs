@@ -8,7 +8,7 @@ use tinyserve_kernels::{DType, HostTensor};
 use crate::files::Files;
 use crate::json::Fields;
 use crate::weights::{Stored, WeightFiles};
-use crate::{Architecture, BUILTIN_MODEL, ModelConfig, ModelError, Tokenizer};
+use crate::{Architecture, ModelConfig, ModelError, Tokenizer};
 
 const HEAD: &str = "lm_head.weight";
 
@@ -48,15 +48,7 @@ impl Checkpoint {
     /// # Errors
     /// As [`Self::open`]; also when there is no built-in model of that name.
     pub fn load(model: &str) -> Result<Self, ModelError> {
-        match model {
-            BUILTIN_MODEL => Self::builtin(),
-            name if name.starts_with("builtin:") => Err(ModelError::Setting {
-                name: "model",
-                found: name.to_owned(),
-                expected: format!("a folder or {BUILTIN_MODEL}"),
-            }),
-            folder => Self::open(Path::new(folder)),
-        }
+        Self::from_files(Files::locate(model)?)
     }
 
     /// Opens the folder of a checkpoint.

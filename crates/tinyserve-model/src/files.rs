@@ -19,6 +19,19 @@ pub(crate) enum Files {
 }
 
 impl Files {
+    /// The files of `model`: a folder, or the name of a built-in model.
+    pub(crate) fn locate(model: &str) -> Result<Self, ModelError> {
+        match model {
+            BUILTIN_MODEL => Ok(Self::Builtin),
+            name if name.starts_with("builtin:") => Err(ModelError::Setting {
+                name: "model",
+                found: name.to_owned(),
+                expected: format!("a folder or {BUILTIN_MODEL}"),
+            }),
+            folder => Self::folder(Path::new(folder)),
+        }
+    }
+
     /// The files in `folder`.
     pub(crate) fn folder(folder: &Path) -> Result<Self, ModelError> {
         let expected = format!(

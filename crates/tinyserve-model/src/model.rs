@@ -35,7 +35,6 @@ pub(crate) struct Structure {
     pub(crate) norm_epsilon: f32,
     pub(crate) activation: Activation,
     pub(crate) gated: bool,
-    pub(crate) intermediate: usize,
     pub(crate) attention_scale: f32,
     /// Empty when positions are learned.
     pub(crate) inverse_frequencies: Vec<f32>,
@@ -146,7 +145,6 @@ impl Structure {
             norm_epsilon: config.norm_epsilon,
             activation: config.activation,
             gated,
-            intermediate: config.intermediate_size,
             attention_scale: (config.head_dim as f32).sqrt().recip(),
             inverse_frequencies: config
                 .rope

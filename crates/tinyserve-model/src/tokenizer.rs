@@ -24,6 +24,16 @@ struct Inner {
 }
 
 impl Tokenizer {
+    /// The tokenizer of `model`: a folder, whose other files are not looked at, or the name of a
+    /// built-in model.
+    ///
+    /// # Errors
+    /// When there is no such folder or built-in model, and [`ModelError::NoTokenizer`] when it has
+    /// no tokenizer or one that cannot be used.
+    pub fn load(model: &str) -> Result<Self, ModelError> {
+        Self::from_files(&Files::locate(model)?)
+    }
+
     /// Reads `tokenizer.json`, or else `vocab.json` and `merges.txt`.
     pub(crate) fn from_files(files: &Files) -> Result<Self, ModelError> {
         if let Some(json) = files.read("tokenizer.json")? {

@@ -40,6 +40,7 @@ pub struct TinyServe {
     max_sequence_length: usize,
     weight_bytes: usize,
     load: Duration,
+    backend_name: String,
     state: Mutex<State>,
 }
 
@@ -163,6 +164,7 @@ impl TinyServeBuilder {
         let config = self.config;
         config.check()?;
         let backend = Cpu::new(CpuOptions { threads: config.threads, ..self.cpu })?;
+        let backend_name = format!("CPU, {}, {} threads", backend.path(), backend.threads());
         let mut checkpoint = Checkpoint::load(&config.model)?;
         if config.rope_frequency_dtype == RopeFrequencyDtype::Weights {
             checkpoint.round_rope_frequencies();
@@ -188,6 +190,7 @@ impl TinyServeBuilder {
             max_sequence_length,
             weight_bytes,
             load: start.elapsed(),
+            backend_name,
             state: Mutex::new(State {
                 generator: Generator::new(model, cache),
                 stats: Stats::default(),
@@ -221,6 +224,12 @@ impl TinyServe {
     #[must_use]
     pub fn max_sequence_length(&self) -> usize {
         self.max_sequence_length
+    }
+
+    /// What the model runs on, in words.
+    #[must_use]
+    pub fn backend_name(&self) -> &str {
+        &self.backend_name
     }
 
     /// How long loading took.

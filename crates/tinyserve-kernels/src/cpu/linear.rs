@@ -63,8 +63,13 @@ pub(super) fn linear(
         }
         return;
     }
-    // Several strips per thread, so that a thread that is held up does not hold up all.
-    let target = (width / (threads * 4)).next_multiple_of(STRIP).max(STRIP);
+    // Several strips per thread, so that a thread that is held up does not hold up all. A row of
+    // stored [in, out] weights streams best in long runs.
+    let strips_per_thread = match linear.layout {
+        MatrixLayout::InOut if rows == 1 => 1,
+        _ => 4,
+    };
+    let target = width.div_ceil(threads * strips_per_thread).next_multiple_of(STRIP);
     let strips: Vec<(&CpuMatrix, usize, Range<usize>)> = parts
         .into_iter()
         .flat_map(|(part, start)| {
@@ -218,9 +223,9 @@ impl<E: Element> Kernel for InOutRow<'_, E> {
         let inputs = self.args.part.inputs;
         let mut sums = vec![0.0; self.args.strip.len()];
         let mut i = 0;
-        while i + 4 <= inputs {
-            self.add_rows::<S, 4>(simd, i, &mut sums);
-            i += 4;
+        while i + 8 <= inputs {
+            self.add_rows::<S, 8>(simd, i, &mut sums);
+            i += 8;
         }
         while i < inputs {
             self.add_rows::<S, 1>(simd, i, &mut sums);
@@ -239,21 +244,25 @@ impl<E: Element> InOutRow<'_, E> {
         });
         let x: [S::V; K] = std::array::from_fn(|k| simd.splat(self.args.x[i + k]));
         let whole = sums.len() - sums.len() % S::LANES;
-        let mut o = 0;
-        while o < whole {
-            let mut sum = simd.load(&sums[o..o + S::LANES]);
+        // Slices of one known length let the compiler drop the checks inside the loop.
+        let (head, tail) = sums.split_at_mut(whole);
+        let heads: [&[E]; K] = std::array::from_fn(|k| &w[k][..whole]);
+        for (v, sums) in head.chunks_exact_mut(S::LANES).enumerate() {
+            let o = v * S::LANES;
+            let mut sum = simd.load(sums);
             for k in 0..K {
-                sum = simd.mul_add(E::load(simd, &w[k][o..o + S::LANES]), x[k], sum);
+                // The rows lie apart: the processor does not guess where the next ones start.
+                simd.prefetch(heads[k].as_ptr().wrapping_add(o + K * outputs));
+                sum = simd.mul_add(E::load(simd, &heads[k][o..o + S::LANES]), x[k], sum);
             }
-            simd.store(sum, &mut sums[o..o + S::LANES]);
-            o += S::LANES;
+            simd.store(sum, sums);
         }
-        if whole < sums.len() {
-            let mut sum = simd.load_tail(&sums[whole..]);
+        if !tail.is_empty() {
+            let mut sum = simd.load_tail(tail);
             for k in 0..K {
                 sum = simd.mul_add(simd.load_tail(&w[k][whole..]), x[k], sum);
             }
-            simd.store_tail(sum, &mut sums[whole..]);
+            simd.store_tail(sum, tail);
         }
     }
 }

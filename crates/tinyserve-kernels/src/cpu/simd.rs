@@ -40,6 +40,8 @@ pub(crate) trait Simd: Copy {
     /// `x·2^n` for whole `n` of −126 to 127.
     fn scale_by_power(self, x: Self::V, n: Self::V) -> Self::V;
     fn sum(self, x: Self::V) -> f32;
+    /// Asks for the cache line at `address`, which need not be one that may be read.
+    fn prefetch<T>(self, address: *const T);
 
     /// The elements of `x` and zeros after them; `x` is shorter than a vector.
     #[inline(always)]

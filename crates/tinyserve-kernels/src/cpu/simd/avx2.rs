@@ -109,4 +109,9 @@ impl Simd for Avx2 {
             _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
         })
     }
+    #[inline(always)]
+    fn prefetch<T>(self, address: *const T) {
+        // A hint never faults, wherever it points.
+        intrinsic!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
+    }
 }

@@ -102,4 +102,9 @@ impl Simd for Avx512 {
     fn sum(self, x: __m512) -> f32 {
         intrinsic!(_mm512_reduce_add_ps(x))
     }
+    #[inline(always)]
+    fn prefetch<T>(self, address: *const T) {
+        // A hint never faults, wherever it points.
+        intrinsic!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
+    }
 }

@@ -84,4 +84,6 @@ impl Simd for Portable {
     fn sum(self, x: Self::V) -> f32 {
         x.iter().sum()
     }
+    #[inline(always)]
+    fn prefetch<T>(self, _address: *const T) {}
 }
