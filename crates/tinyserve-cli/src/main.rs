@@ -1,2 +1,42 @@
-//! The `tinyserve` command.
-fn main() {}
+//! The `tinyserve` command: what it can do, and how it ends.
+#![forbid(unsafe_code)]
+
+mod args;
+mod bench;
+mod cli;
+mod doctor;
+mod eval;
+mod exit;
+mod inspect;
+mod interrupt;
+mod memory;
+mod output;
+mod progress;
+mod prompt;
+mod run;
+mod self_test;
+mod tokenize;
+mod units;
+mod values;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, FromArgMatches};
+
+use cli::{BenchCommand, Cli, Command, EvalCommand};
+
+fn main() -> ExitCode {
+    let matches = Cli::command().get_matches();
+    let sources = args::Sources::of(&matches);
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let result = match &cli.command {
+        Command::Run(args) => run::run(args, sources),
+        Command::Tokenize(args) => tokenize::tokenize(args),
+        Command::Inspect(args) => inspect::inspect(args),
+        Command::Doctor(args) => doctor::doctor(args),
+        Command::Eval { command: EvalCommand::Perplexity(args) } => eval::perplexity(args),
+        Command::Bench { command: BenchCommand::Latency(args) } => bench::latency(args, sources),
+        Command::Completions { shell } => cli::completions(*shell),
+    };
+    exit::code(result)
+}

@@ -1,0 +1,294 @@
+//! Flags that several commands share, and how they become settings.
+//!
+//! Each command flattens the groups whose settings change what it does, so that none is accepted
+//! and ignored. A flag comes before its environment variable, that before the configuration file.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args};
+use tinyserve::kernels::{Cpu, CpuOptions, CpuPath};
+use tinyserve::{
+    AttentionMode, Device, KvCacheDtype, RopeFrequencyDtype, ScorerName, TinyServe, TinyServeConfig,
+};
+
+use crate::exit::{Usage, out_of_range};
+use crate::progress::Progress;
+use crate::values;
+
+/// Which model, and a file with settings.
+#[derive(Debug, Args)]
+pub(crate) struct ModelArgs {
+    /// A folder in Hugging Face layout, or builtin:stories260k (the default).
+    #[arg(value_name = "MODEL", env = "TINYSERVE_MODEL")]
+    model: Option<String>,
+    /// A .toml or .json file with settings, spelt as the flags are with _ for -.
+    #[arg(long, value_name = "FILE", env = "TINYSERVE_CONFIG")]
+    config: Option<PathBuf>,
+}
+
+impl ModelArgs {
+    /// The settings of the file, or the defaults, with the model that is asked for.
+    pub(crate) fn config(&self) -> Result<TinyServeConfig> {
+        let mut config = match &self.config {
+            Some(file) => TinyServeConfig::load(file)?,
+            None => TinyServeConfig::default(),
+        };
+        set(&mut config.model, self.model.clone());
+        Ok(config)
+    }
+}
+
+/// Where the model runs.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Device")]
+pub(crate) struct DeviceArgs {
+    /// auto or cpu.
+    #[arg(long, env = "TINYSERVE_DEVICE", value_parser = values::device)]
+    device: Option<Device>,
+    /// Threads of the CPU [default: all].
+    #[arg(short, long, value_name = "N", env = "TINYSERVE_THREADS", value_parser = values::size)]
+    threads: Option<usize>,
+    /// Instruction set of the CPU: scalar (the reference, one thread), portable, avx2 or avx512
+    /// [default: the best there is].
+    #[arg(long, value_name = "PATH", env = "TINYSERVE_CPU", value_parser = values::cpu_path)]
+    cpu: Option<CpuPath>,
+    /// Element type of the weights: auto, as they are stored.
+    #[arg(long, value_name = "DTYPE", env = "TINYSERVE_WEIGHTS", value_parser = weights)]
+    weights: Option<Weights>,
+    /// Prints the settings and the device to stderr.
+    #[arg(short, long, env = "TINYSERVE_VERBOSE", value_parser = clap::builder::BoolishValueParser::new())]
+    verbose: bool,
+}
+
+/// The only way to use weights so far: in their stored type, which needs no setting.
+#[derive(Debug, Clone, Copy)]
+struct Weights;
+
+fn weights(text: &str) -> Result<Weights, String> {
+    values::weights(text).map(|()| Weights)
+}
+
+impl DeviceArgs {
+    fn apply(&self, config: &mut TinyServeConfig) -> Result<()> {
+        set(&mut config.device, self.device);
+        set_some(&mut config.threads, self.threads);
+        match (self.cpu, config.threads) {
+            (Some(CpuPath::Scalar), Some(threads)) if threads > 1 => {
+                Err(out_of_range("--threads", threads, "1 with --cpu scalar"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The CPU backend that `config` and the flags ask for.
+    pub(crate) fn backend(&self, config: &TinyServeConfig) -> Result<Cpu> {
+        let options = CpuOptions { threads: config.threads, path: self.cpu };
+        Ok(Cpu::new(options).map_err(tinyserve::TinyServeError::from)?)
+    }
+
+    /// Loads the model of `config`, with a progress bar if that takes long.
+    pub(crate) fn load(&self, config: TinyServeConfig) -> Result<TinyServe> {
+        let mut progress = Progress::new("loading");
+        let mut builder = TinyServe::builder().config(config);
+        if let Some(path) = self.cpu {
+            builder = builder.cpu_path(path);
+        }
+        let engine = builder.build_with_progress(|done, total| progress.update(done, total))?;
+        progress.finish();
+        self.tell(engine.config(), engine.backend_name());
+        Ok(engine)
+    }
+
+    /// With `--verbose`, prints what is in force.
+    pub(crate) fn tell(&self, config: &TinyServeConfig, backend: &str) {
+        if self.verbose {
+            let json = serde_json::to_string(config).unwrap_or_default();
+            eprintln!("settings: {json}");
+            eprintln!("device: {backend}");
+        }
+    }
+}
+
+/// How the KV cache is laid out.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "KV cache")]
+pub(crate) struct LayoutArgs {
+    /// Tokens of one page [default: 16].
+    #[arg(long, visible_alias = "block-size", value_name = "TOKENS", env = "TINYSERVE_PAGE_SIZE",
+          value_parser = values::size)]
+    page_size: Option<usize>,
+    /// Element type of keys and values: auto (as the weights), f32, f16 or bf16.
+    #[arg(long, value_name = "DTYPE", env = "TINYSERVE_KV_CACHE_DTYPE",
+          value_parser = values::kv_cache_dtype)]
+    kv_cache_dtype: Option<KvCacheDtype>,
+    /// Most tokens of a sequence, prompt included [default: the model's context, at most 8192].
+    #[arg(long, visible_alias = "max-model-len", value_name = "TOKENS",
+          env = "TINYSERVE_MAX_SEQUENCE_LENGTH", value_parser = values::size)]
+    max_sequence_length: Option<usize>,
+}
+
+impl LayoutArgs {
+    pub(crate) fn apply(&self, config: &mut TinyServeConfig) {
+        set(&mut config.page_size, self.page_size);
+        set(&mut config.kv_cache_dtype, self.kv_cache_dtype);
+        set_some(&mut config.max_sequence_length, self.max_sequence_length);
+    }
+}
+
+/// Everything that a forward pass over whole pages depends on.
+#[derive(Debug, Args)]
+pub(crate) struct ForwardArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
+    #[command(flatten)]
+    layout: LayoutArgs,
+    /// Most prompt tokens of one prefill step [default: 256].
+    #[arg(long, value_name = "TOKENS", env = "TINYSERVE_ATTENTION_CHUNK_SIZE",
+          value_parser = values::size)]
+    attention_chunk_size: Option<usize>,
+    /// Rounding of rotary frequencies: f32, or weights (as casting a whole model leaves them).
+    #[arg(long, value_name = "DTYPE", env = "TINYSERVE_ROPE_FREQUENCY_DTYPE",
+          value_parser = |text: &str| values::name::<RopeFrequencyDtype>(text, "f32 or weights"))]
+    rope_frequency_dtype: Option<RopeFrequencyDtype>,
+}
+
+impl ForwardArgs {
+    /// Settings whose values still have to be checked.
+    fn unchecked(&self) -> Result<TinyServeConfig> {
+        let mut config = self.model.config()?;
+        self.device.apply(&mut config)?;
+        self.layout.apply(&mut config);
+        set(&mut config.attention_chunk_size, self.attention_chunk_size);
+        set(&mut config.rope_frequency_dtype, self.rope_frequency_dtype);
+        Ok(config)
+    }
+
+    /// The settings of a command that selects no pages.
+    pub(crate) fn config(&self) -> Result<TinyServeConfig> {
+        let config = self.unchecked()?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// The settings of a command that selects pages; `attention` is checked with them.
+    pub(crate) fn selecting(
+        &self,
+        selection: &SelectionArgs,
+        attention: Option<AttentionMode>,
+        sources: Sources,
+    ) -> Result<TinyServeConfig> {
+        let mut config = self.unchecked()?;
+        set(&mut config.attention, attention);
+        selection.apply(&mut config, sources)?;
+        config.check()?;
+        Ok(config)
+    }
+}
+
+/// Which pages decode steps read.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Page selection")]
+pub(crate) struct SelectionArgs {
+    /// Share of the pages that a selecting step reads, above 0 and at most 1 [default: 0.3].
+    #[arg(
+        long,
+        value_name = "SHARE",
+        env = "TINYSERVE_SELECTION_RATIO",
+        allow_negative_numbers = true
+    )]
+    selection_ratio: Option<f64>,
+    /// Tokens that a selecting step reads, instead of a share.
+    #[arg(long, value_name = "TOKENS", env = "TINYSERVE_TOKEN_BUDGET", value_parser = values::size)]
+    token_budget: Option<usize>,
+    /// What a page is scored by: box.
+    #[arg(long, env = "TINYSERVE_SCORER", value_parser = values::scorer)]
+    scorer: Option<ScorerName>,
+    /// First pages that are always read [default: 1].
+    #[arg(long, value_name = "PAGES", env = "TINYSERVE_SINK_PAGES", value_parser = values::size)]
+    sink_pages: Option<usize>,
+    /// Last pages that are always read [default: 2].
+    #[arg(long, value_name = "PAGES", env = "TINYSERVE_RECENT_PAGES", value_parser = values::size)]
+    recent_pages: Option<usize>,
+    /// First layers that always read everything [default: 2].
+    #[arg(long, value_name = "LAYERS", env = "TINYSERVE_DENSE_LAYERS", value_parser = values::size)]
+    dense_layers: Option<usize>,
+    /// Contexts below this many tokens are read in full [default: 1024, with sparse 0].
+    #[arg(long, value_name = "TOKENS", env = "TINYSERVE_SPARSE_MIN_CONTEXT",
+          value_parser = values::size)]
+    sparse_min_context: Option<usize>,
+}
+
+impl SelectionArgs {
+    fn apply(&self, config: &mut TinyServeConfig, sources: Sources) -> Result<()> {
+        let (mut ratio, mut budget) = (self.selection_ratio, self.token_budget);
+        if let (Some(of_ratio), Some(of_budget)) = (sources.selection_ratio, sources.token_budget) {
+            if of_ratio == of_budget {
+                let (ratio, budget) = ("--selection-ratio", "--token-budget");
+                let sentence = format!("{ratio} and {budget} are both given, expected one of them");
+                return Err(Usage(sentence).into());
+            }
+            // One is a flag and the other a variable, which the flag replaces.
+            match of_ratio {
+                ValueSource::CommandLine => budget = None,
+                _ => ratio = None,
+            }
+        }
+        if let Some(ratio) = ratio {
+            config.selection_ratio = ratio;
+            config.token_budget = None;
+        }
+        set_some(&mut config.token_budget, budget);
+        set(&mut config.scorer, self.scorer);
+        set(&mut config.sink_pages, self.sink_pages);
+        set(&mut config.recent_pages, self.recent_pages);
+        set(&mut config.dense_layers, self.dense_layers);
+        set_some(&mut config.sparse_min_context, self.sparse_min_context);
+        Ok(())
+    }
+}
+
+/// Reads `auto`, `dense` or `sparse`.
+pub(crate) fn attention_mode() -> impl TypedValueParser<Value = AttentionMode> {
+    PossibleValuesParser::new(["auto", "dense", "sparse"])
+        .try_map(|text| values::name::<AttentionMode>(&text, "auto, dense or sparse"))
+}
+
+/// Where the two ways to state a budget come from.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sources {
+    selection_ratio: Option<ValueSource>,
+    token_budget: Option<ValueSource>,
+}
+
+impl Sources {
+    /// Of the command that was given.
+    pub(crate) fn of(matches: &ArgMatches) -> Self {
+        let mut command = matches;
+        while let Some((_, inner)) = command.subcommand() {
+            command = inner;
+        }
+        // Not every command has the two flags.
+        let source = |id| match command.try_contains_id(id) {
+            Ok(true) => command.value_source(id),
+            _ => None,
+        };
+        Self { selection_ratio: source("selection_ratio"), token_budget: source("token_budget") }
+    }
+}
+
+fn set<T>(field: &mut T, value: Option<T>) {
+    if let Some(value) = value {
+        *field = value;
+    }
+}
+
+fn set_some<T>(field: &mut Option<T>, value: Option<T>) {
+    if value.is_some() {
+        *field = value;
+    }
+}

@@ -1,0 +1,79 @@
+//! The commands as clap sees them.
+
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+
+use crate::{bench, doctor, eval, inspect, output, run, tokenize};
+
+const NOTES: &str = "\
+Numbers of tokens take suffixes: k or K is 1024, m or M is 1024², g or G is 1024³.
+Settings come from flags, then TINYSERVE_* variables, then --config FILE, then defaults.
+Exit codes: 0 done, 1 failed, 2 bad usage, 130 stopped by Ctrl-C (what was generated until then is
+printed; a second Ctrl-C ends at once).";
+
+/// Answers prompts with small language models on this machine, reading only the pages of the KV
+/// cache that matter.
+#[derive(Debug, Parser)]
+#[command(name = "tinyserve", version, after_help = NOTES, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Continues a prompt: text to stdout as it is made, speed and cache use to stderr.
+    #[command(after_help = NOTES)]
+    Run(run::RunArgs),
+    /// Shows how a text becomes tokens.
+    Tokenize(tokenize::TokenizeArgs),
+    /// Shows a model's shape and the memory it needs, without loading it.
+    Inspect(inspect::InspectArgs),
+    /// Shows what this machine has and what is used of it.
+    Doctor(doctor::DoctorArgs),
+    /// Measures how good a model is.
+    Eval {
+        #[command(subcommand)]
+        command: EvalCommand,
+    },
+    /// Measures how fast a model is.
+    Bench {
+        #[command(subcommand)]
+        command: BenchCommand,
+    },
+    /// Writes a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum EvalCommand {
+    /// How well the model predicts a text.
+    Perplexity(eval::PerplexityArgs),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Speed of one sequence: prefill (pp) and decode (tg), at each depth.
+    #[command(after_help = NOTES)]
+    Latency(bench::LatencyArgs),
+}
+
+/// Writes the completion script of `shell`.
+pub(crate) fn completions(shell: Shell) -> anyhow::Result<()> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "tinyserve", &mut script);
+    output::bytes(&script)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_do_not_contradict_each_other() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,41 @@
+//! What the system says about memory, where it says it in files.
+
+use std::fs;
+
+/// Most bytes that this process ever had resident.
+pub(crate) fn peak_resident() -> Option<u64> {
+    field("/proc/self/status", "VmHWM:")
+}
+
+/// Bytes of the machine.
+pub(crate) fn total() -> Option<u64> {
+    field("/proc/meminfo", "MemTotal:")
+}
+
+/// Bytes that new work can have.
+pub(crate) fn available() -> Option<u64> {
+    field("/proc/meminfo", "MemAvailable:")
+}
+
+/// A line such as `MemTotal:  16384 kB`.
+fn field(file: &str, name: &str) -> Option<u64> {
+    kib(&fs::read_to_string(file).ok()?, name)
+}
+
+fn kib(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_read() {
+        assert_eq!(kib("A: 1 kB\nVmHWM:\t   20 kB\n", "VmHWM:"), Some(20 * 1024));
+        assert_eq!(kib("A: 1 kB\n", "VmHWM:"), None);
+        assert_eq!(kib("VmHWM: x kB\n", "VmHWM:"), None);
+    }
+}

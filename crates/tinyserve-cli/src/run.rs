@@ -1,0 +1,262 @@
+//! `tinyserve run`: continues one prompt.
+
+use std::ops::ControlFlow;
+
+use anyhow::{Result, anyhow};
+use clap::Args;
+use serde::Serialize;
+use tinyserve::model::{FinishReason, SamplingParams};
+use tinyserve::{
+    AttentionMode, KvUsage, StreamEvent, TinyServe, TinyServeError, TinyServeRequest,
+    TinyServeResponse,
+};
+
+use crate::args::{self, ForwardArgs, SelectionArgs, Sources};
+use crate::exit::{Quiet, out_of_range};
+use crate::interrupt::Interrupt;
+use crate::progress::Progress;
+use crate::prompt::PromptArgs;
+use crate::units::{as_milliseconds, bytes, count, milliseconds, percent};
+use crate::{output, values};
+
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    prompt: PromptArgs,
+    /// Most tokens to generate.
+    #[arg(short = 'n', long, value_name = "N", default_value = "128", env = "TINYSERVE_MAX_TOKENS",
+          value_parser = values::size)]
+    max_tokens: usize,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// A text that ends the generation; may be given several times.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    stop: Vec<String>,
+    /// Goes on after an end-of-sequence token.
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Prints one JSON object instead of text.
+    #[arg(long)]
+    json: bool,
+    /// When decode steps select pages: auto (from --sparse-min-context tokens on), dense (never)
+    /// or sparse (always).
+    #[arg(long, value_name = "MODE", env = "TINYSERVE_ATTENTION",
+          value_parser = args::attention_mode())]
+    attention: Option<AttentionMode>,
+    #[command(flatten)]
+    selection: SelectionArgs,
+    #[command(flatten)]
+    forward: ForwardArgs,
+}
+
+/// How tokens are drawn.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sampling")]
+struct SamplingArgs {
+    /// Divides the logits; 0 takes the most likely token.
+    #[arg(
+        long,
+        value_name = "T",
+        default_value = "0.7",
+        env = "TINYSERVE_TEMPERATURE",
+        allow_negative_numbers = true
+    )]
+    temperature: f32,
+    /// Keeps the fewest most likely tokens whose probabilities reach this sum; 1 keeps all.
+    #[arg(
+        long,
+        value_name = "P",
+        default_value = "0.9",
+        env = "TINYSERVE_TOP_P",
+        allow_negative_numbers = true
+    )]
+    top_p: f32,
+    /// Keeps this many of the most likely tokens; 0 keeps all.
+    #[arg(long, value_name = "K", default_value = "0", env = "TINYSERVE_TOP_K",
+          value_parser = values::size)]
+    top_k: usize,
+    /// Keeps tokens at least this share as likely as the most likely one; 0 keeps all.
+    #[arg(
+        long,
+        value_name = "P",
+        default_value = "0",
+        env = "TINYSERVE_MIN_P",
+        allow_negative_numbers = true
+    )]
+    min_p: f32,
+    /// Divides the odds of tokens that were seen before; 1 changes nothing.
+    #[arg(
+        long,
+        value_name = "FACTOR",
+        default_value = "1",
+        env = "TINYSERVE_REPETITION_PENALTY",
+        allow_negative_numbers = true
+    )]
+    repetition_penalty: f32,
+    /// The same seed gives the same text [default: a new one each time].
+    #[arg(long, value_name = "N", env = "TINYSERVE_SEED")]
+    seed: Option<u64>,
+}
+
+impl SamplingArgs {
+    fn params(&self) -> Result<SamplingParams> {
+        let params = SamplingParams {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            seed: self.seed,
+        };
+        params.check().map_err(TinyServeError::from)?;
+        Ok(params)
+    }
+}
+
+/// Generates and prints.
+pub(crate) fn run(args: &RunArgs, sources: Sources) -> Result<()> {
+    let config = args.forward.selecting(&args.selection, args.attention, sources)?;
+    let sampling = args.sampling.params()?;
+    if args.max_tokens == 0 {
+        return Err(out_of_range("--max-tokens (-n)", 0, "at least 1"));
+    }
+    if args.stop.iter().any(String::is_empty) {
+        return Err(out_of_range("--stop", "empty", "a text"));
+    }
+    let prompt = args.prompt.read()?;
+    if prompt.is_empty() {
+        return Err(anyhow!("{} is empty, expected text to continue", args.prompt.place()));
+    }
+    let engine = args.forward.device.load(config)?;
+    // Without a tokenizer there would be no text to stream, whatever the prompt is.
+    engine.tokenizer()?;
+    let mut request = TinyServeRequest::new(prompt);
+    request.max_tokens = args.max_tokens;
+    request.sampling = sampling;
+    request.stop.clone_from(&args.stop);
+    request.ignore_eos = args.ignore_eos;
+    let response = generate(&engine, request, !args.json)?;
+    if args.json {
+        output::json(&report(&engine, &response))?;
+    } else {
+        output::text("\n")?;
+        eprint!("{}", summary(&engine, &response));
+    }
+    match response.finish_reason {
+        FinishReason::Cancelled => Err(Quiet::Interrupted.into()),
+        FinishReason::Stop | FinishReason::Length => Ok(()),
+    }
+}
+
+/// Runs the request until it ends, Ctrl-C is pressed or nobody reads `stdout` any more.
+fn generate(
+    engine: &TinyServe,
+    request: TinyServeRequest,
+    stream: bool,
+) -> Result<TinyServeResponse> {
+    let interrupt = Interrupt::listen()?;
+    let mut progress = Progress::new("prefill");
+    let mut written = Ok(());
+    let response = engine.serve_stream(request, |event| {
+        match event {
+            StreamEvent::Prefill { done, total } => {
+                progress.update(done, total);
+                if done == total {
+                    progress.finish();
+                }
+            }
+            StreamEvent::Token { text, .. } | StreamEvent::Rest { text } => {
+                if stream && !text.is_empty() && written.is_ok() {
+                    written = output::text(&text);
+                }
+            }
+        }
+        if written.is_err() || interrupt.pressed() {
+            return ControlFlow::Break(());
+        }
+        ControlFlow::Continue(())
+    });
+    progress.finish();
+    written?;
+    Ok(response?)
+}
+
+/// The object of `--json`.
+#[derive(Serialize)]
+struct Report<'a> {
+    text: &'a str,
+    tokens: &'a [u32],
+    prompt_tokens: usize,
+    finish_reason: &'static str,
+    timings: ReportTimings,
+    kv: &'a KvUsage,
+}
+
+#[derive(Serialize)]
+struct ReportTimings {
+    load_ms: f64,
+    prefill_ms: f64,
+    prefill_tok_s: Option<f64>,
+    ttft_ms: Option<f64>,
+    decode_ms: f64,
+    decode_tok_s: Option<f64>,
+}
+
+fn report<'a>(engine: &TinyServe, response: &'a TinyServeResponse) -> Report<'a> {
+    let timings = &response.timings;
+    // A prompt that was interrupted has no first token, and no speed either.
+    let complete = !response.tokens.is_empty();
+    Report {
+        text: &response.generated_text,
+        tokens: &response.tokens,
+        prompt_tokens: response.prompt_tokens,
+        finish_reason: response.finish_reason.name(),
+        timings: ReportTimings {
+            load_ms: as_milliseconds(engine.load_time()),
+            prefill_ms: timings.prefill_ms,
+            prefill_tok_s: complete.then_some(timings.prefill_tok_s),
+            ttft_ms: complete.then_some(timings.ttft_ms),
+            decode_ms: timings.decode_ms,
+            decode_tok_s: timings.decode_tok_s,
+        },
+        kv: &response.kv,
+    }
+}
+
+/// What people want to know afterwards, in lines.
+fn summary(engine: &TinyServe, response: &TinyServeResponse) -> String {
+    let (timings, kv) = (&response.timings, &response.kv);
+    let mut lines = format!("\nload      {}\n", milliseconds(as_milliseconds(engine.load_time())));
+    let prompt = format!("prefill   {} tokens", count(response.prompt_tokens as u64));
+    if response.tokens.is_empty() {
+        lines += &format!("{prompt}, interrupted after {}\n", milliseconds(timings.prefill_ms));
+    } else {
+        lines += &format!(
+            "{prompt} in {} ({:.1} tok/s), first token after {}\n",
+            milliseconds(timings.prefill_ms),
+            timings.prefill_tok_s,
+            milliseconds(timings.ttft_ms),
+        );
+    }
+    let generated = count(response.tokens.len() as u64);
+    let reason = response.finish_reason.name();
+    let speed = match timings.decode_tok_s {
+        Some(speed) => format!(" in {} ({speed:.1} tok/s)", milliseconds(timings.decode_ms)),
+        None => String::new(),
+    };
+    lines += &format!("decode    {generated} tokens{speed}, ended by {reason}\n");
+    lines += &format!(
+        "KV cache  {} pages of {} tokens, {}",
+        count(kv.pages as u64),
+        engine.config().page_size,
+        bytes(kv.bytes_resident as u64),
+    );
+    if let Some(ratio) = kv.bytes_read_ratio {
+        lines += &format!("; read {} of the bytes that dense attention reads", percent(ratio));
+    }
+    if let Some(recall) = kv.recall {
+        lines += &format!("; recall {}", percent(recall));
+    }
+    lines.push('\n');
+    lines
+}

@@ -1,0 +1,95 @@
+//! Every kernel of a path against the reference.
+
+use anyhow::Result;
+use serde_json::{Value, json};
+use tinyserve::TinyServeError;
+use tinyserve::kernels::conformance::{self, CaseOutcome};
+use tinyserve::kernels::{Cpu, CpuOptions, CpuPath};
+
+/// What the cases of one operation came to.
+struct OpReport {
+    op: String,
+    cases: usize,
+    failed: Vec<String>,
+    /// Largest error as a share of its case's tolerance; NaN when one was.
+    worst: f64,
+}
+
+/// What the cases of one path came to.
+pub(crate) struct PathReport {
+    path: CpuPath,
+    ops: Vec<OpReport>,
+}
+
+/// Runs all cases on `path`.
+pub(crate) fn run(path: CpuPath) -> Result<PathReport> {
+    let cpu = Cpu::new(CpuOptions { threads: None, path: Some(path) });
+    let outcomes = cpu.and_then(|cpu| conformance::run(&cpu)).map_err(TinyServeError::from)?;
+    Ok(PathReport::new(path, &outcomes))
+}
+
+impl PathReport {
+    fn new(path: CpuPath, outcomes: &[CaseOutcome]) -> Self {
+        let mut ops: Vec<OpReport> = Vec::new();
+        for outcome in outcomes {
+            let op = outcome.op.to_string();
+            let report = match ops.iter_mut().find(|report| report.op == op) {
+                Some(report) => report,
+                None => {
+                    ops.push(OpReport { op, cases: 0, failed: Vec::new(), worst: 0.0 });
+                    ops.last_mut().expect("one was pushed")
+                }
+            };
+            report.cases += 1;
+            let share = f64::from(outcome.max_error) / f64::from(outcome.tolerance);
+            // An operation that must be exact has the tolerance 0: no error is no share of it.
+            let share = if outcome.max_error == 0.0 { 0.0 } else { share };
+            if !(share <= report.worst) {
+                report.worst = share;
+            }
+            if !outcome.passed() {
+                report.failed.push(outcome.case.to_string());
+            }
+        }
+        Self { path, ops }
+    }
+
+    /// Whether there were cases and all of them are within their tolerances.
+    pub(crate) fn passed(&self) -> bool {
+        !self.ops.is_empty() && self.ops.iter().all(|op| op.failed.is_empty())
+    }
+
+    pub(crate) fn json(&self) -> Value {
+        let ops = self.ops.iter().map(|op| {
+            json!({
+                "op": op.op,
+                "cases": op.cases,
+                "failed": op.failed,
+                "worst_error_of_tolerance": op.worst,
+            })
+        });
+        json!({
+            "path": self.path.name(),
+            "passed": self.passed(),
+            "ops": ops.collect::<Vec<_>>(),
+        })
+    }
+
+    pub(crate) fn text(&self) -> String {
+        let verdict = |passed: bool| if passed { "PASS" } else { "FAIL" };
+        let mut text = format!("\nself-test of {}: {}\n", self.path, verdict(self.passed()));
+        for op in &self.ops {
+            text += &format!(
+                "  {:<16} {:>4} cases, worst error {:>5.1} % of its tolerance  {}\n",
+                op.op,
+                op.cases,
+                op.worst * 100.0,
+                verdict(op.failed.is_empty()),
+            );
+            for case in &op.failed {
+                text += &format!("    failed: {case}\n");
+            }
+        }
+        text
+    }
+}

@@ -1,0 +1,94 @@
+//! Values of flags: sizes with suffixes, and names of which some are refused by name.
+
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use tinyserve::kernels::CpuPath;
+use tinyserve::{Device, KvCacheDtype, ScorerName};
+
+/// A number of tokens: `512`, `4k` (4096), `1M`.
+pub(crate) fn size(text: &str) -> Result<usize, String> {
+    let expected = "expected a whole number, with k, m or g (1024, 1024², 1024³) if you like";
+    let (digits, shift) = match text.char_indices().next_back() {
+        Some((end, 'k' | 'K')) => (&text[..end], 10),
+        Some((end, 'm' | 'M')) => (&text[..end], 20),
+        Some((end, 'g' | 'G')) => (&text[..end], 30),
+        _ => (text, 0),
+    };
+    let number: usize = digits.parse().map_err(|_| expected.to_owned())?;
+    number.checked_mul(1 << shift).ok_or_else(|| "the number is too large".to_owned())
+}
+
+/// `auto` or `cpu`.
+pub(crate) fn device(text: &str) -> Result<Device, String> {
+    match text {
+        "cuda" => Err("CUDA is not built into this version, expected auto or cpu".to_owned()),
+        _ if text.starts_with("cuda:") => device("cuda"),
+        _ => name(text, "auto or cpu"),
+    }
+}
+
+/// `auto`, `f32`, `f16` or `bf16`.
+pub(crate) fn kv_cache_dtype(text: &str) -> Result<KvCacheDtype, String> {
+    let expected = "auto, f32, f16 or bf16";
+    match text {
+        "int8" | "int4" => Err(format!("{text} is not implemented yet, expected {expected}")),
+        _ => name(text, expected),
+    }
+}
+
+/// `box`.
+pub(crate) fn scorer(text: &str) -> Result<ScorerName, String> {
+    match text {
+        "mean-std" | "cuboid-mean" => Err(format!("{text} is not implemented yet, expected box")),
+        _ => name(text, "box"),
+    }
+}
+
+/// `auto`: weights are used as they are stored.
+pub(crate) fn weights(text: &str) -> Result<(), String> {
+    match text {
+        "auto" => Ok(()),
+        "f32" | "f16" | "bf16" | "int8" => Err(format!(
+            "converting weights to {text} is not implemented yet, expected auto (as stored)"
+        )),
+        _ => Err("expected auto".to_owned()),
+    }
+}
+
+/// An instruction set of the CPU.
+pub(crate) fn cpu_path(text: &str) -> Result<CpuPath, String> {
+    text.parse().map_err(|_| "expected scalar, portable, avx2 or avx512".to_owned())
+}
+
+/// A name as configuration files spell it.
+pub(crate) fn name<T: DeserializeOwned>(text: &str, expected: &str) -> Result<T, String> {
+    serde_json::from_value(Value::from(text)).map_err(|_| format!("expected {expected}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_binary_suffixes() {
+        for (text, expected) in
+            [("0", 0), ("512", 512), ("4k", 4096), ("4K", 4096), ("2m", 2 << 20), ("1G", 1 << 30)]
+        {
+            assert_eq!(size(text), Ok(expected));
+        }
+        for text in ["", "k", "-1", "1.5k", "4kk", "4 k", "x", "4é", "99999999999g"] {
+            assert!(size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn names_that_come_later_are_refused_by_name() {
+        assert_eq!(kv_cache_dtype("bf16"), Ok(KvCacheDtype::Bf16));
+        assert!(kv_cache_dtype("int8").unwrap_err().contains("int8 is not implemented yet"));
+        assert!(device("cuda:0").unwrap_err().contains("not built into this version"));
+        assert!(device("tpu").unwrap_err().contains("auto or cpu"));
+        assert!(scorer("mean-std").unwrap_err().contains("mean-std is not implemented yet"));
+        assert!(weights("int8").unwrap_err().contains("int8 is not implemented yet"));
+        assert!(cpu_path("sse").is_err());
+    }
+}

@@ -1,0 +1,11 @@
+//! The binary `tinyserve` from end to end: what it prints, where, and how it ends.
+#![forbid(unsafe_code)]
+
+mod bad_files;
+mod bad_usage;
+mod bench;
+mod binary;
+mod interrupt;
+mod options;
+mod reports;
+mod run;
