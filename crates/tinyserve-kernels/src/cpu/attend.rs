@@ -8,7 +8,7 @@ use tinyserve_kv::{HostPages, KvElement, PageId, with_element};
 
 use super::columns::Columns;
 use super::path::CpuPath;
-use super::select::{Choice, choose};
+use super::select::{Choice, Chosen, choose};
 use super::simd::{Element, Kernel, Simd, dispatch};
 use super::{Cpu, CpuTensor};
 use crate::reference;
@@ -16,6 +16,8 @@ use crate::{AttendArgs, AttendSequence, AttendStats, Attention, Heads, KernelErr
 
 /// Rows of a prefill chunk that share one pass over the pages.
 const ROW_TILE: usize = 16;
+/// Multiply-adds below which waking other threads costs more than it saves.
+const SERIAL_WORK: usize = 32 * 1024;
 
 /// Rows of one sequence and the query heads of one KV head: what one thread does at a time.
 struct Item<'a> {
@@ -49,19 +51,9 @@ pub(super) fn attend(cpu: &Cpu, args: AttendArgs<'_, Cpu>) -> Result<AttendStats
     let context = Context { path, layer, heads, pages, scale, qkv, measure_recall, columns };
     let items: Vec<Item<'_>> = sequences
         .iter()
-        .flat_map(|sequence| {
-            let tile = match sequence.attention {
-                Attention::Dense => ROW_TILE,
-                Attention::Policy(_) | Attention::Custom(_) => 1,
-            };
-            sequence.rows.clone().step_by(tile).flat_map(move |row| {
-                let rows = row..(row + tile).min(sequence.rows.end);
-                (0..heads.kv_heads).map(move |kv_head| Item {
-                    sequence,
-                    rows: rows.clone(),
-                    kv_head,
-                })
-            })
+        .flat_map(|sequence| tiles(sequence, layer, pages.layout().page_size()))
+        .flat_map(|(sequence, rows)| {
+            (0..heads.kv_heads).map(move |kv_head| Item { sequence, rows: rows.clone(), kv_head })
         })
         .collect();
     let work: usize =
@@ -70,20 +62,47 @@ pub(super) fn attend(cpu: &Cpu, args: AttendArgs<'_, Cpu>) -> Result<AttendStats
         a.add(&b);
         a
     };
-    if cpu.threads() == 1 || items.len() == 1 || work < 32 * 1024 {
+    let pool = cpu.pool.as_ref().filter(|_| items.len() > 1 && work >= SERIAL_WORK);
+    let Some(pool) = pool else {
         let mut scratch = Scratch::default();
-        items
+        return items
             .iter()
             .map(|item| context.run(item, &mut scratch))
-            .try_fold(AttendStats::default(), |sum, stats| Ok(add(sum, stats?)))
-    } else {
-        cpu.install(|| {
-            items
-                .par_iter()
-                .map_init(Scratch::default, |scratch, item| context.run(item, scratch))
-                .try_reduce(AttendStats::default, |a, b| Ok(add(a, b)))
-        })
-    }
+            .try_fold(AttendStats::default(), |sum, stats| Ok(add(sum, stats?)));
+    };
+    pool.install(|| {
+        items
+            .par_iter()
+            .map_init(Scratch::default, |scratch, item| context.run(item, scratch))
+            .try_reduce(AttendStats::default, |a, b| Ok(add(a, b)))
+    })
+}
+
+/// Splits the rows of a sequence into tiles: up to [`ROW_TILE`] rows that read everything, or one
+/// row that selects.
+fn tiles<'a>(
+    sequence: &'a AttendSequence<'a>,
+    layer: usize,
+    page_size: usize,
+) -> impl Iterator<Item = (&'a AttendSequence<'a>, Range<usize>)> {
+    let Range { start: first, end } = sequence.rows;
+    let selects = move |row: usize| match sequence.attention {
+        Attention::Dense => false,
+        Attention::Policy(policy) => {
+            let tokens = sequence.first_position + row - first + 1;
+            policy.page_budget(layer, tokens, page_size).is_some()
+        }
+        Attention::Custom(_) => true,
+    };
+    let mut next = first;
+    std::iter::from_fn(move || {
+        let start = next;
+        next += usize::from(start < end);
+        while next < end && next - start < ROW_TILE && !selects(start) && !selects(next) {
+            next += 1;
+        }
+        (start < next).then(|| (sequence, start..next))
+    })
 }
 
 /// Buffers that a thread reuses from item to item.
@@ -119,7 +138,7 @@ impl Context<'_> {
         let total = layout.pages_for(tokens);
         let queries = self.queries(item.rows.start, item.kv_head);
         let mut list = std::mem::take(&mut scratch.list);
-        let selected = choose::<E>(
+        let chosen = choose::<E>(
             self,
             item.sequence.attention,
             (item.kv_head, &item.sequence.pages[..total], tokens),
@@ -127,7 +146,7 @@ impl Context<'_> {
             &mut scratch.choice,
             &mut list,
         )?;
-        if !selected {
+        if chosen != Chosen::Listed {
             list.clear();
             list.extend(0..total as u32);
         }
@@ -147,8 +166,8 @@ impl Context<'_> {
             let (list, element) = (list.as_slice(), PhantomData::<E>);
             dispatch(self.path, Tile { context: self, item, head: &head, list, scratch, element });
         }
-        let mut stats = self.count(item, &list, selected, total);
-        if self.measure_recall && selected && list.len() < total {
+        let mut stats = self.count(item, &list, chosen);
+        if self.measure_recall && chosen == Chosen::Listed && list.len() < total {
             for query in queries.chunks_exact(self.heads.head_dim) {
                 let row = reference::AttendRow {
                     pages: self.pages,
@@ -204,25 +223,23 @@ impl Context<'_> {
         }
     }
 
-    fn count(&self, item: &Item<'_>, list: &[u32], selected: bool, total: usize) -> AttendStats {
+    fn count(&self, item: &Item<'_>, list: &[u32], chosen: Chosen) -> AttendStats {
         let layout = self.pages.layout();
         let (size, head_bytes) = (layout.page_size(), 2 * layout.token_head_bytes());
         let mut stats = AttendStats::default();
         for row in item.rows.clone() {
             let tokens = item.sequence.first_position + row - item.sequence.rows.start + 1;
             let pages = layout.pages_for(tokens);
+            // What a later row of the tile sees is not counted for this one.
+            let seen = &list[..list.partition_point(|&page| (page as usize) * size < tokens)];
+            let read: usize =
+                seen.iter().map(|&page| (tokens - page as usize * size).min(size)).sum();
+            // A box is a minimum and a maximum: as many bytes as one token's key and value.
+            let boxes = if chosen == Chosen::Everything { 0 } else { pages };
+            stats.pages_read += seen.len() as u64;
             stats.pages_total += pages as u64;
+            stats.bytes_read += ((read + boxes) * head_bytes) as u64;
             stats.bytes_dense += (tokens * head_bytes) as u64;
-            if selected {
-                let read: usize =
-                    list.iter().map(|&page| (tokens - page as usize * size).min(size)).sum();
-                stats.pages_read += list.len() as u64;
-                // A box is a minimum and a maximum: as many bytes as one token's key and value.
-                stats.bytes_read += ((read + total) * head_bytes) as u64;
-            } else {
-                stats.pages_read += pages as u64;
-                stats.bytes_read += (tokens * head_bytes) as u64;
-            }
         }
         stats
     }

@@ -57,12 +57,13 @@ pub(super) fn linear(
             Elements::Bf16(w) => run_strip(path, linear.layout, strip, w),
         }
     };
-    if threads == 1 || rows * linear.inputs * width < SERIAL_WORK {
+    let pool = cpu.pool.as_ref().filter(|_| rows * linear.inputs * width >= SERIAL_WORK);
+    let Some(pool) = pool else {
         for (part, start) in parts {
             run(part, start, 0..part.outputs);
         }
         return;
-    }
+    };
     // Several strips per thread, so that a thread that is held up does not hold up all. A row of
     // stored [in, out] weights streams best in long runs.
     let strips_per_thread = match linear.layout {
@@ -78,7 +79,7 @@ pub(super) fn linear(
                 .map(move |s| (part, start, s..(s + target).min(part.outputs)))
         })
         .collect();
-    cpu.install(|| {
+    pool.install(|| {
         strips.into_par_iter().for_each(|(part, start, strip)| run(part, start, strip));
     });
 }

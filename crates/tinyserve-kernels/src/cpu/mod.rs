@@ -1,10 +1,13 @@
 //! The CPU backend: a scalar reference and vector kernels behind the same operations.
 
+mod activate;
 mod attend;
 mod columns;
+mod embed;
 mod linear;
+mod norm;
 mod path;
-mod pointwise;
+mod rotary;
 mod select;
 mod simd;
 mod tensor;
@@ -18,14 +21,20 @@ pub use tensor::{CpuLinear, CpuTensor, CpuVector};
 use crate::reference;
 use crate::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
-    KernelError, LinearArgs, LinearSpec, NormArgs, RotaryAnglesArgs, RotaryArgs, Store,
+    KernelError, LinearArgs, LinearSpec, MatrixLayout, NormArgs, RotaryAnglesArgs, RotaryArgs,
+    Store,
 };
+use activate::Activate;
+use embed::Embed;
+use norm::Norm;
+use rotary::Rotary;
 use simd::dispatch;
+use tensor::Elements;
 
 /// How a [`Cpu`] is set up.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CpuOptions {
-    /// Threads; all that the system offers unless set.
+    /// Threads; all that the system offers unless set. [`CpuPath::Scalar`] takes one.
     pub threads: Option<usize>,
     /// Instruction set; the best that the processor has unless set.
     pub path: Option<CpuPath>,
@@ -34,7 +43,8 @@ pub struct CpuOptions {
 /// The CPU backend. It owns its threads.
 #[derive(Debug)]
 pub struct Cpu {
-    pool: rayon::ThreadPool,
+    /// `None` on one thread: the caller's.
+    pool: Option<rayon::ThreadPool>,
     threads: usize,
     path: CpuPath,
 }
@@ -64,7 +74,9 @@ impl Cpu {
                 });
             }
         };
-        let threads = if path == CpuPath::Scalar { 1 } else { threads };
+        if threads == 1 || path == CpuPath::Scalar {
+            return Ok(Self { pool: None, threads: 1, path });
+        }
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .thread_name(|i| format!("tinyserve-cpu-{i}"))
@@ -74,7 +86,13 @@ impl Cpu {
                 found: threads.to_string(),
                 expected: format!("as many as the system starts ({error})"),
             })?;
-        Ok(Self { pool, threads, path })
+        Ok(Self { pool: Some(pool), threads, path })
+    }
+
+    /// The scalar reference, on the thread that calls it: what other backends are held to.
+    #[must_use]
+    pub fn reference() -> Self {
+        Self { pool: None, threads: 1, path: CpuPath::Scalar }
     }
 
     /// Threads that operations are split over.
@@ -89,10 +107,6 @@ impl Cpu {
         self.path
     }
 
-    fn install<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
-        self.pool.install(f)
-    }
-
     /// Runs `f` on pairs of input and output rows, on several threads when there is much to do.
     fn rows(
         &self,
@@ -100,17 +114,19 @@ impl Cpu {
         out: &mut CpuTensor,
         f: impl Fn(&[f32], &mut [f32]) + Send + Sync,
     ) {
-        let width = out.columns();
-        if self.threads == 1 || x.len() < SERIAL_ELEMENTS {
-            f(x, out.values_mut());
-            return;
+        let (rows, width) = (out.rows(), out.columns());
+        let out = out.values_mut();
+        match &self.pool {
+            Some(pool) if x.len().max(out.len()) >= SERIAL_ELEMENTS => {
+                let rows = rows.div_ceil(4 * self.threads);
+                pool.install(|| {
+                    x.par_chunks(rows * columns)
+                        .zip(out.par_chunks_mut(rows * width))
+                        .for_each(|(x, out)| f(x, out));
+                });
+            }
+            _ => f(x, out),
         }
-        let rows = (x.len() / columns).div_ceil(4 * self.threads);
-        self.install(|| {
-            x.par_chunks(rows * columns)
-                .zip(out.values_mut().par_chunks_mut(rows * width))
-                .for_each(|(x, out)| f(x, out));
-        });
     }
 }
 
@@ -145,14 +161,21 @@ impl Backend for Cpu {
         let [part] = table.parts.as_slice() else {
             panic!("an embedding table is one matrix, found {}", table.parts.len());
         };
+        assert_eq!(table.layout, MatrixLayout::OutIn, "layout of an embedding table");
+        assert_eq!(out.columns(), table.inputs, "width of an embedding");
         out.resize(ids.len());
-        let hidden = out.columns();
-        for (&id, out) in ids.iter().zip(out.values_mut().chunks_exact_mut(hidden)) {
-            let row = part.weight.to_f32(id as usize * hidden..(id as usize + 1) * hidden);
-            match store {
-                Store::Overwrite => out.copy_from_slice(&row),
-                Store::Add => out.iter_mut().zip(row).for_each(|(out, x)| *out += x),
+        let (hidden, add) = (table.inputs, store == Store::Add);
+        let out = out.values_mut();
+        if self.path == CpuPath::Scalar {
+            for (&id, out) in ids.iter().zip(out.chunks_exact_mut(hidden)) {
+                reference::embed_row(&part.weight, id, add, out);
             }
+            return;
+        }
+        match part.elements() {
+            Elements::F32(table) => dispatch(self.path, Embed { table, hidden, ids, add, out }),
+            Elements::F16(table) => dispatch(self.path, Embed { table, hidden, ids, add, out }),
+            Elements::Bf16(table) => dispatch(self.path, Embed { table, hidden, ids, add, out }),
         }
     }
 
@@ -160,6 +183,9 @@ impl Backend for Cpu {
         let NormArgs { kind, x, weight, bias, epsilon, out } = args;
         out.resize(x.rows());
         let columns = x.columns();
+        assert_eq!(out.columns(), columns, "output width of a norm");
+        assert_eq!(weight.0.len(), columns, "scale of a norm");
+        assert!(bias.is_none_or(|bias| bias.0.len() == columns), "shift of a norm");
         let (weight, bias) = (weight.0.as_slice(), bias.map(|bias| bias.0.as_slice()));
         self.rows((x.values(), columns), out, |x, out| {
             if self.path == CpuPath::Scalar {
@@ -167,7 +193,7 @@ impl Backend for Cpu {
                     reference::norm_row(kind, epsilon, x, (weight, bias), out);
                 }
             } else {
-                dispatch(self.path, pointwise::Norm { kind, epsilon, x, weight, bias, out });
+                dispatch(self.path, Norm { kind, epsilon, x, weight, bias, out });
             }
         });
     }
@@ -187,6 +213,7 @@ impl Backend for Cpu {
             start = columns.end;
             let rows = reference::LinearRows {
                 x: x.values(),
+                inputs: linear.inputs,
                 weight: &part.weight,
                 layout: linear.layout,
                 bias: part.bias.as_deref(),
@@ -202,6 +229,7 @@ impl Backend for Cpu {
         let RotaryAnglesArgs { positions, inverse_frequencies, out } = args;
         out.resize(positions.len());
         let dim = out.columns();
+        assert_eq!(dim, 2 * inverse_frequencies.len(), "width of the angles");
         for (&position, out) in positions.iter().zip(out.values_mut().chunks_exact_mut(dim)) {
             reference::rotary_angles_row(position, inverse_frequencies, out);
         }
@@ -209,17 +237,29 @@ impl Backend for Cpu {
 
     fn rotary(&self, args: RotaryArgs<'_, Self>) {
         let RotaryArgs { angles, heads, qkv } = args;
-        let (dim, rotated) = (heads.head_dim, heads.v_columns().start);
-        let rows = qkv.values_mut().chunks_exact_mut(heads.qkv_width());
-        for (angles, qkv) in angles.values().chunks_exact(dim).zip(rows) {
-            for head in qkv[..rotated].chunks_exact_mut(dim) {
-                reference::rotate_head(angles, head);
+        let dim = heads.head_dim;
+        assert_eq!(angles.columns(), dim, "width of the angles");
+        assert_eq!(qkv.columns(), heads.qkv_width(), "width of queries, keys and values");
+        assert_eq!(angles.rows(), qkv.rows(), "rows of the angles");
+        self.rows((angles.values(), dim), qkv, |angles, qkv| {
+            if self.path == CpuPath::Scalar {
+                let rows = qkv.chunks_exact_mut(heads.qkv_width());
+                for (angles, row) in angles.chunks_exact(dim).zip(rows) {
+                    for head in row[..heads.v_columns().start].chunks_exact_mut(dim) {
+                        reference::rotate_head(angles, head);
+                    }
+                }
+            } else {
+                dispatch(self.path, Rotary { heads, angles, qkv });
             }
-        }
+        });
     }
 
     fn append_kv(&self, args: AppendKvArgs<'_, Self>) {
         let AppendKvArgs { layer, heads, qkv, slots, pages } = args;
+        assert_eq!(qkv.columns(), heads.qkv_width(), "width of queries, keys and values");
+        assert_eq!(qkv.rows(), slots.len(), "one slot per row");
+        // One thread: rounding a chunk's keys takes less than a thousandth of projecting them.
         for (row, &slot) in qkv.values().chunks_exact(heads.qkv_width()).zip(slots) {
             pages.append(layer, slot, &row[heads.k_columns()], &row[heads.v_columns()]);
         }
@@ -244,7 +284,7 @@ impl Backend for Cpu {
                     }
                 }
             } else {
-                dispatch(self.path, pointwise::Activate { activation, gated, width, x, out });
+                dispatch(self.path, Activate { activation, gated, width, x, out });
             }
         });
     }
@@ -252,6 +292,7 @@ impl Backend for Cpu {
     fn gather_rows(&self, x: &CpuTensor, rows: &[u32], out: &mut CpuTensor) {
         out.resize(rows.len());
         let columns = x.columns();
+        assert_eq!(out.columns(), columns, "width of gathered rows");
         for (&row, out) in rows.iter().zip(out.values_mut().chunks_exact_mut(columns)) {
             out.copy_from_slice(&x.values()[row as usize * columns..][..columns]);
         }
@@ -263,6 +304,7 @@ impl Backend for Cpu {
     }
 
     fn upload(&self, values: &[f32], out: &mut CpuTensor) {
+        assert!(values.len().is_multiple_of(out.columns()), "whole rows");
         out.resize(values.len() / out.columns());
         out.values_mut().copy_from_slice(values);
     }

@@ -46,10 +46,15 @@ impl CpuPath {
         }
     }
 
+    /// The paths that this processor can run, slowest first.
+    pub fn available() -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(|path| path.is_available())
+    }
+
     /// The fastest path that this processor can run.
     #[must_use]
     pub fn detect() -> Self {
-        Self::ALL.into_iter().rev().find(|path| path.is_available()).unwrap_or(Self::Portable)
+        Self::available().last().unwrap_or(Self::Portable)
     }
 
     /// The name as flags spell it.
@@ -67,8 +72,7 @@ impl CpuPath {
         if self.is_available() {
             return Ok(self);
         }
-        let available: Vec<_> =
-            Self::ALL.into_iter().filter(|path| path.is_available()).map(Self::name).collect();
+        let available: Vec<_> = Self::available().map(Self::name).collect();
         Err(KernelError::Invalid {
             what: "cpu path",
             found: format!("{self}, which this processor does not have"),

@@ -17,7 +17,18 @@ pub(super) struct Choice {
     boxes: Vec<f32>,
 }
 
-/// Fills `list` with the pages that one KV head of one row reads; `false` means all of them.
+/// What was chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Chosen {
+    /// Every page, without a look at the boxes.
+    Everything,
+    /// Every page, after a look at the boxes.
+    EverythingSeen,
+    /// The pages of the list.
+    Listed,
+}
+
+/// Fills `list` with the pages that one KV head of one row reads.
 ///
 /// `queries` is `[group, head_dim]`.
 pub(super) fn choose<E: KvElement + Element>(
@@ -27,14 +38,14 @@ pub(super) fn choose<E: KvElement + Element>(
     queries: &[f32],
     choice: &mut Choice,
     list: &mut Vec<u32>,
-) -> Result<bool, KernelError> {
+) -> Result<Chosen, KernelError> {
     list.clear();
     match attention {
-        Attention::Dense => Ok(false),
+        Attention::Dense => Ok(Chosen::Everything),
         Attention::Policy(policy) => {
             let size = context.pages.layout().page_size();
             let Some(budget) = policy.page_budget(context.layer, tokens, size) else {
-                return Ok(false);
+                return Ok(Chosen::Everything);
             };
             choice.scores.clear();
             choice.scores.resize(table.len(), 0.0);
@@ -52,7 +63,7 @@ pub(super) fn choose<E: KvElement + Element>(
                 dispatch(context.path, scores);
             }
             select_pages(&choice.scores, budget, policy.sink_pages, policy.recent_pages, list);
-            Ok(true)
+            Ok(Chosen::Listed)
         }
         Attention::Custom(selector) => {
             context.pages.boxes_f32(context.layer, table, kv_head, &mut choice.boxes);
@@ -74,9 +85,9 @@ fn custom(
     selector: &dyn PageSelector,
     input: &SelectInput<'_>,
     list: &mut Vec<u32>,
-) -> Result<bool, KernelError> {
+) -> Result<Chosen, KernelError> {
     if !selector.select(input, list) {
-        return Ok(false);
+        return Ok(Chosen::EverythingSeen);
     }
     let pages = input.page_count();
     let wrong = if list.is_empty() {
@@ -87,7 +98,7 @@ fn custom(
         list.last().filter(|&&page| page as usize >= pages).map(|page| format!("page {page}"))
     };
     match wrong {
-        None => Ok(true),
+        None => Ok(Chosen::Listed),
         Some(found) => Err(KernelError::Selector(format!(
             "layer {}, KV head {}: found {found}, expected at least one page, in ascending order, \
              below {pages}",

@@ -1,4 +1,4 @@
-//! `out = x·Wᵀ + b`, element by element.
+//! `out = x·Wᵀ + b`, one stored row of weights after the other.
 
 use std::ops::Range;
 
@@ -8,6 +8,7 @@ use crate::{HostTensor, MatrixLayout};
 pub(crate) struct LinearRows<'a> {
     /// `[rows, inputs]`.
     pub(crate) x: &'a [f32],
+    pub(crate) inputs: usize,
     /// `[outputs, inputs]` or `[inputs, outputs]`.
     pub(crate) weight: &'a HostTensor,
     pub(crate) layout: MatrixLayout,
@@ -23,19 +24,33 @@ pub(crate) struct LinearRows<'a> {
 
 /// Writes into `out` `[rows, width]`.
 pub(crate) fn linear(rows: &LinearRows<'_>, out: &mut [f32]) {
-    let outputs = rows.columns.len();
-    let weight = rows.weight.to_f32(0..rows.weight.len());
-    let inputs = weight.len() / outputs;
-    for (x, out) in rows.x.chunks_exact(inputs).zip(out.chunks_exact_mut(rows.width)) {
-        for (o, out) in out[rows.columns.clone()].iter_mut().enumerate() {
-            let mut sum = 0.0;
-            for (i, &x) in x.iter().enumerate() {
-                let w = match rows.layout {
-                    MatrixLayout::OutIn => weight[o * inputs + i],
-                    MatrixLayout::InOut => weight[i * outputs + o],
-                };
-                sum += f64::from(w) * f64::from(x);
+    let (inputs, outputs) = (rows.inputs, rows.columns.len());
+    let mut sums = vec![0.0f64; rows.x.len() / inputs * outputs];
+    let each_row = || rows.x.chunks_exact(inputs);
+    match rows.layout {
+        MatrixLayout::OutIn => {
+            for o in 0..outputs {
+                let weights = rows.weight.to_f32(o * inputs..(o + 1) * inputs);
+                for (row, x) in each_row().enumerate() {
+                    let products =
+                        x.iter().zip(&weights).map(|(&x, &w)| f64::from(x) * f64::from(w));
+                    sums[row * outputs + o] = products.sum();
+                }
             }
+        }
+        MatrixLayout::InOut => {
+            for i in 0..inputs {
+                let weights = rows.weight.to_f32(i * outputs..(i + 1) * outputs);
+                for (row, x) in each_row().enumerate() {
+                    for (o, &w) in weights.iter().enumerate() {
+                        sums[row * outputs + o] += f64::from(x[i]) * f64::from(w);
+                    }
+                }
+            }
+        }
+    }
+    for (sums, out) in sums.chunks_exact(outputs).zip(out.chunks_exact_mut(rows.width)) {
+        for (o, (&sum, out)) in sums.iter().zip(&mut out[rows.columns.clone()]).enumerate() {
             let y = (sum + rows.bias.map_or(0.0, |bias| f64::from(bias[o]))) as f32;
             *out = if rows.add { *out + y } else { y };
         }

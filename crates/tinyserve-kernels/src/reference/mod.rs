@@ -1,11 +1,18 @@
 //! The plain reference of every operation: obvious loops over f32 slices, sums in f64.
 //!
-//! It is what SIMD and device kernels are tested against, and it never gets faster.
+//! It is what SIMD and device kernels are tested against, and it never gets faster. Appending to
+//! pages, scoring boxes and choosing pages have their reference in `tinyserve-kv`.
 
+mod activate;
 mod attend;
+mod embed;
 mod linear;
-mod pointwise;
+mod norm;
+mod rotary;
 
+pub(crate) use activate::activate;
 pub(crate) use attend::{AttendRow, attend_row, recall};
+pub(crate) use embed::embed_row;
 pub(crate) use linear::{LinearRows, linear};
-pub(crate) use pointwise::{activate, norm_row, rotary_angles_row, rotate_head};
+pub(crate) use norm::norm_row;
+pub(crate) use rotary::{rotary_angles_row, rotate_head};
