@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 
 mod backend;
+pub mod conformance;
+pub mod conformance;
 mod cpu;
 mod error;
 mod reference;

@@ -51,10 +51,11 @@ fn function<S: Simd>(simd: S, activation: Activation, x: S::V) -> S::V {
         // In this order NaN stays NaN.
         Activation::Relu => simd.max(simd.splat(0.0), x),
         Activation::Gelu => {
+            // erfc keeps the digits of the left tail, where 1 + erf would cancel them.
             let mut lanes = [0.0; 16];
             simd.store(x, &mut lanes);
             for x in &mut lanes[..S::LANES] {
-                *x *= 0.5 * (1.0 + libm::erff(*x * std::f32::consts::FRAC_1_SQRT_2));
+                *x *= 0.5 * libm::erfcf(*x * -std::f32::consts::FRAC_1_SQRT_2);
             }
             simd.load(&lanes)
         }

@@ -1,18 +1,22 @@
 //! Paged attention: one kernel over a page list, whether the list is a selection or everything.
 
+mod tile;
+
 use std::marker::PhantomData;
 use std::ops::Range;
 
 use rayon::prelude::*;
-use tinyserve_kv::{HostPages, KvElement, PageId, with_element};
+use tinyserve_kv::{HostPages, KvElement, with_element};
 
 use super::columns::Columns;
 use super::path::CpuPath;
 use super::select::{Choice, Chosen, choose};
-use super::simd::{Element, Kernel, Simd, dispatch};
+use super::simd::{Element, dispatch};
 use super::{Cpu, CpuTensor};
 use crate::reference;
 use crate::{AttendArgs, AttendSequence, AttendStats, Attention, Heads, KernelError};
+
+use tile::{Tile, TileScratch};
 
 /// Rows of a prefill chunk that share one pass over the pages.
 const ROW_TILE: usize = 16;
@@ -101,7 +105,7 @@ fn tiles<'a>(
         while next < end && next - start < ROW_TILE && !selects(start) && !selects(next) {
             next += 1;
         }
-        (start < next).then(|| (sequence, start..next))
+        (start < next).then_some((sequence, start..next))
     })
 }
 
@@ -112,14 +116,8 @@ struct Scratch {
     list: Vec<u32>,
     /// What choosing pages needs.
     choice: Choice,
-    keys: Vec<f32>,
-    values: Vec<f32>,
-    /// Attention weights of one page `[page_size]`, padded to whole vectors.
-    weights: Vec<f32>,
-    /// Per query head of the tile: running maximum, running sum, then the output so far.
-    peaks: Vec<f32>,
-    sums: Vec<f32>,
-    out: Vec<f32>,
+    /// What the tile's softmax needs.
+    tile: TileScratch,
 }
 
 impl Context<'_> {
@@ -150,21 +148,18 @@ impl Context<'_> {
             list.clear();
             list.extend(0..total as u32);
         }
-        let head = Head {
-            pages: self.pages,
-            layer: self.layer,
-            kv_head: item.kv_head,
-            table: item.sequence.pages,
-            first_visible: item.sequence.first_position + item.rows.start + 1
-                - item.sequence.rows.start,
-            dim: self.heads.head_dim,
-            scale: self.scale,
-        };
         if self.path == CpuPath::Scalar {
             self.reference::<E>(item, &list);
         } else {
-            let (list, element) = (list.as_slice(), PhantomData::<E>);
-            dispatch(self.path, Tile { context: self, item, head: &head, list, scratch, element });
+            let tile = Tile {
+                context: self,
+                item,
+                first_visible: tokens + 1 - item.rows.len(),
+                list: &list,
+                scratch: &mut scratch.tile,
+                element: PhantomData::<E>,
+            };
+            dispatch(self.path, tile);
         }
         let mut stats = self.count(item, &list, chosen);
         if self.measure_recall && chosen == Chosen::Listed && list.len() < total {
@@ -242,214 +237,5 @@ impl Context<'_> {
             stats.bytes_dense += (tokens * head_bytes) as u64;
         }
         stats
-    }
-}
-
-/// Where one KV head of one sequence lies.
-struct Head<'a> {
-    pages: &'a HostPages,
-    layer: usize,
-    kv_head: usize,
-    table: &'a [PageId],
-    /// Tokens that the tile's first row sees; each next row sees one more.
-    first_visible: usize,
-    dim: usize,
-    scale: f32,
-}
-
-/// Online softmax of a tile of rows over a page list (Milakov and Gimelshein, arXiv 1805.02867).
-///
-/// A row goes through the same steps whichever rows share its tile.
-struct Tile<'a, E> {
-    context: &'a Context<'a>,
-    item: &'a Item<'a>,
-    head: &'a Head<'a>,
-    list: &'a [u32],
-    scratch: &'a mut Scratch,
-    element: PhantomData<E>,
-}
-
-impl<E: KvElement + Element> Kernel for Tile<'_, E> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let Self { context, item, head, list, scratch, .. } = self;
-        let (dim, group) = (head.dim, context.heads.group());
-        let size = context.pages.layout().page_size();
-        let queries = item.rows.len() * group;
-        scratch.peaks.clear();
-        scratch.peaks.resize(queries, f32::NEG_INFINITY);
-        scratch.sums.clear();
-        scratch.sums.resize(queries, 0.0);
-        scratch.out.clear();
-        scratch.out.resize(queries * dim, 0.0);
-        scratch.weights.clear();
-        scratch.weights.resize(size.next_multiple_of(S::LANES), 0.0);
-        let last_visible = head.first_visible + item.rows.len() - 1;
-        for &index in list {
-            let first_token = index as usize * size;
-            let visible = (last_visible - first_token).min(size);
-            let page = head.pages.head::<E>(head.layer, head.table[index as usize], head.kv_head);
-            let (keys, values) = (&page.keys[..visible * dim], &page.values[..visible * dim]);
-            let page = PageRows { first_token, dim, group, scale: head.scale };
-            // Widening pays when several queries read the page; the numbers are the same.
-            if queries > 1 && E::as_f32(keys).is_none() {
-                let mut wide =
-                    (std::mem::take(&mut scratch.keys), std::mem::take(&mut scratch.values));
-                widen(simd, keys, &mut wide.0);
-                widen(simd, values, &mut wide.1);
-                page.add::<S, f32>(simd, context, item, head, (&wide.0, &wide.1), scratch);
-                (scratch.keys, scratch.values) = wide;
-            } else {
-                page.add::<S, E>(simd, context, item, head, (keys, values), scratch);
-            }
-        }
-        for (r, row) in item.rows.clone().enumerate() {
-            // SAFETY: rows and KV heads of items do not overlap, and the slice ends in this loop.
-            let out = unsafe { context.columns.slice(row, context.columns_of(item.kv_head)) };
-            for (g, out) in out.chunks_exact_mut(dim).enumerate() {
-                let query = r * group + g;
-                let inverse = scratch.sums[query].recip();
-                let sums = &scratch.out[query * dim..(query + 1) * dim];
-                for (out, &sum) in out.iter_mut().zip(sums) {
-                    *out = sum * inverse;
-                }
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn widen<S: Simd, E: Element>(simd: S, x: &[E], out: &mut Vec<f32>) {
-    out.clear();
-    out.resize(x.len(), 0.0);
-    for (x, out) in x.chunks(S::LANES).zip(out.chunks_mut(S::LANES)) {
-        simd.store_up_to(simd.load_up_to(x), out);
-    }
-}
-
-/// One page on its way into the softmax of every query of a tile.
-struct PageRows {
-    first_token: usize,
-    dim: usize,
-    group: usize,
-    scale: f32,
-}
-
-impl PageRows {
-    #[inline(always)]
-    fn add<S: Simd, T: Element>(
-        &self,
-        simd: S,
-        context: &Context<'_>,
-        item: &Item<'_>,
-        head: &Head<'_>,
-        (keys, values): (&[T], &[T]),
-        scratch: &mut Scratch,
-    ) {
-        let Self { first_token, dim, group, scale } = *self;
-        let in_page = keys.len() / dim;
-        for (r, row) in item.rows.clone().enumerate() {
-            let visible = (head.first_visible + r).saturating_sub(first_token).min(in_page);
-            if visible == 0 {
-                continue;
-            }
-            let queries = context.queries(row, item.kv_head);
-            for (g, q) in queries.chunks_exact(dim).enumerate() {
-                let query = r * group + g;
-                let weights = &mut scratch.weights;
-                let mut peak = scratch.peaks[query];
-                for (weight, key) in weights.iter_mut().zip(keys.chunks_exact(dim)).take(visible) {
-                    *weight = scale * dot(simd, q, key);
-                    peak = peak.max(*weight);
-                }
-                let shift = (scratch.peaks[query] - peak).exp();
-                scratch.peaks[query] = peak;
-                let peak = simd.splat(peak);
-                for weights in
-                    weights[..visible.next_multiple_of(S::LANES)].chunks_exact_mut(S::LANES)
-                {
-                    let weight = simd.exp(simd.sub(simd.load(weights), peak));
-                    simd.store(weight, weights);
-                }
-                let sum: f32 = weights[..visible].iter().sum();
-                scratch.sums[query] = scratch.sums[query] * shift + sum;
-                let out = &mut scratch.out[query * dim..(query + 1) * dim];
-                add_values(simd, &weights[..visible], values, shift, out);
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn dot<S: Simd, T: Element>(simd: S, q: &[f32], key: &[T]) -> f32 {
-    let mut sums = [simd.splat(0.0); 2];
-    let whole = q.len() - q.len() % S::LANES;
-    let mut i = 0;
-    while i + 2 * S::LANES <= whole {
-        for (k, sum) in sums.iter_mut().enumerate() {
-            let at = i + k * S::LANES;
-            let q = simd.load(&q[at..at + S::LANES]);
-            *sum = simd.mul_add(q, T::load(simd, &key[at..at + S::LANES]), *sum);
-        }
-        i += 2 * S::LANES;
-    }
-    if i < whole {
-        let q = simd.load(&q[i..whole]);
-        sums[0] = simd.mul_add(q, T::load(simd, &key[i..whole]), sums[0]);
-    }
-    if whole < q.len() {
-        let q = simd.load_tail(&q[whole..]);
-        sums[1] = simd.mul_add(q, simd.load_tail(&key[whole..]), sums[1]);
-    }
-    simd.sum(simd.add(sums[0], sums[1]))
-}
-
-/// `out = out·shift + Σ_t weights[t]·values[t]`.
-#[inline(always)]
-fn add_values<S: Simd, T: Element>(
-    simd: S,
-    weights: &[f32],
-    values: &[T],
-    shift: f32,
-    out: &mut [f32],
-) {
-    let dim = out.len();
-    let shift = simd.splat(shift);
-    let whole = dim - dim % S::LANES;
-    let mut d = 0;
-    while d + 4 * S::LANES <= whole {
-        let mut sums: [S::V; 4] = std::array::from_fn(|v| {
-            let at = d + v * S::LANES;
-            simd.mul(simd.load(&out[at..at + S::LANES]), shift)
-        });
-        for (&weight, value) in weights.iter().zip(values.chunks_exact(dim)) {
-            let weight = simd.splat(weight);
-            for (v, sum) in sums.iter_mut().enumerate() {
-                let at = d + v * S::LANES;
-                *sum = simd.mul_add(weight, T::load(simd, &value[at..at + S::LANES]), *sum);
-            }
-        }
-        for (v, &sum) in sums.iter().enumerate() {
-            let at = d + v * S::LANES;
-            simd.store(sum, &mut out[at..at + S::LANES]);
-        }
-        d += 4 * S::LANES;
-    }
-    while d < whole {
-        let mut sum = simd.mul(simd.load(&out[d..d + S::LANES]), shift);
-        for (&weight, value) in weights.iter().zip(values.chunks_exact(dim)) {
-            sum = simd.mul_add(simd.splat(weight), T::load(simd, &value[d..d + S::LANES]), sum);
-        }
-        simd.store(sum, &mut out[d..d + S::LANES]);
-        d += S::LANES;
-    }
-    if whole < dim {
-        let mut sum = simd.mul(simd.load_tail(&out[whole..]), shift);
-        for (&weight, value) in weights.iter().zip(values.chunks_exact(dim)) {
-            sum = simd.mul_add(simd.splat(weight), simd.load_tail(&value[whole..]), sum);
-        }
-        simd.store_tail(sum, &mut out[whole..]);
     }
 }

@@ -18,6 +18,8 @@ use crate::{MatrixLayout, Store};
 const SERIAL_WORK: usize = 64 * 1024;
 /// Outputs of a strip are a multiple of this, so that strips end at whole vectors.
 const STRIP: usize = 64;
+/// Rows up to which `[in, out]` weights are streamed as they lie.
+const STREAMED_ROWS: usize = 4;
 /// Bytes of input rows that are reused from the second-level cache while weights stream past.
 const ROW_BLOCK_BYTES: usize = 384 * 1024;
 
@@ -67,7 +69,7 @@ pub(super) fn linear(
     // Several strips per thread, so that a thread that is held up does not hold up all. A row of
     // stored [in, out] weights streams best in long runs.
     let strips_per_thread = match linear.layout {
-        MatrixLayout::InOut if rows == 1 => 1,
+        MatrixLayout::InOut if rows <= STREAMED_ROWS => 1,
         _ => 4,
     };
     let target = width.div_ceil(threads * strips_per_thread).next_multiple_of(STRIP);
@@ -100,7 +102,7 @@ struct StripArgs<'a> {
 fn run_strip<E: Element>(path: CpuPath, layout: MatrixLayout, args: StripArgs<'_>, w: &[E]) {
     match layout {
         MatrixLayout::OutIn => dispatch(path, OutIn { args, w }),
-        MatrixLayout::InOut if args.rows == 1 => dispatch(path, InOutRow { args, w }),
+        MatrixLayout::InOut if args.rows <= STREAMED_ROWS => dispatch(path, InOutFew { args, w }),
         MatrixLayout::InOut => dispatch(path, InOut { args, w }),
     }
 }
@@ -168,9 +170,10 @@ impl<E: Element> OutIn<'_, E> {
             self.tile::<S, 3, O>(simd, row, output);
             row += 3;
         }
-        while row < rows.end {
-            self.tile::<S, 1, O>(simd, row, output);
-            row += 1;
+        match rows.end - row {
+            2 => self.tile::<S, 2, O>(simd, row, output),
+            1 => self.tile::<S, 1, O>(simd, row, output),
+            _ => {}
         }
     }
 
@@ -210,60 +213,96 @@ impl<E: Element> OutIn<'_, E> {
     }
 }
 
-/// `[in, out]`, one row: weight rows are added up as they stream by, four at a time.
-struct InOutRow<'a, E> {
+/// `[in, out]`, few rows: weight rows are added up as they stream by, several at a time.
+struct InOutFew<'a, E> {
     args: StripArgs<'a>,
     w: &'a [E],
 }
 
-impl<E: Element> Kernel for InOutRow<'_, E> {
+impl<E: Element> Kernel for InOutFew<'_, E> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let inputs = self.args.part.inputs;
-        let mut sums = vec![0.0; self.args.strip.len()];
-        let mut i = 0;
-        while i + 8 <= inputs {
-            self.add_rows::<S, 8>(simd, i, &mut sums);
-            i += 8;
+        // As many weight rows at a time as registers hold their factors.
+        match self.args.rows {
+            1 => self.stream::<S, 1, 8>(simd),
+            2 => self.stream::<S, 2, 4>(simd),
+            3 => self.stream::<S, 3, 4>(simd),
+            4 => self.stream::<S, 4, 4>(simd),
+            rows => assert_eq!(rows, 0, "at most {STREAMED_ROWS} rows are streamed"),
         }
-        while i < inputs {
-            self.add_rows::<S, 1>(simd, i, &mut sums);
-            i += 1;
-        }
-        self.args.finish(0, self.args.strip.start, &sums);
     }
 }
 
-impl<E: Element> InOutRow<'_, E> {
+impl<E: Element> InOutFew<'_, E> {
     #[inline(always)]
-    fn add_rows<S: Simd, const K: usize>(&self, simd: S, i: usize, sums: &mut [f32]) {
-        let (outputs, strip) = (self.args.part.outputs, &self.args.strip);
+    fn stream<S: Simd, const R: usize, const K: usize>(&self, simd: S) {
+        let (inputs, strip) = (self.args.part.inputs, self.args.strip.len());
+        let mut sums = vec![0.0; R * strip];
+        let mut i = 0;
+        while i + K <= inputs {
+            self.add_rows::<S, R, K>(simd, i, &mut sums);
+            i += K;
+        }
+        while i < inputs {
+            self.add_rows::<S, R, 1>(simd, i, &mut sums);
+            i += 1;
+        }
+        for (row, sums) in sums.chunks_exact(strip).enumerate() {
+            self.args.finish(row, self.args.strip.start, sums);
+        }
+    }
+
+    #[inline(always)]
+    fn add_rows<S: Simd, const R: usize, const K: usize>(
+        &self,
+        simd: S,
+        i: usize,
+        sums: &mut [f32],
+    ) {
+        let StripArgs { part, strip, .. } = &self.args;
+        let (inputs, outputs) = (part.inputs, part.outputs);
         let w: [&[E]; K] = std::array::from_fn(|k| {
             &self.w[(i + k) * outputs + strip.start..(i + k) * outputs + strip.end]
         });
-        let x: [S::V; K] = std::array::from_fn(|k| simd.splat(self.args.x[i + k]));
-        let whole = sums.len() - sums.len() % S::LANES;
-        // Slices of one known length let the compiler drop the checks inside the loop.
-        let (head, tail) = sums.split_at_mut(whole);
-        let heads: [&[E]; K] = std::array::from_fn(|k| &w[k][..whole]);
-        for (v, sums) in head.chunks_exact_mut(S::LANES).enumerate() {
-            let o = v * S::LANES;
-            let mut sum = simd.load(sums);
-            for k in 0..K {
-                // The rows lie apart: the processor does not guess where the next ones start.
-                simd.prefetch(heads[k].as_ptr().wrapping_add(o + K * outputs));
-                sum = simd.mul_add(E::load(simd, &heads[k][o..o + S::LANES]), x[k], sum);
+        let mut x = [[simd.splat(0.0); K]; R];
+        for (r, x) in x.iter_mut().enumerate() {
+            for (x, &value) in x.iter_mut().zip(&self.args.x[r * inputs + i..][..K]) {
+                *x = simd.splat(value);
             }
-            simd.store(sum, sums);
         }
-        if !tail.is_empty() {
-            let mut sum = simd.load_tail(tail);
-            for k in 0..K {
-                sum = simd.mul_add(simd.load_tail(&w[k][whole..]), x[k], sum);
+        let whole = strip.len() - strip.len() % S::LANES;
+        // Slices of one known length let the compiler drop the checks inside the loop.
+        let mut rows = sums.chunks_exact_mut(strip.len());
+        let mut sums: [&mut [f32]; R] = std::array::from_fn(|_| rows.next().unwrap_or_default());
+        let heads: [&[E]; K] = std::array::from_fn(|k| &w[k][..whole]);
+        let mut o = 0;
+        while o < whole {
+            let mut w = [simd.splat(0.0); K];
+            for (w, head) in w.iter_mut().zip(&heads) {
+                // The rows lie apart: the processor does not guess where the next ones start.
+                simd.prefetch(head.as_ptr().wrapping_add(o + K * outputs));
+                *w = E::load(simd, &head[o..o + S::LANES]);
             }
-            simd.store_tail(sum, tail);
+            for (x, sums) in x.iter().zip(&mut sums) {
+                let mut sum = simd.load(&sums[o..o + S::LANES]);
+                for (w, x) in w.iter().zip(x) {
+                    sum = simd.mul_add(*w, *x, sum);
+                }
+                simd.store(sum, &mut sums[o..o + S::LANES]);
+            }
+            o += S::LANES;
+        }
+        if whole < strip.len() {
+            for (x, sums) in x.iter().zip(&mut sums) {
+                let tail = &mut sums[whole..];
+                let mut sum = simd.load_tail(tail);
+                for (w, x) in w.iter().zip(x) {
+                    sum = simd.mul_add(simd.load_tail(&w[whole..]), *x, sum);
+                }
+                simd.store_tail(sum, tail);
+            }
         }
     }
 }

@@ -41,7 +41,12 @@ pub(crate) trait Simd: Copy {
     fn round(self, x: Self::V) -> Self::V;
     /// `x·2^n` for whole `n` of −126 to 127.
     fn scale_by_power(self, x: Self::V, n: Self::V) -> Self::V;
+    /// The sum of all elements.
     fn sum(self, x: Self::V) -> f32;
+    /// [`Self::sum`] of each vector, to the last bit.
+    fn sum_four(self, x: [Self::V; 4]) -> [f32; 4];
+    /// The largest element.
+    fn highest(self, x: Self::V) -> f32;
     /// Asks for the cache line at `address`, which need not be one that may be read.
     fn prefetch<T>(self, address: *const T);
 
@@ -95,20 +100,12 @@ pub(crate) trait Simd: Copy {
 pub(crate) trait Element: bytemuck::Pod + Default + Send + Sync {
     /// Loads the first `S::LANES` elements, widened.
     fn load<S: Simd>(simd: S, x: &[Self]) -> S::V;
-    /// The slice itself when it is f32 already.
-    fn as_f32(_x: &[Self]) -> Option<&[f32]> {
-        None
-    }
 }
 
 impl Element for f32 {
     #[inline(always)]
     fn load<S: Simd>(simd: S, x: &[Self]) -> S::V {
         simd.load(x)
-    }
-    #[inline(always)]
-    fn as_f32(x: &[Self]) -> Option<&[f32]> {
-        Some(x)
     }
 }
 

@@ -4,6 +4,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
+use super::avx2::sums_of_four;
 use super::{Kernel, Simd};
 
 /// Proof that the processor has AVX-512 F, BW, VL and DQ.
@@ -29,6 +30,19 @@ macro_rules! intrinsic {
         // that read or write memory get a pointer to a slice whose length was checked before.
         unsafe { $call }
     };
+}
+
+/// The four quarters of a vector added up.
+///
+/// # Safety
+/// The processor has AVX-512 F and DQ.
+#[inline(always)]
+unsafe fn quarters(x: __m512) -> __m128 {
+    // SAFETY: the caller promises the instructions.
+    unsafe {
+        let eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x));
+        _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight))
+    }
 }
 
 impl Simd for Avx512 {
@@ -100,7 +114,19 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     fn sum(self, x: __m512) -> f32 {
-        intrinsic!(_mm512_reduce_add_ps(x))
+        intrinsic!({
+            let four = quarters(x);
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+        })
+    }
+    #[inline(always)]
+    fn sum_four(self, x: [__m512; 4]) -> [f32; 4] {
+        intrinsic!(sums_of_four([quarters(x[0]), quarters(x[1]), quarters(x[2]), quarters(x[3])]))
+    }
+    #[inline(always)]
+    fn highest(self, x: __m512) -> f32 {
+        intrinsic!(_mm512_reduce_max_ps(x))
     }
     #[inline(always)]
     fn prefetch<T>(self, address: *const T) {

@@ -1,0 +1,103 @@
+//! One table of cases for every operation, and what a backend makes of them.
+//!
+//! A backend is held to [`crate::Cpu`] on [`crate::CpuPath::Scalar`], the plain reference. Each
+//! case has its own tolerance, relative to the largest value of the reference's result; a result
+//! that is not a number fails. `tinyserve doctor --self-test` prints the outcome.
+
+mod attention;
+mod dense;
+mod input;
+
+use std::fmt;
+
+use crate::{Backend, Cpu, CpuOptions, CpuPath, KernelError};
+
+/// What one case came to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CaseOutcome {
+    /// The operation, as [`Backend`] names it.
+    pub op: &'static str,
+    /// Shapes and settings.
+    pub case: String,
+    /// Largest difference to the reference, relative to the reference's largest value; NaN when
+    /// the backend's result is not a number or has another length.
+    pub max_error: f32,
+    /// The largest difference that passes.
+    pub tolerance: f32,
+}
+
+impl CaseOutcome {
+    /// Whether the result is a number and within the tolerance.
+    #[must_use]
+    pub fn passed(&self) -> bool {
+        // Written so that NaN fails.
+        self.max_error <= self.tolerance
+    }
+}
+
+impl fmt::Display for CaseOutcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { op, case, max_error, tolerance } = self;
+        write!(f, "{op} {case}: error {max_error:e}, tolerance {tolerance:e}")
+    }
+}
+
+/// Runs every case on `backend`.
+///
+/// # Errors
+/// When a backend refuses memory, weights or a selection that every backend has to accept.
+pub fn run<B: Backend>(backend: &B) -> Result<Vec<CaseOutcome>, KernelError> {
+    let reference = Cpu::new(CpuOptions { threads: Some(1), path: Some(CpuPath::Scalar) })?;
+    let mut outcomes = Vec::new();
+    dense::run(backend, &reference, &mut outcomes)?;
+    attention::run(backend, &reference, &mut outcomes)?;
+    Ok(outcomes)
+}
+
+/// Largest difference, relative to the largest value of `expected`.
+fn max_error(found: &[f32], expected: &[f32]) -> f32 {
+    if found.len() != expected.len() {
+        return f32::NAN;
+    }
+    let scale = expected.iter().fold(f32::MIN_POSITIVE, |a, b| a.max(b.abs()));
+    let mut worst = 0.0;
+    for (&found, &expected) in found.iter().zip(expected) {
+        let error = (found - expected).abs() / scale;
+        // Not f32::max, which would drop a NaN.
+        if error > worst || error.is_nan() {
+            worst = error;
+            if error.is_nan() {
+                break;
+            }
+        }
+    }
+    worst
+}
+
+/// What `download` gives of a tensor.
+fn values<B: Backend>(backend: &B, tensor: &B::Tensor) -> Vec<f32> {
+    let mut out = Vec::new();
+    backend.download(tensor, &mut out);
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_a_number_fails() {
+        let outcome = |found: &[f32], expected: &[f32]| CaseOutcome {
+            op: "op",
+            case: String::new(),
+            max_error: max_error(found, expected),
+            tolerance: 1e-3,
+        };
+        assert!(outcome(&[1.0, 2.0], &[1.0, 2.001]).passed());
+        assert!(!outcome(&[1.0, 2.0], &[1.0, 2.1]).passed());
+        assert!(!outcome(&[f32::NAN, 2.0], &[1.0, 2.0]).passed());
+        assert!(!outcome(&[1.0, f32::NAN], &[1.0, 2.0]).passed());
+        assert!(!outcome(&[1.0, f32::INFINITY], &[1.0, 2.0]).passed());
+        assert!(!outcome(&[1.0], &[1.0, 2.0]).passed());
+    }
+}

@@ -1,0 +1,202 @@
+//! Cases of the operations that know no pages.
+
+use super::input::Numbers;
+use super::{CaseOutcome, max_error, values};
+use crate::{
+    ActivateArgs, Activation, Backend, Cpu, DType, EmbedArgs, Heads, KernelError, LinearArgs,
+    LinearPart, LinearSpec, MatrixLayout, NormArgs, NormKind, RotaryAnglesArgs, RotaryArgs, Store,
+};
+
+const ROWS: [usize; 5] = [1, 2, 3, 7, 17];
+const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
+const STORES: [Store; 2] = [Store::Overwrite, Store::Add];
+
+/// Sums of a few hundred products in f32 against f64.
+const SUMS: f32 = 2e-6;
+/// A handful of roundings.
+const FEW_ROUNDINGS: f32 = 1e-6;
+
+pub(super) fn run<B: Backend>(
+    backend: &B,
+    reference: &Cpu,
+    outcomes: &mut Vec<CaseOutcome>,
+) -> Result<(), KernelError> {
+    let mut check = |op, case: String, tolerance, found: Vec<f32>, expected: Vec<f32>| {
+        let max_error = max_error(&found, &expected);
+        outcomes.push(CaseOutcome { op, case, max_error, tolerance });
+    };
+    for dtype in DTYPES {
+        for store in STORES {
+            for hidden in [1, 12, 64, 131] {
+                let case = format!("{dtype} {store:?} hidden {hidden}");
+                let found = embed(backend, dtype, store, hidden)?;
+                check("embed", case, 0.0, found, embed(reference, dtype, store, hidden)?);
+            }
+        }
+    }
+    for kind in [NormKind::Layer, NormKind::Rms] {
+        for (rows, hidden) in [(1, 1), (3, 7), (2, 48), (17, 131), (300, 256)] {
+            for bias in [false, true] {
+                let case = format!("{kind:?} [{rows}, {hidden}] bias {bias}");
+                let found = norm(backend, kind, (rows, hidden), bias)?;
+                check("norm", case, SUMS, found, norm(reference, kind, (rows, hidden), bias)?);
+            }
+        }
+    }
+    for layout in [MatrixLayout::OutIn, MatrixLayout::InOut] {
+        for dtype in DTYPES {
+            // Parts of one width with a tail, several of different widths, and enough to split.
+            for (inputs, parts) in [
+                (1, vec![1]),
+                (7, vec![5, 3]),
+                (64, vec![64, 16, 16]),
+                (100, vec![131]),
+                (259, vec![260, 131]),
+            ] {
+                for rows in ROWS {
+                    for store in STORES {
+                        let spec = (layout, dtype, inputs, parts.as_slice());
+                        let case =
+                            format!("{layout:?} {dtype} [{rows}, {inputs}] to {parts:?} {store:?}");
+                        let found = linear(backend, spec, rows, store)?;
+                        check("linear", case, SUMS, found, linear(reference, spec, rows, store)?);
+                    }
+                }
+            }
+        }
+    }
+    for (rows, head_dim, q_heads, kv_heads) in
+        [(1, 2, 1, 1), (3, 6, 4, 2), (17, 40, 3, 1), (5, 64, 8, 2), (2, 128, 2, 2)]
+    {
+        let heads = Heads { q_heads, kv_heads, head_dim };
+        let case = format!("[{rows}] {q_heads} and {kv_heads} heads of {head_dim}");
+        let (angles, qkv) = rotary(backend, heads, rows);
+        let (expected_angles, expected) = rotary(reference, heads, rows);
+        // Positions reach 100,000: an angle's own rounding is 4e-3 there, so it is exact or wrong.
+        check("rotary_angles", case.clone(), FEW_ROUNDINGS, angles, expected_angles);
+        check("rotary", case, FEW_ROUNDINGS, qkv, expected);
+    }
+    for activation in [Activation::GeluTanh, Activation::Gelu, Activation::Relu, Activation::Silu] {
+        for gated in [false, true] {
+            for (rows, width) in [(1, 1), (3, 21), (2, 64), (300, 131), (400, 256)] {
+                let case = format!("{activation:?} [{rows}, {width}] gated {gated}");
+                let found = activate(backend, activation, gated, (rows, width));
+                let expected = activate(reference, activation, gated, (rows, width));
+                check("activate", case, FEW_ROUNDINGS, found, expected);
+            }
+        }
+    }
+    for columns in [1, 13, 64] {
+        let case = format!("4 of [6, {columns}]");
+        let (found, expected) = (gather(backend, columns), gather(reference, columns));
+        check("gather_rows", case, 0.0, found, expected);
+    }
+    Ok(())
+}
+
+fn upload<B: Backend>(backend: &B, numbers: &[f32], columns: usize) -> B::Tensor {
+    let mut tensor = backend.tensor(columns);
+    backend.upload(numbers, &mut tensor);
+    tensor
+}
+
+fn embed<B: Backend>(
+    backend: &B,
+    dtype: DType,
+    store: Store,
+    hidden: usize,
+) -> Result<Vec<f32>, KernelError> {
+    let mut numbers = Numbers::new(1);
+    let weight = numbers.tensor(dtype, &[9, hidden])?;
+    let parts = vec![LinearPart { weight, bias: None }];
+    let table = backend.load_linear(LinearSpec { parts, layout: MatrixLayout::OutIn })?;
+    let mut out = upload(backend, &numbers.take(5 * hidden), hidden);
+    backend.embed(EmbedArgs { table: &table, ids: &[8, 0, 3, 3, 1], store, out: &mut out });
+    Ok(values(backend, &out))
+}
+
+fn norm<B: Backend>(
+    backend: &B,
+    kind: NormKind,
+    (rows, hidden): (usize, usize),
+    bias: bool,
+) -> Result<Vec<f32>, KernelError> {
+    let mut numbers = Numbers::new(2);
+    let weight = backend.load_vector(&numbers.tensor(DType::F32, &[hidden])?)?;
+    let shift = numbers.tensor(DType::Bf16, &[hidden])?;
+    let shift = bias.then(|| backend.load_vector(&shift)).transpose()?;
+    // Off centre, as residual streams are.
+    let x: Vec<f32> = numbers.take(rows * hidden).into_iter().map(|x| 0.5 + 3.0 * x).collect();
+    let (x, mut out) = (upload(backend, &x, hidden), backend.tensor(hidden));
+    let (bias, epsilon) = (shift.as_ref(), 1e-5);
+    backend.norm(NormArgs { kind, x: &x, weight: &weight, bias, epsilon, out: &mut out });
+    Ok(values(backend, &out))
+}
+
+fn linear<B: Backend>(
+    backend: &B,
+    (layout, dtype, inputs, outputs): (MatrixLayout, DType, usize, &[usize]),
+    rows: usize,
+    store: Store,
+) -> Result<Vec<f32>, KernelError> {
+    let mut numbers = Numbers::new(3);
+    let parts = outputs
+        .iter()
+        .enumerate()
+        .map(|(i, &n)| {
+            let shape = match layout {
+                MatrixLayout::OutIn => [n, inputs],
+                MatrixLayout::InOut => [inputs, n],
+            };
+            let weight = numbers.tensor(dtype, &shape)?;
+            let bias = numbers.tensor(dtype, &[n])?;
+            Ok(LinearPart { weight, bias: (i % 2 == 0).then_some(bias) })
+        })
+        .collect::<Result<_, KernelError>>()?;
+    let layer = backend.load_linear(LinearSpec { parts, layout })?;
+    let width = outputs.iter().sum();
+    let x = upload(backend, &numbers.take(rows * inputs), inputs);
+    let mut out = upload(backend, &numbers.take(rows * width), width);
+    backend.linear(LinearArgs { x: &x, linear: &layer, store, out: &mut out });
+    Ok(values(backend, &out))
+}
+
+fn rotary<B: Backend>(backend: &B, heads: Heads, rows: usize) -> (Vec<f32>, Vec<f32>) {
+    let mut numbers = Numbers::new(4);
+    let half = heads.head_dim / 2;
+    let inverse_frequencies: Vec<f32> =
+        (0..half).map(|i| 10_000f32.powf(-(i as f32) / half as f32)).collect();
+    let positions: Vec<u32> = (0..rows as u32).map(|row| row * row * 397).collect();
+    let mut angles = backend.tensor(heads.head_dim);
+    backend.rotary_angles(RotaryAnglesArgs {
+        positions: &positions,
+        inverse_frequencies: &inverse_frequencies,
+        out: &mut angles,
+    });
+    let width = heads.qkv_width();
+    let mut qkv = upload(backend, &numbers.take(rows * width), width);
+    backend.rotary(RotaryArgs { angles: &angles, heads, qkv: &mut qkv });
+    (values(backend, &angles), values(backend, &qkv))
+}
+
+fn activate<B: Backend>(
+    backend: &B,
+    activation: Activation,
+    gated: bool,
+    (rows, width): (usize, usize),
+) -> Vec<f32> {
+    let mut numbers = Numbers::new(5);
+    let columns = if gated { 2 * width } else { width };
+    // Wide enough to reach both ends of every function.
+    let x: Vec<f32> = numbers.take(rows * columns).into_iter().map(|x| 12.0 * x).collect();
+    let (x, mut out) = (upload(backend, &x, columns), backend.tensor(width));
+    backend.activate(ActivateArgs { activation, gated, x: &x, out: &mut out });
+    values(backend, &out)
+}
+
+fn gather<B: Backend>(backend: &B, columns: usize) -> Vec<f32> {
+    let x = upload(backend, &Numbers::new(6).take(6 * columns), columns);
+    let mut out = backend.tensor(columns);
+    backend.gather_rows(&x, &[5, 0, 0, 2], &mut out);
+    values(backend, &out)
+}

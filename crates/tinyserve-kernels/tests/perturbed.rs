@@ -1,0 +1,166 @@
+//! The table of cases notices a backend that is a little wrong, in whichever operation.
+
+use tinyserve_kernels::{
+    ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, Cpu, CpuLinear, CpuOptions,
+    CpuTensor, CpuVector, EmbedArgs, HostTensor, KernelError, LinearArgs, LinearSpec, NormArgs,
+    RotaryAnglesArgs, RotaryArgs, conformance,
+};
+use tinyserve_kv::{HostPages, KvLayout, PageCopy};
+
+/// What is done to an operation's result.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Fault {
+    /// The last value is off by one part in a thousand of the largest.
+    Nudge,
+    /// The last value is not a number.
+    Nan,
+}
+
+/// A backend one of whose operations is wrong.
+#[derive(Debug)]
+struct Perturbed {
+    cpu: Cpu,
+    op: &'static str,
+    fault: Fault,
+}
+
+impl Perturbed {
+    fn spoil(&self, op: &str, out: &mut CpuTensor) {
+        if op != self.op {
+            return;
+        }
+        let mut values = out.values().to_vec();
+        let largest = values.iter().fold(0.0_f32, |a, b| a.max(b.abs()));
+        if let Some(last) = values.last_mut() {
+            *last = match self.fault {
+                Fault::Nudge => *last + 1e-3 * largest,
+                Fault::Nan => f32::NAN,
+            };
+        }
+        self.cpu.upload(&values, out);
+    }
+}
+
+impl Backend for Perturbed {
+    type Tensor = CpuTensor;
+    type Vector = CpuVector;
+    type Linear = CpuLinear;
+    type KvPages = HostPages;
+
+    fn tensor(&self, columns: usize) -> CpuTensor {
+        self.cpu.tensor(columns)
+    }
+    fn load_vector(&self, vector: &HostTensor) -> Result<CpuVector, KernelError> {
+        self.cpu.load_vector(vector)
+    }
+    fn load_linear(&self, spec: LinearSpec) -> Result<CpuLinear, KernelError> {
+        self.cpu.load_linear(spec)
+    }
+    fn allocate_pages(&self, layout: KvLayout, pages: usize) -> Result<HostPages, KernelError> {
+        self.cpu.allocate_pages(layout, pages)
+    }
+    fn copy_page(&self, pages: &mut HostPages, copy: PageCopy) {
+        if self.op != "copy_page" {
+            self.cpu.copy_page(pages, copy);
+        }
+    }
+    fn embed(&self, args: EmbedArgs<'_, Self>) {
+        let EmbedArgs { table, ids, store, out } = args;
+        self.cpu.embed(EmbedArgs { table, ids, store, out: &mut *out });
+        self.spoil("embed", out);
+    }
+    fn norm(&self, args: NormArgs<'_, Self>) {
+        let NormArgs { kind, x, weight, bias, epsilon, out } = args;
+        self.cpu.norm(NormArgs { kind, x, weight, bias, epsilon, out: &mut *out });
+        self.spoil("norm", out);
+    }
+    fn linear(&self, args: LinearArgs<'_, Self>) {
+        let LinearArgs { x, linear, store, out } = args;
+        self.cpu.linear(LinearArgs { x, linear, store, out: &mut *out });
+        self.spoil("linear", out);
+    }
+    fn rotary_angles(&self, args: RotaryAnglesArgs<'_, Self>) {
+        let RotaryAnglesArgs { positions, inverse_frequencies, out } = args;
+        self.cpu.rotary_angles(RotaryAnglesArgs { positions, inverse_frequencies, out: &mut *out });
+        self.spoil("rotary_angles", out);
+    }
+    fn rotary(&self, args: RotaryArgs<'_, Self>) {
+        let RotaryArgs { angles, heads, qkv } = args;
+        self.cpu.rotary(RotaryArgs { angles, heads, qkv: &mut *qkv });
+        self.spoil("rotary", qkv);
+    }
+    fn append_kv(&self, args: AppendKvArgs<'_, Self>) {
+        let AppendKvArgs { layer, heads, qkv, slots, pages } = args;
+        if self.op == "append_kv" {
+            let mut wrong = self.cpu.tensor(heads.qkv_width());
+            self.cpu.upload(qkv.values(), &mut wrong);
+            self.spoil("append_kv", &mut wrong);
+            self.cpu.append_kv(AppendKvArgs { layer, heads, qkv: &wrong, slots, pages });
+        } else {
+            self.cpu.append_kv(AppendKvArgs { layer, heads, qkv, slots, pages });
+        }
+    }
+    fn attend(&self, args: AttendArgs<'_, Self>) -> Result<AttendStats, KernelError> {
+        let AttendArgs { layer, heads, qkv, scale, sequences, pages, measure_recall, out } = args;
+        let mut stats = self.cpu.attend(AttendArgs {
+            layer,
+            heads,
+            qkv,
+            scale,
+            sequences,
+            pages,
+            measure_recall,
+            out: &mut *out,
+        })?;
+        self.spoil("attend", out);
+        stats.bytes_read += u64::from(self.op == "attend stats");
+        Ok(stats)
+    }
+    fn activate(&self, args: ActivateArgs<'_, Self>) {
+        let ActivateArgs { activation, gated, x, out } = args;
+        self.cpu.activate(ActivateArgs { activation, gated, x, out: &mut *out });
+        self.spoil("activate", out);
+    }
+    fn gather_rows(&self, x: &CpuTensor, rows: &[u32], out: &mut CpuTensor) {
+        self.cpu.gather_rows(x, rows, out);
+        self.spoil("gather_rows", out);
+    }
+    fn download(&self, x: &CpuTensor, out: &mut Vec<f32>) {
+        self.cpu.download(x, out);
+    }
+    fn upload(&self, values: &[f32], out: &mut CpuTensor) {
+        self.cpu.upload(values, out);
+    }
+}
+
+/// Operations of the table that fail when `op` of a backend is wrong.
+fn failing(op: &'static str, fault: Fault) -> Vec<&'static str> {
+    let cpu = Cpu::new(CpuOptions { threads: Some(1), path: None }).unwrap();
+    let outcomes = conformance::run(&Perturbed { cpu, op, fault }).unwrap();
+    let mut failing: Vec<_> =
+        outcomes.iter().filter(|outcome| !outcome.passed()).map(|outcome| outcome.op).collect();
+    failing.dedup();
+    failing
+}
+
+#[test]
+fn a_wrong_result_fails_its_operation_and_no_other() {
+    let pages = vec!["append_kv and attend", "select and attend"];
+    for fault in [Fault::Nudge, Fault::Nan] {
+        for op in ["embed", "norm", "linear", "rotary", "activate", "gather_rows"] {
+            assert_eq!(failing(op, fault), [op], "{fault:?}");
+        }
+        let rotated = failing("rotary_angles", fault);
+        assert_eq!(rotated[0], "rotary_angles", "{fault:?}: {rotated:?}");
+        assert!(rotated.iter().all(|op| op.starts_with("rotary")), "{fault:?}: {rotated:?}");
+        for op in ["append_kv", "attend"] {
+            let mut failed = failing(op, fault);
+            failed.sort_unstable();
+            failed.dedup();
+            assert_eq!(failed, pages, "{op} {fault:?}");
+        }
+    }
+    assert!(!failing("attend stats", Fault::Nudge).is_empty());
+    assert!(!failing("copy_page", Fault::Nudge).is_empty());
+    assert!(failing("none", Fault::Nudge).is_empty());
+}
