@@ -6,6 +6,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 
 use serde_json::Value;
+use tinyserve_tests::{GoldenCase, golden_cases, json};
 
 /// The binary of this profile, built beside this test.
 fn path() -> &'static Path {
@@ -31,8 +32,9 @@ fn path() -> &'static Path {
         assert!(build.status.success(), "the binary does not build");
         let messages = String::from_utf8(build.stdout).expect("cargo's messages are UTF-8");
         let messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        let built = messages.filter_map(|message| Some(message["executable"].as_str()?.to_owned()));
-        built.last().expect("an executable among cargo's messages").into()
+        let mut built =
+            messages.filter_map(|message| Some(message["executable"].as_str()?.to_owned()));
+        built.next_back().expect("an executable among cargo's messages").into()
     })
 }
 
@@ -118,6 +120,17 @@ pub(crate) fn with_stdin(args: &[&str], input: &[u8]) -> Ran {
     // The pipe closes when it is dropped. A program that refuses early may not read it.
     let _ = child.stdin.take().expect("a pipe").write_all(input);
     Ran::new(child.wait_with_output().expect("the binary ends"))
+}
+
+/// The cases of a golden checkpoint whose whole text the reference read: it cut longer ones to
+/// leave room for its answer.
+pub(crate) fn whole_cases(name: &str) -> Vec<GoldenCase> {
+    let config: Value = json(&format!("golden/{name}/config.json"));
+    let context = config.get("n_positions").or_else(|| config.get("max_position_embeddings"));
+    let context = context.and_then(Value::as_u64).expect("a context") as usize;
+    let mut cases = golden_cases(name);
+    cases.retain(|case| case.ids.len() + case.greedy.len() < context);
+    cases
 }
 
 /// A path as an argument.

@@ -5,11 +5,16 @@ use std::io::Read;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-use crate::binary::{Ran, command};
+use tinyserve_tests::data;
 
-/// A run that goes on for long: the reference kernels, and a context filled to its end.
-const LONG: [&str; 9] =
-    ["run", "-p", "Once upon a time", "-n", "500", "--ignore-eos", "--cpu", "scalar", "--seed=1"];
+use crate::binary::{Ran, command, text};
+
+/// A run that goes on for seconds: 2000 tokens on the reference kernels.
+fn long(more: &[&str]) -> Command {
+    let model = data("golden/llama-tied-rope-scaled-bf16");
+    let args = ["run", text(&model), "-p", "Once upon a time", "-n", "2000", "--ignore-eos"];
+    command(&[&args[..], &["--cpu", "scalar"], more].concat())
+}
 
 fn interrupt(child: &Child) {
     let sent = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
@@ -18,7 +23,7 @@ fn interrupt(child: &Child) {
 
 #[test]
 fn the_text_so_far_is_kept() {
-    let mut child = command(&LONG).spawn().unwrap();
+    let mut child = long(&[]).spawn().unwrap();
     let mut stdout = child.stdout.take().unwrap();
     let mut first = [0; 8];
     stdout.read_exact(&mut first).unwrap();
@@ -38,7 +43,7 @@ fn json_says_that_it_was_cancelled() {
     // Nothing is printed while it runs, so the moment has to be found: early ones end the process
     // before it listens, late ones find it done.
     for wait in [20, 40, 60, 80, 120, 160, 240, 320, 480, 640] {
-        let child = command(&[&LONG[..], &["--json"]].concat()).spawn().unwrap();
+        let child = long(&["--json"]).spawn().unwrap();
         std::thread::sleep(Duration::from_millis(wait));
         interrupt(&child);
         let ran = Ran::new(child.wait_with_output().unwrap());
@@ -47,7 +52,7 @@ fn json_says_that_it_was_cancelled() {
                 let object: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
                 assert_eq!(object["finish_reason"], "cancelled");
                 let tokens = object["tokens"].as_array().unwrap().len();
-                assert!(tokens < 500, "{tokens}");
+                assert!(tokens < 2000, "{tokens}");
                 assert!(object["text"].is_string() && object["kv"]["pages"].is_u64());
                 return;
             }
@@ -56,4 +61,23 @@ fn json_says_that_it_was_cancelled() {
         }
     }
     panic!("no moment was found");
+}
+
+#[test]
+fn the_second_time_ends_at_once() {
+    // One prefill step of seconds, which the first Ctrl-C would wait for.
+    let model = data("golden/llama-tied-rope-scaled-bf16");
+    let prompt = "word ".repeat(600);
+    let args = ["run", text(&model), "-p", &prompt, "--cpu", "scalar", "--json"];
+    let mut child =
+        command(&[&args[..], &["--attention-chunk-size", "2k"]].concat()).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    interrupt(&child);
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(child.try_wait().unwrap().is_none(), "the step was over too soon");
+    interrupt(&child);
+    let start = Instant::now();
+    let ran = Ran::new(child.wait_with_output().unwrap());
+    assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
+    assert_eq!((ran.code, ran.stdout.as_str()), (Some(130), ""), "{ran:?}");
 }

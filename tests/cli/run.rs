@@ -4,9 +4,9 @@ use std::io::Read;
 use std::process::Stdio;
 
 use serde_json::Value;
-use tinyserve_tests::{data, golden_cases};
+use tinyserve_tests::data;
 
-use crate::binary::{command, text, tinyserve, with_stdin};
+use crate::binary::{command, text, tinyserve, whole_cases, with_stdin};
 
 const PROMPT: &str = "Once upon a time";
 
@@ -32,9 +32,7 @@ fn json_has_the_fields_of_the_contract() {
     assert_eq!(object["text"], ", there was a little girl");
     assert_eq!(object["tokens"].as_array().unwrap().len(), 8);
     assert_eq!((&object["prompt_tokens"], &object["finish_reason"]), (&5.into(), &"length".into()));
-    for name in
-        ["load_ms", "prefill_ms", "prefill_tok_s", "ttft_ms", "decode_ms", "decode_tok_s"]
-    {
+    for name in ["load_ms", "prefill_ms", "prefill_tok_s", "ttft_ms", "decode_ms", "decode_tok_s"] {
         let value = object["timings"][name].as_f64();
         assert!(value.is_some_and(|value| value > 0.0), "{name}: {value:?}");
     }
@@ -68,7 +66,7 @@ fn golden_checkpoints_continue_as_the_reference_does() {
     for name in ["gpt2-tiny", "gpt2-hub-names", "llama-gqa", "llama-sharded-f16"] {
         let folder = data(&format!("golden/{name}"));
         // A gap this wide is out of the reach of rounding.
-        for case in golden_cases(name).iter().filter(|case| case.min_margin > 1e-3) {
+        for case in whole_cases(name).iter().filter(|case| case.min_margin > 1e-3) {
             let args = ["run", text(&folder), "-p", &case.text, "-n", "48", "--temperature", "0"];
             let more = ["--ignore-eos", "--json", "--kv-cache-dtype", "f32"];
             let rope = ["--rope-frequency-dtype", "weights"];

@@ -18,6 +18,9 @@ use crate::exit::{Usage, out_of_range};
 use crate::progress::Progress;
 use crate::values;
 
+/// Heading of the flags that decide which pages are read.
+pub(crate) const SELECTION: &str = "Page selection";
+
 /// Which model, and a file with settings.
 #[derive(Debug, Args)]
 pub(crate) struct ModelArgs {
@@ -152,7 +155,7 @@ pub(crate) struct ForwardArgs {
           value_parser = values::size)]
     attention_chunk_size: Option<usize>,
     /// Rounding of rotary frequencies: f32, or weights (as casting a whole model leaves them).
-    #[arg(long, value_name = "DTYPE", env = "TINYSERVE_ROPE_FREQUENCY_DTYPE",
+    #[arg(long, value_name = "DTYPE", env = "TINYSERVE_ROPE_FREQUENCY_DTYPE", help_heading = "Device",
           value_parser = |text: &str| values::name::<RopeFrequencyDtype>(text, "f32 or weights"))]
     rope_frequency_dtype: Option<RopeFrequencyDtype>,
 }
@@ -192,7 +195,7 @@ impl ForwardArgs {
 
 /// Which pages decode steps read.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Page selection")]
+#[command(next_help_heading = SELECTION)]
 pub(crate) struct SelectionArgs {
     /// Share of the pages that a selecting step reads, above 0 and at most 1 [default: 0.3].
     #[arg(

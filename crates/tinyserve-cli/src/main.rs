@@ -14,6 +14,7 @@ mod output;
 mod progress;
 mod prompt;
 mod run;
+
 mod self_test;
 mod tokenize;
 mod units;

@@ -27,26 +27,27 @@ pub(crate) struct RunArgs {
     #[arg(short = 'n', long, value_name = "N", default_value = "128", env = "TINYSERVE_MAX_TOKENS",
           value_parser = values::size)]
     max_tokens: usize,
-    #[command(flatten)]
-    sampling: SamplingArgs,
     /// A text that ends the generation; may be given several times.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
     /// Goes on after an end-of-sequence token.
-    #[arg(long)]
+    #[arg(long, env = "TINYSERVE_IGNORE_EOS",
+          value_parser = clap::builder::BoolishValueParser::new())]
     ignore_eos: bool,
     /// Prints one JSON object instead of text.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    forward: ForwardArgs,
     /// When decode steps select pages: auto (from --sparse-min-context tokens on), dense (never)
     /// or sparse (always).
-    #[arg(long, value_name = "MODE", env = "TINYSERVE_ATTENTION",
+    #[arg(long, value_name = "MODE", env = "TINYSERVE_ATTENTION", help_heading = args::SELECTION,
           value_parser = args::attention_mode())]
     attention: Option<AttentionMode>,
     #[command(flatten)]
     selection: SelectionArgs,
     #[command(flatten)]
-    forward: ForwardArgs,
+    sampling: SamplingArgs,
 }
 
 /// How tokens are drawn.

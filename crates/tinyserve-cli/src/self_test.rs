@@ -8,7 +8,7 @@ use tinyserve::kernels::{Cpu, CpuOptions, CpuPath};
 
 /// What the cases of one operation came to.
 struct OpReport {
-    op: String,
+    op: &'static str,
     cases: usize,
     failed: Vec<String>,
     /// Largest error as a share of its case's tolerance; NaN when one was.
@@ -32,23 +32,20 @@ impl PathReport {
     fn new(path: CpuPath, outcomes: &[CaseOutcome]) -> Self {
         let mut ops: Vec<OpReport> = Vec::new();
         for outcome in outcomes {
-            let op = outcome.op.to_string();
-            let report = match ops.iter_mut().find(|report| report.op == op) {
-                Some(report) => report,
-                None => {
-                    ops.push(OpReport { op, cases: 0, failed: Vec::new(), worst: 0.0 });
-                    ops.last_mut().expect("one was pushed")
-                }
-            };
+            let at = ops.iter().position(|report| report.op == outcome.op).unwrap_or_else(|| {
+                ops.push(OpReport { op: outcome.op, cases: 0, failed: Vec::new(), worst: 0.0 });
+                ops.len() - 1
+            });
+            let report = &mut ops[at];
             report.cases += 1;
             let share = f64::from(outcome.max_error) / f64::from(outcome.tolerance);
             // An operation that must be exact has the tolerance 0: no error is no share of it.
             let share = if outcome.max_error == 0.0 { 0.0 } else { share };
-            if !(share <= report.worst) {
+            if share > report.worst || share.is_nan() {
                 report.worst = share;
             }
             if !outcome.passed() {
-                report.failed.push(outcome.case.to_string());
+                report.failed.push(outcome.case.clone());
             }
         }
         Self { path, ops }
@@ -80,7 +77,7 @@ impl PathReport {
         let mut text = format!("\nself-test of {}: {}\n", self.path, verdict(self.passed()));
         for op in &self.ops {
             text += &format!(
-                "  {:<16} {:>4} cases, worst error {:>5.1} % of its tolerance  {}\n",
+                "  {:<20} {:>4} cases, worst error {:>5.1} % of its tolerance  {}\n",
                 op.op,
                 op.cases,
                 op.worst * 100.0,
@@ -91,5 +88,29 @@ impl PathReport {
             }
         }
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outcome(op: &'static str, max_error: f32, tolerance: f32) -> CaseOutcome {
+        CaseOutcome { op, case: format!("{max_error}"), max_error, tolerance }
+    }
+
+    #[test]
+    fn one_failure_is_enough() {
+        let good =
+            [outcome("norm", 0.5, 1.0), outcome("norm", 0.25, 1.0), outcome("embed", 0.0, 0.0)];
+        let report = PathReport::new(CpuPath::Scalar, &good);
+        assert!(report.passed() && report.text().contains("scalar: PASS"), "{}", report.text());
+        assert_eq!(report.ops.iter().map(|op| op.worst).collect::<Vec<_>>(), [0.5, 0.0]);
+        for bad in [outcome("norm", 2.0, 1.0), outcome("norm", f32::NAN, 1.0)] {
+            let report = PathReport::new(CpuPath::Scalar, &[&good[..], &[bad]].concat());
+            assert!(!report.passed() && report.text().contains("FAIL"), "{}", report.text());
+            assert_eq!(report.ops[0].failed.len(), 1);
+        }
+        assert!(!PathReport::new(CpuPath::Scalar, &[]).passed());
     }
 }

@@ -2,7 +2,6 @@
 
 mod backend;
 pub mod conformance;
-pub mod conformance;
 mod cpu;
 mod error;
 mod reference;

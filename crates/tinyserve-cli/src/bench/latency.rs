@@ -3,7 +3,7 @@
 use anyhow::{Result, anyhow};
 use clap::{Args, ValueEnum};
 use tinyserve::kernels::{Attention, Cpu};
-use tinyserve::kv::SelectionPolicy;
+use tinyserve::kv::{PageTable, SelectionPolicy};
 use tinyserve::model::{Checkpoint, KvCache, Model};
 use tinyserve::{AttentionMode, RopeFrequencyDtype, TinyServeConfig, TinyServeError};
 
@@ -37,14 +37,14 @@ pub(crate) struct LatencyArgs {
     /// What to print.
     #[arg(short, long, value_name = "FORMAT", default_value = "md")]
     output: Format,
+    #[command(flatten)]
+    forward: ForwardArgs,
     /// When decode steps select pages; modes in a list take turns, run by run, and are compared.
-    #[arg(long, value_name = "MODE,…", value_delimiter = ',', env = "TINYSERVE_ATTENTION",
+    #[arg(long, value_name = "MODE,…", value_delimiter = ',', env = "TINYSERVE_ATTENTION", help_heading = args::SELECTION,
           value_parser = args::attention_mode())]
     attention: Vec<AttentionMode>,
     #[command(flatten)]
     selection: SelectionArgs,
-    #[command(flatten)]
-    forward: ForwardArgs,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -100,22 +100,27 @@ pub(crate) fn latency(args: &LatencyArgs, sources: Sources) -> Result<()> {
     let tests = tests(args, limit)?;
     let (mut runner, setup) = load(args, &config, &checkpoint, &tests)?;
     let mut rows = Vec::new();
-    let mut progress = Progress::new("runs");
-    for (i, &test) in tests.iter().enumerate() {
-        progress.update(i, tests.len());
-        let first = rows.len();
-        for (name, samples) in measure(&mut runner, test, &modes, args.repetitions)? {
-            let mut row = Row::new(&setup, test, name, &samples, memory::peak_resident());
-            if rows.len() > first {
-                row.compare(&rows[first]);
+    let (mut progress, mut done) = (Progress::new("tests"), 0);
+    for of_one_depth in tests.chunk_by(|a, b| a.n_depth == b.n_depth) {
+        let filled = runner.fill(of_one_depth[0].n_depth)?;
+        for &test in of_one_depth {
+            let first = rows.len();
+            for (name, samples) in measure(&mut runner, &filled, test, &modes, args.repetitions)? {
+                let mut row = Row::new(&setup, test, name, &samples, memory::peak_resident());
+                if rows.len() > first {
+                    row.compare(&rows[first]);
+                }
+                rows.push(row);
             }
-            rows.push(row);
-        }
-        for row in &rows[first..] {
-            if let Some(sentence) = row.comparison(&rows[first]) {
-                eprintln!("{sentence}");
+            for row in &rows[first..] {
+                if let Some(sentence) = row.comparison(&rows[first]) {
+                    eprintln!("{sentence}");
+                }
             }
+            done += 1;
+            progress.update(done, tests.len());
         }
+        runner.release(filled);
     }
     progress.finish();
     match args.output {
@@ -125,35 +130,49 @@ pub(crate) fn latency(args: &LatencyArgs, sources: Sources) -> Result<()> {
     }
 }
 
-/// Every test that was asked for; sizes that nobody asked for are made to fit.
+/// Every test that was asked for; sizes that nobody asked for are made to fit, with a note.
 fn tests(args: &LatencyArgs, limit: usize) -> Result<Vec<Test>> {
-    let mut tests = Vec::new();
+    let (mut tests, mut notes) = (Vec::new(), Vec::new());
     for &n_depth in &args.n_depth {
         let room = limit.saturating_sub(n_depth);
-        let prompts = sizes(("-p", &args.n_prompt), DEFAULT_PROMPT, room, (n_depth, limit))?;
+        let place = Place { n_depth, limit, room };
+        let prompts = sizes(("-p", &args.n_prompt), DEFAULT_PROMPT, place, &mut notes)?;
         tests.extend(prompts.into_iter().map(|n_prompt| Test { n_prompt, n_gen: 0, n_depth }));
-        let gens = sizes(("-n", &args.n_gen), DEFAULT_GEN, room, (n_depth, limit))?;
+        let gens = sizes(("-n", &args.n_gen), DEFAULT_GEN, place, &mut notes)?;
         tests.extend(gens.into_iter().map(|n_gen| Test { n_prompt: 0, n_gen, n_depth }));
     }
     tests.retain(|test| test.tokens() > 0);
     if tests.is_empty() {
         return Err(Usage("-p and -n are 0, expected at least one test".to_owned()).into());
     }
+    for note in notes {
+        eprintln!("note: {note}");
+    }
     Ok(tests)
+}
+
+/// How much of the context a test at some depth can use.
+#[derive(Clone, Copy)]
+struct Place {
+    n_depth: usize,
+    limit: usize,
+    room: usize,
 }
 
 fn sizes(
     (flag, asked): (&str, &[usize]),
     default: usize,
-    room: usize,
-    (depth, limit): (usize, usize),
+    Place { n_depth: depth, limit, room }: Place,
+    notes: &mut Vec<String>,
 ) -> Result<Vec<usize>> {
     if room == 0 {
         return Err(anyhow!("-d {depth} leaves no room in a context of {limit} tokens"));
     }
     if asked.is_empty() {
         if room < default {
-            eprintln!("note: {flag} is {room}, not {default}: the context is {limit} tokens");
+            notes.push(format!(
+                "{flag} is {room} at -d {depth}, not {default}: the context is {limit} tokens"
+            ));
         }
         return Ok(vec![default.min(room)]);
     }
@@ -202,11 +221,11 @@ fn load(
 /// The samples of every mode that makes a difference to the test.
 fn measure(
     runner: &mut Runner,
+    filled: &PageTable,
     test: Test,
     modes: &[Mode],
     repetitions: usize,
 ) -> Result<Vec<(&'static str, Vec<Sample>)>> {
-    let filled = runner.fill(test.n_depth)?;
     let dense = [Mode { name: "dense", policy: None }];
     // Prefill reads every page, whatever the mode.
     let modes = if test.n_gen == 0 { &dense } else { modes };
@@ -214,8 +233,8 @@ fn measure(
     for run in 0..=repetitions {
         for (mode, (_, samples)) in modes.iter().zip(&mut samples) {
             let sample = match test.n_gen {
-                0 => runner.time_prefill(&filled, test.n_prompt)?,
-                tokens => runner.time_decode(&filled, tokens, mode.attention())?,
+                0 => runner.time_prefill(filled, test.n_prompt)?,
+                tokens => runner.time_decode(filled, tokens, mode.attention())?,
             };
             // The first run warms up caches, clocks and the pages of the cache.
             if run > 0 {
@@ -223,6 +242,5 @@ fn measure(
             }
         }
     }
-    runner.release(filled);
     Ok(samples)
 }

@@ -131,7 +131,7 @@ fn attend<B: Backend>(backend: &B, case: &Case) -> Result<(Vec<f32>, AttendStats
     let mut pool = PagePool::new(capacity)?;
     let mut pages = backend.allocate_pages(layout, capacity)?;
     let mut numbers = Numbers::new(7);
-    let mut row = |position: usize, numbers: &mut Numbers| -> Vec<f32> {
+    let row = |position: usize, numbers: &mut Numbers| -> Vec<f32> {
         let mut qkv: Vec<f32> =
             (0..heads.q_columns().len()).map(|_| 1.0 + numbers.next()).collect();
         for _ in 0..heads.kv_heads {
@@ -140,7 +140,7 @@ fn attend<B: Backend>(backend: &B, case: &Case) -> Result<(Vec<f32>, AttendStats
         qkv.extend(numbers.take(heads.v_columns().len()));
         qkv
     };
-    let mut append = |qkv: &[f32], slots: &[Slot], pages: &mut B::KvPages| {
+    let append = |qkv: &[f32], slots: &[Slot], pages: &mut B::KvPages| {
         let mut tensor = backend.tensor(heads.qkv_width());
         backend.upload(qkv, &mut tensor);
         backend.append_kv(AppendKvArgs { layer, heads, qkv: &tensor, slots, pages });
