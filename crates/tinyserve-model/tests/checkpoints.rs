@@ -153,7 +153,7 @@ fn texts_and_tokens_are_the_references() {
             // The reference cut one text so that what follows it fits into the context.
             encoded.truncate(checkpoint.config().max_positions - greedy.len());
             assert_eq!(encoded, prompt, "{name} {text:?}");
-            let decoded = tokenizer.decode(&greedy, false).unwrap();
+            let decoded = tokenizer.decode(&greedy, true).unwrap();
             assert_eq!(decoded, case["greedy_text"].as_str().unwrap(), "{name} {text:?}");
         }
     }
