@@ -7,7 +7,7 @@ use crate::{
     LinearPart, LinearSpec, MatrixLayout, NormArgs, NormKind, RotaryAnglesArgs, RotaryArgs, Store,
 };
 
-const ROWS: [usize; 5] = [1, 2, 3, 7, 17];
+const ROWS: [usize; 6] = [1, 2, 3, 4, 7, 17];
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
 const STORES: [Store; 2] = [Store::Overwrite, Store::Add];
 

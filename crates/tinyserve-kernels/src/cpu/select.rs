@@ -162,3 +162,59 @@ fn bound<S: Simd, E: Element>(simd: S, q: &[f32], min: &[E], max: &[E]) -> f32 {
     }
     simd.sum(sum)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use tinyserve_kv::{HostPages, KvFormat, KvLayout, KvShape, PagePool, Slot, with_element};
+
+    use super::*;
+
+    struct Bound<'a, E>(&'a [f32], &'a [E], &'a [E]);
+
+    impl<E: Element> Kernel for Bound<'_, E> {
+        type Output = f32;
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) -> f32 {
+            bound(simd, self.0, self.1, self.2)
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(256))]
+
+        #[test]
+        fn a_score_bounds_every_stored_key(
+            format in prop::sample::select(&KvFormat::ALL[..]),
+            (query, keys) in (1usize..70, 1usize..10).prop_flat_map(|(dim, tokens)| (
+                prop::collection::vec(-50f32..50.0, dim),
+                prop::collection::vec(prop::collection::vec(-50f32..50.0, dim), tokens),
+            )),
+        ) {
+            let (head_dim, page_size) = (query.len(), keys.len());
+            let shape = KvShape { layers: 1, kv_heads: 1, head_dim, page_size, format };
+            let mut pages = HostPages::new(KvLayout::new(shape).unwrap(), 1).unwrap();
+            let page = PagePool::new(1).unwrap().allocate().unwrap();
+            for (offset, key) in keys.iter().enumerate() {
+                pages.append(0, Slot { page, offset }, key, key);
+            }
+            with_element!(format, E => {
+                let corners = pages.page_box::<E>(0, page, 0);
+                for path in CpuPath::available().filter(|&path| path != CpuPath::Scalar) {
+                    let score = dispatch(path, Bound(&query, corners.min, corners.max));
+                    for key in pages.head::<E>(0, page, 0).keys.chunks_exact(head_dim) {
+                        let terms: Vec<f64> = query
+                            .iter()
+                            .zip(key)
+                            .map(|(&q, k)| f64::from(q) * f64::from(KvElement::to_f32(*k)))
+                            .collect();
+                        // Sums of f32 in another order differ by their rounding.
+                        let slack = 1e-6 * terms.iter().map(|x| x.abs()).sum::<f64>();
+                        let product: f64 = terms.iter().sum();
+                        prop_assert!(f64::from(score) >= product - slack, "{path}: {score}");
+                    }
+                }
+            });
+        }
+    }
+}

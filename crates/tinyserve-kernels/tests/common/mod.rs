@@ -1,4 +1,193 @@
-//! What tests of backends share.
+//! Sequences in pages, with garbage around them, and attention written down plainly.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
-pub(crate) mod wrong;
+use proptest::prelude::*;
+use tinyserve_kernels::{
+    AppendKvArgs, AttendArgs, AttendSequence, AttendStats, Attention, Backend, Cpu, CpuOptions,
+    CpuPath, Heads, KernelError,
+};
+use tinyserve_kv::{
+    HostPages, KvElement, KvFormat, KvLayout, KvShape, PageId, PagePool, PageTable, Slot,
+    with_element,
+};
+
+/// The layer that is written and read, of two.
+pub(crate) const LAYER: usize = 1;
+
+/// A small deterministic source of numbers (SplitMix64).
+pub(crate) struct Numbers(pub(crate) u64);
+
+impl Numbers {
+    pub(crate) fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+
+    /// In [−1, 1).
+    pub(crate) fn number(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+
+    pub(crate) fn numbers(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.number()).collect()
+    }
+}
+
+/// A backend per path that this processor has, on `threads` threads.
+pub(crate) fn backends(threads: usize) -> Vec<Cpu> {
+    CpuPath::available()
+        .map(|path| Cpu::new(CpuOptions { threads: Some(threads), path: Some(path) }).unwrap())
+        .collect()
+}
+
+/// Shapes of a cache: grouped heads, odd head sizes, pages of one token and of more than there are.
+pub(crate) fn shapes() -> impl Strategy<Value = (Heads, KvLayout)> {
+    let heads = prop::sample::select(vec![(1, 1), (2, 1), (4, 2), (3, 3), (8, 2), (5, 1)]);
+    let head_dim = prop_oneof![1usize..=20, Just(33usize), Just(48), Just(64)];
+    let page_size = prop_oneof![Just(1usize), 2usize..=9, Just(16), Just(40)];
+    (heads, head_dim, page_size, prop::sample::select(&KvFormat::ALL[..])).prop_map(
+        |((q_heads, kv_heads), head_dim, page_size, format)| {
+            let shape = KvShape { layers: 2, kv_heads, head_dim, page_size, format };
+            (Heads { q_heads, kv_heads, head_dim }, KvLayout::new(shape).unwrap())
+        },
+    )
+}
+
+/// Sequences in pages; whatever no token has written is NaN.
+pub(crate) struct Cache {
+    pub(crate) heads: Heads,
+    pub(crate) pages: HostPages,
+    pub(crate) tables: Vec<PageTable>,
+}
+
+impl Cache {
+    /// Room for sequences of `lengths` tokens, whose pages lie among each other.
+    pub(crate) fn new(heads: Heads, layout: KvLayout, lengths: &[usize]) -> Self {
+        let capacity: usize = lengths.iter().map(|&tokens| layout.pages_for(tokens)).sum();
+        let mut pool = PagePool::new(capacity).unwrap();
+        let mut pages = HostPages::new(layout, capacity).unwrap();
+        let mut tables: Vec<PageTable> =
+            lengths.iter().map(|_| PageTable::new(layout.page_size())).collect();
+        for token in 0..lengths.iter().copied().max().unwrap_or(0) {
+            for (table, _) in tables.iter_mut().zip(lengths).filter(|(_, length)| token < **length)
+            {
+                assert_eq!(table.extend(&mut pool, 1).unwrap(), None);
+            }
+        }
+        let garbage = vec![f32::NAN; heads.kv_heads * heads.head_dim];
+        for page in tables.iter().flat_map(PageTable::pages) {
+            for offset in 0..layout.page_size() {
+                for layer in 0..2 {
+                    let slot = Slot { page: *page, offset };
+                    pages.append(layer, slot, &garbage, &garbage);
+                }
+            }
+        }
+        Self { heads, pages, tables }
+    }
+
+    /// Appends the tokens of sequence `index` from `first` on; `qkv` is `[tokens, qkv_width]`.
+    pub(crate) fn append(&mut self, cpu: &Cpu, index: usize, first: usize, qkv: &[f32]) {
+        let width = self.heads.qkv_width();
+        let slots: Vec<Slot> =
+            (first..first + qkv.len() / width).map(|t| self.tables[index].slot(t)).collect();
+        let mut tensor = cpu.tensor(width);
+        cpu.upload(qkv, &mut tensor);
+        cpu.append_kv(AppendKvArgs {
+            layer: LAYER,
+            heads: self.heads,
+            qkv: &tensor,
+            slots: &slots,
+            pages: &mut self.pages,
+        });
+    }
+
+    /// Attention of `rows`, `[rows, qkv_width]`: for each sequence its number, the position of its
+    /// first row, its rows, and what it reads.
+    pub(crate) fn attend(
+        &self,
+        cpu: &Cpu,
+        qkv: &[f32],
+        steps: &[(usize, usize, usize, Attention<'_>)],
+        measure_recall: bool,
+    ) -> Result<(Vec<f32>, AttendStats), KernelError> {
+        let mut tensor = cpu.tensor(self.heads.qkv_width());
+        cpu.upload(qkv, &mut tensor);
+        let mut start = 0;
+        let sequences: Vec<AttendSequence<'_>> = steps
+            .iter()
+            .map(|&(index, first_position, rows, attention)| {
+                let rows = start..start + rows;
+                start = rows.end;
+                let pages = self.tables[index].pages();
+                AttendSequence { rows, first_position, pages, attention }
+            })
+            .collect();
+        let mut out = cpu.tensor(self.heads.q_columns().len());
+        let stats = cpu.attend(AttendArgs {
+            layer: LAYER,
+            heads: self.heads,
+            qkv: &tensor,
+            scale: self.scale(),
+            sequences: &sequences,
+            pages: &self.pages,
+            measure_recall,
+            out: &mut out,
+        })?;
+        Ok((out.values().to_vec(), stats))
+    }
+
+    pub(crate) fn scale(&self) -> f32 {
+        (self.heads.head_dim as f32).sqrt().recip()
+    }
+
+    /// Key and value of one token, widened.
+    fn token(&self, page: PageId, offset: usize, kv_head: usize) -> (Vec<f64>, Vec<f64>) {
+        let dim = self.heads.head_dim;
+        with_element!(self.pages.layout().shape().format, E => {
+            let head = self.pages.head::<E>(LAYER, page, kv_head);
+            let widen = |rows: &[E]| -> Vec<f64> {
+                let row = &rows[offset * dim..(offset + 1) * dim];
+                row.iter().map(|&x| f64::from(KvElement::to_f32(x))).collect()
+            };
+            (widen(head.keys), widen(head.values))
+        })
+    }
+
+    /// Dense attention of one query over the first `tokens` tokens of sequence `index`, masked to
+    /// those that `reads` names.
+    pub(crate) fn masked(
+        &self,
+        (index, tokens, kv_head): (usize, usize, usize),
+        query: &[f32],
+        reads: impl Fn(usize) -> bool,
+    ) -> Vec<f64> {
+        let read: Vec<(Vec<f64>, Vec<f64>)> = (0..tokens)
+            .filter(|&token| reads(token))
+            .map(|token| {
+                let Slot { page, offset } = self.tables[index].slot(token);
+                self.token(page, offset, kv_head)
+            })
+            .collect();
+        let scores: Vec<f64> = read
+            .iter()
+            .map(|(key, _)| {
+                let dot: f64 = query.iter().zip(key).map(|(&q, k)| f64::from(q) * k).sum();
+                dot * f64::from(self.scale())
+            })
+            .collect();
+        let peak = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|score| (score - peak).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        (0..self.heads.head_dim)
+            .map(|d| weights.iter().zip(&read).map(|(w, (_, v))| w * v[d]).sum::<f64>() / total)
+            .collect()
+    }
+}
+
+/// The bits of numbers: equal only when nothing at all differs.
+pub(crate) fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|x| x.to_bits()).collect()
+}
