@@ -10,7 +10,7 @@ mod input;
 
 use std::fmt;
 
-use crate::{Backend, Cpu, CpuOptions, CpuPath, KernelError};
+use crate::{Backend, Cpu, KernelError};
 
 /// What one case came to.
 #[derive(Debug, Clone, PartialEq)]
@@ -47,7 +47,7 @@ impl fmt::Display for CaseOutcome {
 /// # Errors
 /// When a backend refuses memory, weights or a selection that every backend has to accept.
 pub fn run<B: Backend>(backend: &B) -> Result<Vec<CaseOutcome>, KernelError> {
-    let reference = Cpu::new(CpuOptions { threads: Some(1), path: Some(CpuPath::Scalar) })?;
+    let reference = Cpu::reference();
     let mut outcomes = Vec::new();
     dense::run(backend, &reference, &mut outcomes)?;
     attention::run(backend, &reference, &mut outcomes)?;

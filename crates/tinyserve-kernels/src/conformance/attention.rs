@@ -142,9 +142,9 @@ fn cases() -> Vec<Case> {
     cases
 }
 
-/// The direction that queries and keys lie along: scores need both corners of a box.
-fn direction(channel: usize) -> f32 {
-    if channel.is_multiple_of(2) { 1.0 } else { -1.0 }
+/// Signs that alternate. Queries and keys lie along them: scores need both corners of a box.
+fn direction(index: usize) -> f32 {
+    if index.is_multiple_of(2) { 1.0 } else { -1.0 }
 }
 
 /// Keys whose pages have clearly different scores, so that rounding cannot swap two of them: each
@@ -179,7 +179,11 @@ fn attend<B: Backend>(backend: &B, case: &Case) -> Result<(Vec<f32>, AttendStats
     let row = |position: usize, numbers: &mut Numbers| -> Vec<f32> {
         let mut qkv: Vec<f32> = heads
             .q_columns()
-            .map(|i| direction(i % heads.head_dim) * (1.0 + numbers.next()))
+            .map(|i| {
+                // Every second head looks the other way, so that a group disagrees on the pages.
+                let sign = direction(i / heads.head_dim) * direction(i % heads.head_dim);
+                sign * (1.0 + numbers.next())
+            })
             .collect();
         for _ in 0..heads.kv_heads {
             qkv.extend(keys(numbers, position, page_size, heads.head_dim));

@@ -4,8 +4,8 @@ mod tile;
 
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::PoisonError;
 
-use rayon::prelude::*;
 use tinyserve_kv::{HostPages, KvElement, with_element};
 
 use super::columns::Columns;
@@ -62,24 +62,26 @@ pub(super) fn attend(cpu: &Cpu, args: AttendArgs<'_, Cpu>) -> Result<AttendStats
         .collect();
     let work: usize =
         sequences.iter().map(|s| s.rows.len() * (s.first_position + s.rows.len()) * width).sum();
-    let add = |mut a: AttendStats, b: AttendStats| {
-        a.add(&b);
-        a
+    let run = |thread: usize, item: usize| {
+        // Never waited for: each thread has its own.
+        let mut scratch = cpu.scratch[thread].lock().unwrap_or_else(PoisonError::into_inner);
+        match context.run(&items[item], &mut scratch) {
+            Ok(stats) => scratch.stats.add(&stats),
+            Err(error) => scratch.error = Some(error),
+        }
     };
-    let pool = cpu.pool.as_ref().filter(|_| items.len() > 1 && work >= SERIAL_WORK);
-    let Some(pool) = pool else {
-        let mut scratch = Scratch::default();
-        return items
-            .iter()
-            .map(|item| context.run(item, &mut scratch))
-            .try_fold(AttendStats::default(), |sum, stats| Ok(add(sum, stats?)));
-    };
-    pool.install(|| {
-        items
-            .par_iter()
-            .map_init(Scratch::default, |scratch, item| context.run(item, scratch))
-            .try_reduce(AttendStats::default, |a, b| Ok(add(a, b)))
-    })
+    if work < SERIAL_WORK {
+        (0..items.len()).for_each(|item| run(0, item));
+    } else {
+        cpu.pool.run(items.len(), &run);
+    }
+    let (mut stats, mut error) = (AttendStats::default(), None);
+    for scratch in &cpu.scratch {
+        let mut scratch = scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        stats.add(&std::mem::take(&mut scratch.stats));
+        error = error.or(scratch.error.take());
+    }
+    error.map_or(Ok(stats), Err)
 }
 
 /// Splits the rows of a sequence into tiles: up to [`ROW_TILE`] rows that read everything, or one
@@ -110,8 +112,12 @@ fn tiles<'a>(
 }
 
 /// Buffers that a thread reuses from item to item.
-#[derive(Default)]
-struct Scratch {
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    /// What the thread's items of this call read.
+    stats: AttendStats,
+    /// Why one of them failed.
+    error: Option<KernelError>,
     /// Page list of the row.
     list: Vec<u32>,
     /// What choosing pages needs.

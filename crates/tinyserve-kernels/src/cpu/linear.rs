@@ -5,8 +5,6 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::Cpu;
 use super::columns::Columns;
 use super::path::CpuPath;
@@ -59,13 +57,12 @@ pub(super) fn linear(
             Elements::Bf16(w) => run_strip(path, linear.layout, strip, w),
         }
     };
-    let pool = cpu.pool.as_ref().filter(|_| rows * linear.inputs * width >= SERIAL_WORK);
-    let Some(pool) = pool else {
+    if threads == 1 || rows * linear.inputs * width < SERIAL_WORK {
         for (part, start) in parts {
             run(part, start, 0..part.outputs);
         }
         return;
-    };
+    }
     // Several strips per thread, so that a thread that is held up does not hold up all. A row of
     // stored [in, out] weights streams best in long runs.
     let strips_per_thread = match linear.layout {
@@ -81,8 +78,9 @@ pub(super) fn linear(
                 .map(move |s| (part, start, s..(s + target).min(part.outputs)))
         })
         .collect();
-    pool.install(|| {
-        strips.into_par_iter().for_each(|(part, start, strip)| run(part, start, strip));
+    cpu.pool.run(strips.len(), &|_, i| {
+        let (part, start, strip) = &strips[i];
+        run(part, *start, strip.clone());
     });
 }
 

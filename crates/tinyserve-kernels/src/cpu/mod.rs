@@ -7,12 +7,14 @@ mod embed;
 mod linear;
 mod norm;
 mod path;
+mod pool;
 mod rotary;
 mod select;
 mod simd;
 mod tensor;
 
-use rayon::prelude::*;
+use std::sync::{Mutex, PoisonError};
+
 use tinyserve_kv::{HostPages, KvLayout, PageCopy};
 
 pub use path::CpuPath;
@@ -27,6 +29,7 @@ use crate::{
 use activate::Activate;
 use embed::Embed;
 use norm::Norm;
+use pool::Pool;
 use rotary::Rotary;
 use simd::dispatch;
 use tensor::Elements;
@@ -43,10 +46,10 @@ pub struct CpuOptions {
 /// The CPU backend. It owns its threads.
 #[derive(Debug)]
 pub struct Cpu {
-    /// `None` on one thread: the caller's.
-    pool: Option<rayon::ThreadPool>,
-    threads: usize,
+    pool: Pool,
     path: CpuPath,
+    /// Buffers of attention, one for each thread.
+    scratch: Vec<Mutex<attend::Scratch>>,
 }
 
 /// Most threads that can be asked for: beyond it a number is a typing mistake.
@@ -74,31 +77,26 @@ impl Cpu {
                 });
             }
         };
-        if threads == 1 || path == CpuPath::Scalar {
-            return Ok(Self { pool: None, threads: 1, path });
-        }
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .thread_name(|i| format!("tinyserve-cpu-{i}"))
-            .build()
-            .map_err(|error| KernelError::Invalid {
-                what: "threads",
-                found: threads.to_string(),
-                expected: format!("as many as the system starts ({error})"),
-            })?;
-        Ok(Self { pool: Some(pool), threads, path })
+        let threads = if path == CpuPath::Scalar { 1 } else { threads };
+        let pool = Pool::new(threads).map_err(|error| KernelError::Invalid {
+            what: "threads",
+            found: threads.to_string(),
+            expected: format!("as many as the system starts ({error})"),
+        })?;
+        let scratch = (0..threads).map(|_| Mutex::default()).collect();
+        Ok(Self { pool, path, scratch })
     }
 
     /// The scalar reference, on the thread that calls it: what other backends are held to.
     #[must_use]
     pub fn reference() -> Self {
-        Self { pool: None, threads: 1, path: CpuPath::Scalar }
+        Self { pool: Pool::callers(), path: CpuPath::Scalar, scratch: vec![Mutex::default()] }
     }
 
     /// Threads that operations are split over.
     #[must_use]
     pub fn threads(&self) -> usize {
-        self.threads
+        self.pool.threads()
     }
 
     /// The instruction set in use.
@@ -116,17 +114,18 @@ impl Cpu {
     ) {
         let (rows, width) = (out.rows(), out.columns());
         let out = out.values_mut();
-        match &self.pool {
-            Some(pool) if x.len().max(out.len()) >= SERIAL_ELEMENTS => {
-                let rows = rows.div_ceil(4 * self.threads);
-                pool.install(|| {
-                    x.par_chunks(rows * columns)
-                        .zip(out.par_chunks_mut(rows * width))
-                        .for_each(|(x, out)| f(x, out));
-                });
-            }
-            _ => f(x, out),
+        if self.threads() == 1 || x.len().max(out.len()) < SERIAL_ELEMENTS {
+            f(x, out);
+            return;
         }
+        let rows = rows.div_ceil(4 * self.threads());
+        let chunks: Vec<_> =
+            x.chunks(rows * columns).zip(out.chunks_mut(rows * width)).map(Mutex::new).collect();
+        self.pool.run(chunks.len(), &|_, i| {
+            // Never waited for: each chunk is taken once.
+            let (x, out) = &mut *chunks[i].lock().unwrap_or_else(PoisonError::into_inner);
+            f(x, out);
+        });
     }
 }
 

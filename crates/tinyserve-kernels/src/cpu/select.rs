@@ -11,7 +11,7 @@ use super::simd::{Element, Kernel, Simd, dispatch};
 use crate::{Attention, KernelError};
 
 /// Buffers that choosing reuses.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(super) struct Choice {
     scores: Vec<f32>,
     boxes: Vec<f32>,

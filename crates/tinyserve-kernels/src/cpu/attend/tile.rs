@@ -19,7 +19,7 @@ const KEYS: usize = 4;
 const VECTORS: usize = 4;
 
 /// Buffers of a tile, reused from item to item.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(super) struct TileScratch {
     /// Queries `[queries, stride]`; `stride` is `head_dim` padded with zeros to whole vectors.
     queries: Vec<f32>,
