@@ -199,7 +199,8 @@ pub enum Attention<'a> {
     Dense,
     /// Those that a policy chooses, where the pages live.
     Policy(&'a SelectionPolicy),
-    /// Those that a custom selector chooses, on the host.
+    /// Those that a custom selector chooses, on the host. It must not use the backend that asks
+    /// it, which would wait for itself.
     Custom(&'a dyn PageSelector),
 }
 
@@ -216,7 +217,7 @@ impl fmt::Debug for Attention<'_> {
 /// The rows of one sequence in a batch, and what they attend to.
 #[derive(Debug, Clone)]
 pub struct AttendSequence<'a> {
-    /// Rows of the batch that are this sequence's, in order of position.
+    /// Rows of the batch that are this sequence's, in order of position; no other sequence's.
     pub rows: Range<usize>,
     /// Position of the first row; row `i` sees tokens `0..=first_position + i`.
     pub first_position: usize,

@@ -95,6 +95,46 @@ proptest! {
     }
 
     #[test]
+    fn scores_far_from_zero_weigh_like_scores_near_it(
+        (heads, layout) in shapes(),
+        tokens in 1usize..70,
+        level in prop::sample::select(vec![-900f32, -200.0, 200.0, 900.0]),
+        seed in any::<u64>(),
+    ) {
+        let (mut numbers, width) = (Numbers(seed), heads.qkv_width());
+        let mut qkv = numbers.numbers(tokens * width);
+        let scale = (heads.head_dim as f32).sqrt().recip();
+        // One channel lifts every score by the level, in numbers that every format holds.
+        let query = 16.0;
+        let key = (level / scale / query).round();
+        for row in qkv.chunks_exact_mut(width) {
+            for head in row[heads.q_columns()].chunks_exact_mut(heads.head_dim) {
+                head[0] = query;
+            }
+            for head in row[heads.k_columns()].chunks_exact_mut(heads.head_dim) {
+                head[0] = key;
+            }
+        }
+        for cpu in backends(1) {
+            let mut cache = Cache::new(heads, layout, &[tokens]);
+            cache.append(&cpu, 0, 0, &qkv);
+            let last = &qkv[(tokens - 1) * width..];
+            let steps = [(0, tokens - 1, 1, Attention::Dense)];
+            let (out, _) = cache.attend(&cpu, last, &steps, false).unwrap();
+            let queries = last[..heads.q_heads * heads.head_dim].chunks_exact(heads.head_dim);
+            let found = out.chunks_exact(heads.head_dim);
+            for (head, (query, found)) in queries.zip(found).enumerate() {
+                let expected = cache.masked((0, tokens, head / heads.group()), query, |_| true);
+                for (&found, expected) in found.iter().zip(expected) {
+                    // A sum of 900/scale is off by up to 8 of its half-units of 6e-8: 4e-4 of a score.
+                    let error = (f64::from(found) - expected).abs();
+                    prop_assert!(error <= 1e-3, "{}: {found}, not {expected}", cpu.path());
+                }
+            }
+        }
+    }
+
+    #[test]
     fn a_full_budget_is_dense_to_the_last_bit(
         (heads, layout) in shapes(),
         tokens in 1usize..60,
@@ -200,22 +240,35 @@ proptest! {
     fn chunks_give_what_one_prefill_gives(
         (heads, layout) in shapes(),
         chunks in prop::collection::vec(1usize..25, 1..5),
+        min_context in 1usize..60,
+        kind in 0usize..3,
         seed in any::<u64>(),
     ) {
         let (mut numbers, width) = (Numbers(seed), heads.qkv_width());
         let tokens = chunks.iter().sum();
         let qkv = numbers.numbers(tokens * width);
+        // Rows that select: the box of a row's own page differs, as later keys of the prompt are
+        // in it or not, but that page is always read.
+        let policy = SelectionPolicy {
+            budget: Budget::Ratio(0.4), dense_layers: 0, min_context, ..Default::default()
+        };
+        let selector = AnyList(seed);
+        let attention = match kind {
+            0 => Attention::Dense,
+            1 => Attention::Policy(&policy),
+            _ => Attention::Custom(&selector),
+        };
         for (whole, cpu) in backends(1).into_iter().zip(backends(3)) {
             let mut cache = Cache::new(heads, layout, &[tokens]);
             cache.append(&whole, 0, 0, &qkv);
             let (expected, _) =
-                cache.attend(&whole, &qkv, &[(0, 0, tokens, Attention::Dense)], false).unwrap();
+                cache.attend(&whole, &qkv, &[(0, 0, tokens, attention)], false).unwrap();
             let mut cache = Cache::new(heads, layout, &[tokens]);
             let (mut first, mut found) = (0, Vec::new());
             for &rows in &chunks {
                 let qkv = &qkv[first * width..(first + rows) * width];
                 cache.append(&cpu, 0, first, qkv);
-                let steps = [(0, first, rows, Attention::Dense)];
+                let steps = [(0, first, rows, attention)];
                 found.extend(cache.attend(&cpu, qkv, &steps, false).unwrap().0);
                 first += rows;
             }

@@ -2,10 +2,13 @@
 
 mod common;
 
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use common::{Cache, Numbers};
 use tinyserve_kernels::{
-    Attention, Backend, Cpu, CpuOptions, CpuPath, DType, Heads, HostTensor, LinearPart, LinearSpec,
-    MatrixLayout,
+    AttendArgs, AttendSequence, Attention, Backend, Cpu, CpuOptions, CpuPath, DType, Heads,
+    HostTensor, LinearPart, LinearSpec, MatrixLayout,
 };
 use tinyserve_kv::{KvFormat, KvLayout, KvShape, PageSelector, SelectInput};
 
@@ -114,5 +117,48 @@ fn weights_that_do_not_fit_are_refused() {
     for (bytes, shape) in [(7, vec![2usize, 2]), (8, vec![3]), (8, vec![usize::MAX, 2])] {
         let error = HostTensor::new("t", vec![0u8; bytes].into(), DType::F16, &shape).unwrap_err();
         assert!(error.to_string().starts_with(r#"tensor "t": shape ["#), "{error}");
+    }
+}
+
+#[test]
+fn rows_that_two_sequences_claim_are_refused() {
+    let heads = Heads { q_heads: 2, kv_heads: 2, head_dim: 16 };
+    let shape =
+        KvShape { layers: 2, kv_heads: 2, head_dim: 16, page_size: 16, format: KvFormat::F32 };
+    let (layout, tokens) = (KvLayout::new(shape).unwrap(), 300);
+    let qkv = Numbers(2).numbers(tokens * heads.qkv_width());
+    for cpu in common::backends(2) {
+        let mut cache = Cache::new(heads, layout, &[tokens]);
+        cache.append(&cpu, 0, 0, &qkv);
+        let (mut rows, mut out) = (cpu.tensor(heads.qkv_width()), cpu.tensor(32));
+        cpu.upload(&qkv, &mut rows);
+        let mut attend = |ranges: [Range<usize>; 2]| {
+            let sequences = ranges.map(|rows| AttendSequence {
+                rows,
+                first_position: 0,
+                pages: cache.tables[0].pages(),
+                attention: Attention::Dense,
+            });
+            let args = AttendArgs {
+                layer: common::LAYER,
+                heads,
+                qkv: &rows,
+                scale: cache.scale(),
+                sequences: &sequences,
+                pages: &cache.pages,
+                measure_recall: false,
+                out: &mut out,
+            };
+            catch_unwind(AssertUnwindSafe(|| cpu.attend(args)))
+        };
+        // Two threads would write the same numbers at the same time.
+        for ranges in [[0..300, 0..300], [0..200, 199..300], [299..300, 0..300]] {
+            assert!(attend(ranges.clone()).is_err(), "{} {ranges:?}", cpu.path());
+        }
+        assert!(attend([0..300, 300..301]).is_err(), "there are 300 rows");
+        // Their order does not matter.
+        for ranges in [[0..200, 200..300], [200..300, 0..200], [0..300, 300..300]] {
+            assert!(attend(ranges.clone()).is_ok(), "{} {ranges:?}", cpu.path());
+        }
     }
 }

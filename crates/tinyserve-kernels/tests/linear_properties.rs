@@ -1,4 +1,5 @@
-//! A row of a batch gets from a matrix, to the last bit, what it gets alone.
+//! What a matrix gives: the sums that it says, and to a row of a batch, to the last bit, what it
+//! gives to that row alone.
 
 mod common;
 
@@ -28,8 +29,73 @@ fn linear(cpu: &Cpu, spec: &LinearSpec, x: &[f32], before: &[f32], store: Store)
     out.values().to_vec()
 }
 
+/// `x·w + b`, for each row, output after output, in f64; and the sum of what was added up, with
+/// every sign positive, which is what rounding is relative to.
+fn sums(spec: &LinearSpec, x: &[f32]) -> Vec<(f64, f64)> {
+    let mut sums = Vec::new();
+    for part in &spec.parts {
+        let w = part.weight.to_f32(0..part.weight.len());
+        let &[first, second] = part.weight.shape() else { unreachable!("matrices") };
+        let (outputs, out_stride, in_stride) = match spec.layout {
+            MatrixLayout::OutIn => (first, second, 1),
+            MatrixLayout::InOut => (second, 1, second),
+        };
+        for output in 0..outputs {
+            let bias = part.bias.as_ref().map_or(0.0, |b| b.to_f32(output..output + 1)[0]);
+            let terms = x
+                .iter()
+                .enumerate()
+                .map(|(i, &x)| f64::from(x) * f64::from(w[output * out_stride + i * in_stride]))
+                .chain([f64::from(bias)]);
+            sums.push((terms.clone().sum(), terms.map(f64::abs).sum()));
+        }
+    }
+    sums
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
+
+    #[test]
+    fn outputs_are_the_sums_of_products(
+        dtype in prop::sample::select(vec![DType::F32, DType::F16, DType::Bf16]),
+        layout in prop::sample::select(vec![MatrixLayout::OutIn, MatrixLayout::InOut]),
+        store in prop::sample::select(vec![Store::Overwrite, Store::Add]),
+        inputs in 1usize..300,
+        outputs in prop::collection::vec((1usize..150, any::<bool>()), 1..4),
+        rows in 1usize..20,
+        threads in 1usize..4,
+        seed in any::<u64>(),
+    ) {
+        let mut numbers = Numbers(seed);
+        let parts = outputs
+            .iter()
+            .map(|&(n, bias)| {
+                let shape = match layout {
+                    MatrixLayout::OutIn => [n, inputs],
+                    MatrixLayout::InOut => [inputs, n],
+                };
+                let weight = tensor(&mut numbers, dtype, &shape);
+                LinearPart { weight, bias: bias.then(|| tensor(&mut numbers, dtype, &[n])) }
+            })
+            .collect();
+        let spec = LinearSpec { parts, layout };
+        let width: usize = outputs.iter().map(|(n, _)| n).sum();
+        let (x, before) = (numbers.numbers(rows * inputs), numbers.numbers(rows * width));
+        let expected: Vec<(f64, f64)> = x.chunks_exact(inputs).flat_map(|x| sums(&spec, x)).collect();
+        for cpu in backends(threads) {
+            let found = linear(&cpu, &spec, &x, &before, store);
+            prop_assert_eq!(found.len(), expected.len());
+            for ((&found, &before), &(sum, size)) in found.iter().zip(&before).zip(&expected) {
+                let before = if store == Store::Add { f64::from(before) } else { 0.0 };
+                // A chain of n additions is off by n half-units of its size at most, 2e-5 here;
+                // their signs are mixed, so ten of them are plenty.
+                let tolerance = 6e-7 * (size + before.abs());
+                let error = (f64::from(found) - (sum + before)).abs();
+                prop_assert!(error <= tolerance, "{}: {found}, off by {error:e}", cpu.path());
+            }
+        }
+    }
 
     #[test]
     fn a_row_does_not_depend_on_its_batch(

@@ -7,6 +7,7 @@ use tinyserve_kernels::{DType, HostTensor};
 
 use crate::files::Files;
 use crate::json::Fields;
+use crate::tokenizer::token_text;
 use crate::weights::{Stored, WeightFiles};
 use crate::{Architecture, ModelConfig, ModelError, Tokenizer};
 
@@ -246,17 +247,5 @@ impl Checkpoint {
             self.config.eos.extend(id(eos));
         }
         Ok(())
-    }
-}
-
-/// A token's text: as it is, or as the `content` of an object.
-fn token_text(fields: &Fields, name: &str) -> Result<Option<String>, ModelError> {
-    match fields.get(name) {
-        Some(value) if value.is_object() => {
-            let token = fields.object(name)?;
-            let text = token.as_ref().map(|token| token.text("content")).transpose()?;
-            Ok(text.flatten().map(str::to_owned))
-        }
-        _ => Ok(fields.text(name)?.map(str::to_owned)),
     }
 }

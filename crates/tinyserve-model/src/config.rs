@@ -145,6 +145,9 @@ impl ModelConfig {
             return Err(config.error("n_head", expected));
         }
         let inner = config.optional_size("n_inner", MOST_INTERMEDIATE)?;
+        // The oldest files write the context under its older name only.
+        let older = config.get("n_positions").is_none() && config.get("n_ctx").is_some();
+        let positions = if older { "n_ctx" } else { "n_positions" };
         Ok(Self {
             architecture: Architecture::Gpt2,
             vocab_size: config.size("vocab_size", MOST_VOCABULARY)?,
@@ -154,7 +157,7 @@ impl ModelConfig {
             kv_heads: heads,
             head_dim: hidden_size / heads,
             intermediate_size: inner.unwrap_or(4 * hidden_size),
-            max_positions: config.size("n_positions", MOST_POSITIONS)?,
+            max_positions: config.size(positions, MOST_POSITIONS)?,
             norm_epsilon: epsilon(config, "layer_norm_epsilon", 1e-5)?,
             activation: activation(config, "activation_function", "gelu_new")?,
             tie_word_embeddings: config.flag("tie_word_embeddings", true)?,

@@ -120,7 +120,8 @@ impl RopeScaling {
                 };
                 let low_freq_factor = positive("low_freq_factor")?;
                 let high_freq_factor = positive("high_freq_factor")?;
-                if high_freq_factor <= low_freq_factor {
+                // As f32, where their difference is what frequencies are blended by.
+                if high_freq_factor as f32 <= low_freq_factor as f32 {
                     let expected = format!("a number above low_freq_factor, {low_freq_factor}");
                     return Err(fields.error("high_freq_factor", expected));
                 }

@@ -1,18 +1,18 @@
 //! Text to token ids and back.
 
-use std::collections::{HashMap, HashSet};
+mod byte_level;
+mod check;
+
+use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
 
-use tokenizers::models::bpe::{BPE, Vocab};
-use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{AddedToken, PaddingParams};
+use byte_level::Extras;
+use tokenizers::PaddingParams;
 
 use crate::ModelError;
 use crate::files::Files;
-
-/// GPT-2's only special token, which `vocab.json` cannot mark as special.
-const END_OF_TEXT: &str = "<|endoftext|>";
+use crate::json::Fields;
 
 /// A checkpoint's tokenizer. Cloning shares it.
 #[derive(Clone)]
@@ -40,10 +40,13 @@ impl Tokenizer {
             return Self::from_json(&files.path("tokenizer.json"), &json);
         }
         match (files.read("vocab.json")?, files.read("merges.txt")?) {
-            (Some(vocab), Some(merges)) => Self::byte_level_bpe(
-                (&files.path("vocab.json"), &vocab),
-                (&files.path("merges.txt"), &merges),
-            ),
+            (Some(vocab), Some(merges)) => {
+                let (vocab_file, merges_file) =
+                    (files.path("vocab.json"), files.path("merges.txt"));
+                let (vocab, merges) = ((&*vocab_file, &*vocab), (&*merges_file, &*merges));
+                let tokenizer = byte_level::build(vocab, merges, &Extras::read(files)?)?;
+                Self::wrap(&merges_file, tokenizer)
+            }
             (vocab, _) => Err(ModelError::NoTokenizer {
                 message: format!(
                     "{} has no tokenizer.json and no {}, expected tokenizer.json or vocab.json \
@@ -60,67 +63,22 @@ impl Tokenizer {
     /// # Errors
     /// [`ModelError::NoTokenizer`] when it is broken or uses what the library does not know.
     pub fn from_json(file: &str, json: &[u8]) -> Result<Self, ModelError> {
+        check::check(json).map_err(|reason| unusable(file, &reason))?;
         let tokenizer = tokenizers::Tokenizer::from_bytes(json);
-        Self::wrap(file, tokenizer)
+        Self::wrap(file, tokenizer.map_err(|error| unusable(file, &error))?)
     }
 
     /// GPT-2's tokenizer from `vocab.json` and `merges.txt`, each a name and its content.
     ///
     /// # Errors
     /// [`ModelError::NoTokenizer`] when one of them is broken or they do not fit each other.
-    pub fn byte_level_bpe(
-        (vocab_file, vocab): (&str, &[u8]),
-        (merges_file, merges): (&str, &[u8]),
-    ) -> Result<Self, ModelError> {
-        let broken = |file: &str, found: String, expected: &str| ModelError::NoTokenizer {
-            message: format!("{file}: found {found}, expected {expected}"),
-        };
-        let vocab: HashMap<String, u32> = serde_json::from_slice(vocab).map_err(|error| {
-            broken(vocab_file, error.to_string(), "an object of tokens and their ids")
-        })?;
-        let text = std::str::from_utf8(merges)
-            .map_err(|error| broken(merges_file, error.to_string(), "UTF-8 text"))?;
-        let mut pairs = Vec::new();
-        for (number, line) in text.lines().enumerate() {
-            // The first line is a version; an empty one ends the file.
-            if line.starts_with("#version") || line.is_empty() {
-                continue;
-            }
-            let Some((left, right)) = line.split_once(' ').filter(|(_, r)| !r.contains(' ')) else {
-                let found = format!("{line:?} in line {}", number + 1);
-                return Err(broken(merges_file, found, "two tokens with a space between"));
-            };
-            pairs.push((left.to_owned(), right.to_owned()));
-        }
-        let has_end = vocab.contains_key(END_OF_TEXT);
-        let vocab: Vocab = vocab.into_iter().collect();
-        let bpe = BPE::builder().vocab_and_merges(vocab, pairs).build();
-        let tokenizer = bpe.map(|bpe| {
-            let mut tokenizer = tokenizers::Tokenizer::new(bpe);
-            tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
-            tokenizer.with_decoder(Some(ByteLevel::default()));
-            tokenizer.with_post_processor(Some(ByteLevel::new(true, false, true)));
-            tokenizer
-        });
-        let tokenizer = tokenizer.and_then(|mut tokenizer| {
-            if has_end {
-                tokenizer.add_special_tokens([AddedToken::from(END_OF_TEXT, true)])?;
-            }
-            Ok(tokenizer)
-        });
-        Self::wrap(merges_file, tokenizer)
+    pub fn byte_level_bpe(vocab: (&str, &[u8]), merges: (&str, &[u8])) -> Result<Self, ModelError> {
+        Self::wrap(merges.0, byte_level::build(vocab, merges, &Extras::default())?)
     }
 
-    fn wrap(
-        file: &str,
-        tokenizer: tokenizers::Result<tokenizers::Tokenizer>,
-    ) -> Result<Self, ModelError> {
-        let broken = |error: tokenizers::Error| ModelError::NoTokenizer {
-            message: format!("{file} is no tokenizer that can be used: {error}"),
-        };
-        let mut tokenizer = tokenizer.map_err(broken)?;
+    fn wrap(file: &str, mut tokenizer: tokenizers::Tokenizer) -> Result<Self, ModelError> {
         // Left over from training in many files; a prompt is never cut or filled up in silence.
-        tokenizer.with_truncation(None).map_err(broken)?;
+        tokenizer.with_truncation(None).map_err(|error| unusable(file, &error))?;
         tokenizer.with_padding(None::<PaddingParams>);
         let special = tokenizer.get_added_tokens_decoder();
         let special = special.into_iter().filter(|(_, token)| token.special);
@@ -182,4 +140,21 @@ impl fmt::Debug for Tokenizer {
 
 fn failed(doing: &'static str, error: &tokenizers::Error) -> ModelError {
     ModelError::Tokenize { doing, reason: error.to_string() }
+}
+
+fn unusable(file: &str, reason: &impl fmt::Display) -> ModelError {
+    let message = format!("{file} is no tokenizer that can be used: {reason}");
+    ModelError::NoTokenizer { message }
+}
+
+/// The token that a field of `tokenizer_config.json` names: a text, or the `content` of an object.
+pub(crate) fn token_text(fields: &Fields, name: &str) -> Result<Option<String>, ModelError> {
+    match fields.get(name) {
+        Some(value) if value.is_object() => {
+            let token = fields.object(name)?;
+            let text = token.as_ref().map(|token| token.text("content")).transpose()?;
+            Ok(text.flatten().map(str::to_owned))
+        }
+        _ => Ok(fields.text(name)?.map(str::to_owned)),
+    }
 }

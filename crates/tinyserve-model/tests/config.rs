@@ -91,6 +91,10 @@ fn gpt2_fields_have_the_defaults_of_transformers() {
     assert!(config.tie_word_embeddings && config.rope.is_none());
     let config = read(&gpt2(&json!({ "n_inner": 100, "tie_word_embeddings": false })));
     assert_eq!((config.intermediate_size, config.tie_word_embeddings), (100, false));
+    let config = read(&gpt2(&json!({ "n_positions": null, "n_ctx": 128 })));
+    assert_eq!(config.max_positions, 128, "the older name");
+    let config = read(&gpt2(&json!({ "n_ctx": 128 })));
+    assert_eq!(config.max_positions, 256, "the newer name counts");
 }
 
 #[test]
@@ -182,6 +186,12 @@ fn rope_that_is_not_supported_is_refused_by_name() {
     refused(&llama(&json!({ "rope_scaling": { "type": "linear" } })), &["factor"]);
     refused(&llama(&json!({ "rope_scaling": { "type": "linear", "factor": 0.0 } })), &["factor"]);
     refused(&llama(&json!({ "rope_scaling": 3 })), &["rope_scaling", "3"]);
+    // Apart as written, equal as f32: frequencies between them would be blended by 0 / 0.
+    let equal = json!({
+        "rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 1.000_000_01, "original_max_position_embeddings": 64,
+    });
+    refused(&llama(&json!({ "rope_scaling": equal })), &["high_freq_factor", "1.00000001"]);
     refused(&llama(&json!({ "rope_theta": -1.0 })), &["rope_theta", "-1"]);
     refused(&llama(&json!({ "partial_rotary_factor": 0.5 })), &["partial_rotary_factor", "0.5"]);
 }
@@ -191,6 +201,11 @@ fn architectures_that_are_not_supported_are_refused_by_name() {
     let other = json!({ "architectures": ["MambaForCausalLM"], "model_type": "mamba" });
     refused(&llama(&other), &["Mamba", "GPT2LMHeadModel", "LlamaForCausalLM"]);
     refused(&llama(&json!({ "architectures": null, "model_type": null })), &["model_type"]);
+    // Trained with a window that the forward pass does not know.
+    let sibling = json!({ "architectures": ["MistralForCausalLM"], "model_type": "mistral" });
+    refused(&llama(&sibling), &["MistralForCausalLM"]);
+    let older = json!({ "architectures": ["GPT2Model"], "model_type": null });
+    assert_eq!(read(&gpt2(&older)).architecture, Architecture::Gpt2);
 }
 
 #[test]

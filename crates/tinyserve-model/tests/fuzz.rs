@@ -44,7 +44,9 @@ fn open_and_read(broken: &Broken) {
         let _ = checkpoint.tensor("wte.weight", &[config.vocab_size, config.hidden_size]);
         let _ = (checkpoint.parameters(), checkpoint.weight_bytes());
         if let Some(rope) = &config.rope {
-            assert_eq!(rope.inverse_frequencies(config.head_dim).len(), config.head_dim / 2);
+            let frequencies = rope.inverse_frequencies(config.head_dim);
+            assert_eq!(frequencies.len(), config.head_dim / 2);
+            assert!(frequencies.iter().all(|frequency| frequency.is_finite()), "{rope:?}");
         }
     }
     let largest = LARGEST.load(Relaxed);

@@ -94,7 +94,16 @@ impl Case {
 }
 
 fn cases() -> Vec<Case> {
-    let heads = [(1, 1, 1), (2, 2, 5), (4, 2, 6), (8, 1, 12), (3, 3, 40), (8, 2, 64), (2, 1, 128)];
+    let heads = [
+        (1, 1, 1),
+        (2, 2, 5),
+        (4, 2, 6),
+        (8, 1, 12),
+        (3, 3, 40),
+        (8, 2, 64),
+        (4, 1, 80),
+        (2, 1, 128),
+    ];
     let mut cases = Vec::new();
     for (i, (q_heads, kv_heads, head_dim)) in heads.into_iter().enumerate() {
         let heads = Heads { q_heads, kv_heads, head_dim };

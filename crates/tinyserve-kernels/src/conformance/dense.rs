@@ -65,9 +65,15 @@ pub(super) fn run<B: Backend>(
             }
         }
     }
-    for (rows, head_dim, q_heads, kv_heads) in
-        [(1, 2, 1, 1), (3, 6, 4, 2), (17, 40, 3, 1), (5, 64, 8, 2), (2, 128, 2, 2)]
-    {
+    for (rows, head_dim, q_heads, kv_heads) in [
+        (1, 2, 1, 1),
+        (3, 6, 4, 2),
+        (7, 12, 8, 1),
+        (17, 40, 3, 1),
+        (5, 64, 8, 2),
+        (4, 80, 4, 1),
+        (2, 128, 2, 2),
+    ] {
         let heads = Heads { q_heads, kv_heads, head_dim };
         let case = format!("[{rows}] {q_heads} and {kv_heads} heads of {head_dim}");
         let (angles, qkv) = rotary(backend, heads, rows);

@@ -4,7 +4,7 @@ mod tile;
 
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::PoisonError;
+use std::sync::{OnceLock, PoisonError};
 
 use tinyserve_kv::{HostPages, KvElement, with_element};
 
@@ -45,7 +45,20 @@ pub(super) struct Context<'a> {
 
 pub(super) fn attend(cpu: &Cpu, args: AttendArgs<'_, Cpu>) -> Result<AttendStats, KernelError> {
     let AttendArgs { layer, heads, qkv, scale, sequences, pages, measure_recall, out } = args;
-    let width = heads.q_columns().len();
+    let (width, shape) = (heads.q_columns().len(), pages.layout().shape());
+    assert_eq!(
+        (heads.kv_heads, heads.head_dim),
+        (shape.kv_heads, shape.head_dim),
+        "heads of pages"
+    );
+    assert!(heads.q_heads.is_multiple_of(heads.kv_heads), "query heads of one KV head");
+    assert_eq!(qkv.columns(), heads.qkv_width(), "width of queries, keys and values");
+    assert_eq!(out.columns(), width, "output width of attention");
+    // Threads write rows at the same time: that is sound because each is written for one sequence.
+    let mut written = vec![false; out.rows()];
+    for row in sequences.iter().flat_map(|sequence| sequence.rows.clone()) {
+        assert!(!std::mem::replace(&mut written[row], true), "row {row} is in two sequences");
+    }
     let columns = Columns::new(out.values_mut(), width);
     // Heads that do not fill a wide vector waste it: the narrower one has less to waste.
     let path = match cpu.path() {
@@ -62,26 +75,26 @@ pub(super) fn attend(cpu: &Cpu, args: AttendArgs<'_, Cpu>) -> Result<AttendStats
         .collect();
     let work: usize =
         sequences.iter().map(|s| s.rows.len() * (s.first_position + s.rows.len()) * width).sum();
+    // They belong to the call, not to the threads: a panic or another caller must not reach them.
+    let results: Vec<OnceLock<_>> = items.iter().map(|_| OnceLock::new()).collect();
     let run = |thread: usize, item: usize| {
-        // Never waited for: each thread has its own.
+        // Only waited for when two callers share a backend. Whoever panicked left nothing that is
+        // read before it is written.
         let mut scratch = cpu.scratch[thread].lock().unwrap_or_else(PoisonError::into_inner);
-        match context.run(&items[item], &mut scratch) {
-            Ok(stats) => scratch.stats.add(&stats),
-            Err(error) => scratch.error = Some(error),
-        }
+        // It is empty: each item is run once.
+        let _ = results[item].set(context.run(&items[item], &mut scratch));
     };
     if work < SERIAL_WORK {
         (0..items.len()).for_each(|item| run(0, item));
     } else {
         cpu.pool.run(items.len(), &run);
     }
-    let (mut stats, mut error) = (AttendStats::default(), None);
-    for scratch in &cpu.scratch {
-        let mut scratch = scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        stats.add(&std::mem::take(&mut scratch.stats));
-        error = error.or(scratch.error.take());
+    // In the order of the items, so that neither sums nor errors depend on who was faster.
+    let mut stats = AttendStats::default();
+    for result in results.into_iter().filter_map(OnceLock::into_inner) {
+        stats.add(&result?);
     }
-    error.map_or(Ok(stats), Err)
+    Ok(stats)
 }
 
 /// Splits the rows of a sequence into tiles: up to [`ROW_TILE`] rows that read everything, or one
@@ -114,10 +127,6 @@ fn tiles<'a>(
 /// Buffers that a thread reuses from item to item.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
-    /// What the thread's items of this call read.
-    stats: AttendStats,
-    /// Why one of them failed.
-    error: Option<KernelError>,
     /// Page list of the row.
     list: Vec<u32>,
     /// What choosing pages needs.

@@ -193,7 +193,8 @@ impl Shared {
             if let Some((task, items)) = unsafe { *self.task.get() } {
                 let done = catch_unwind(AssertUnwindSafe(|| self.take_items(thread, task, items)));
                 if let Err(panic) = done {
-                    *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
+                    let mut first = self.panic.lock().unwrap_or_else(PoisonError::into_inner);
+                    first.get_or_insert(panic);
                 }
             }
             self.state.fetch_sub(1, Ordering::Release);

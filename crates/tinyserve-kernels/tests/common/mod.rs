@@ -44,8 +44,10 @@ pub(crate) fn backends(threads: usize) -> Vec<Cpu> {
 
 /// Shapes of a cache: grouped heads, odd head sizes, pages of one token and of more than there are.
 pub(crate) fn shapes() -> impl Strategy<Value = (Heads, KvLayout)> {
-    let heads = prop::sample::select(vec![(1, 1), (2, 1), (4, 2), (3, 3), (8, 2), (5, 1)]);
-    let head_dim = prop_oneof![1usize..=20, Just(33usize), Just(48), Just(64)];
+    let heads = prop::sample::select(vec![(1, 1), (2, 1), (4, 2), (3, 3), (8, 2), (5, 1), (8, 1)]);
+    // Odd ones, and for vectors of 8 and of 16: four at a time, then single ones, then a part.
+    let wide = prop::sample::select(vec![33usize, 40, 48, 64, 70, 80, 128]);
+    let head_dim = prop_oneof![1usize..=20, wide];
     let page_size = prop_oneof![Just(1usize), 2usize..=9, Just(16), Just(40)];
     (heads, head_dim, page_size, prop::sample::select(&KvFormat::ALL[..])).prop_map(
         |((q_heads, kv_heads), head_dim, page_size, format)| {
@@ -154,6 +156,21 @@ impl Cache {
             };
             (widen(head.keys), widen(head.values))
         })
+    }
+
+    /// Scaled scores of one query and the first `tokens` tokens of sequence `index`, as stored.
+    pub(crate) fn logits(
+        &self,
+        (index, tokens, kv_head): (usize, usize, usize),
+        query: &[f32],
+    ) -> Vec<f32> {
+        let score = |token: usize| {
+            let Slot { page, offset } = self.tables[index].slot(token);
+            let (key, _) = self.token(page, offset, kv_head);
+            let dot: f64 = query.iter().zip(key).map(|(&q, k)| f64::from(q) * k).sum();
+            (dot * f64::from(self.scale())) as f32
+        };
+        (0..tokens).map(score).collect()
     }
 
     /// Dense attention of one query over the first `tokens` tokens of sequence `index`, masked to
