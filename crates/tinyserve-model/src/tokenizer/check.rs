@@ -73,7 +73,7 @@ fn check_template(processor: &Value) -> Result<(), String> {
         // A piece has one key; what is neither is the library's to refuse.
         if let Some(token) = piece.get("SpecialToken") {
             let id = token["id"].as_str();
-            if !id.is_some_and(|id| processor["special_tokens"].get(id).is_some()) {
+            if id.is_none_or(|id| processor["special_tokens"].get(id).is_none()) {
                 let found = &token["id"];
                 return Err(format!(
                     "post_processor.single names the special token {found}, expected one of \
