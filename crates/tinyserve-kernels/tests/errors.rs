@@ -57,7 +57,7 @@ fn thread_counts_and_paths_out_of_range_are_refused() {
         assert_eq!(error.to_string(), format!("threads is {threads}, expected 1 to 1024"));
     }
     let error = "sse9".parse::<CpuPath>().unwrap_err().to_string();
-    assert_eq!(error, r#"cpu path is "sse9", expected scalar, portable, avx2 or avx512"#);
+    assert_eq!(error, r#"cpu path is "sse9", expected scalar, portable, neon, avx2 or avx512"#);
     for path in CpuPath::ALL {
         assert_eq!(path.to_string().parse(), Ok(path));
         let made = Cpu::new(CpuOptions { threads: Some(2), path: Some(path) });

@@ -12,6 +12,8 @@ pub enum CpuPath {
     Scalar,
     /// Vectors that any processor's compiler can map to its registers.
     Portable,
+    /// Pairs of 128-bit vectors with FMA: 64-bit Arm.
+    Neon,
     /// 256-bit vectors with FMA and half-precision conversion.
     Avx2,
     /// 512-bit vectors.
@@ -20,7 +22,7 @@ pub enum CpuPath {
 
 impl CpuPath {
     /// Every path, slowest first.
-    pub const ALL: [Self; 4] = [Self::Scalar, Self::Portable, Self::Avx2, Self::Avx512];
+    pub const ALL: [Self; 5] = [Self::Scalar, Self::Portable, Self::Neon, Self::Avx2, Self::Avx512];
 
     /// Whether this processor can run it.
     #[must_use]
@@ -41,6 +43,10 @@ impl CpuPath {
                     && is_x86_feature_detected!("avx512vl")
                     && is_x86_feature_detected!("avx512dq")
             }
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => std::arch::is_aarch64_feature_detected!("neon"),
+            #[cfg(not(target_arch = "aarch64"))]
+            Self::Neon => false,
             #[cfg(not(target_arch = "x86_64"))]
             Self::Avx2 | Self::Avx512 => false,
         }
@@ -63,6 +69,7 @@ impl CpuPath {
         match self {
             Self::Scalar => "scalar",
             Self::Portable => "portable",
+            Self::Neon => "neon",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
         }
@@ -94,7 +101,7 @@ impl FromStr for CpuPath {
         Self::ALL.into_iter().find(|path| path.name() == s).ok_or_else(|| KernelError::Invalid {
             what: "cpu path",
             found: format!("{s:?}"),
-            expected: "scalar, portable, avx2 or avx512".to_owned(),
+            expected: "scalar, portable, neon, avx2 or avx512".to_owned(),
         })
     }
 }

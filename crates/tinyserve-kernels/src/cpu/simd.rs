@@ -8,6 +8,8 @@ use super::path::CpuPath;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 
 /// A set of vector instructions.
@@ -142,6 +144,8 @@ pub(crate) fn dispatch<K: Kernel>(path: CpuPath, kernel: K) -> K::Output {
         CpuPath::Avx512 => avx512::run(kernel),
         #[cfg(target_arch = "x86_64")]
         CpuPath::Avx2 => avx2::run(kernel),
+        #[cfg(target_arch = "aarch64")]
+        CpuPath::Neon => neon::run(kernel),
         CpuPath::Portable => kernel.run(portable::Portable),
         other => unreachable!("the {other} path has no vectors"),
     }
@@ -159,6 +163,38 @@ mod tests {
         fn run<S: Simd>(self, simd: S) {
             for (x, out) in self.0.chunks(S::LANES).zip(self.1.chunks_mut(S::LANES)) {
                 simd.store_tail(simd.exp(simd.load_tail(x)), out);
+            }
+        }
+    }
+
+    struct Widen<'a, E>(&'a [E], &'a mut [f32]);
+
+    impl<E: Element> Kernel for Widen<'_, E> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) {
+            for (x, out) in self.0.chunks(S::LANES).zip(self.1.chunks_mut(S::LANES)) {
+                simd.store(E::load(simd, x), out);
+            }
+        }
+    }
+
+    #[test]
+    fn every_half_is_widened_exactly() {
+        let halves: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).collect();
+        let brains: Vec<bf16> = (0..=u16::MAX).map(bf16::from_bits).collect();
+        let same = |wide: f32, expected: f32| {
+            wide.to_bits() == expected.to_bits() || wide.is_nan() && expected.is_nan()
+        };
+        for path in CpuPath::available().skip(1) {
+            let mut out = vec![0.0; halves.len()];
+            dispatch(path, Widen(&halves, &mut out));
+            for (half, &wide) in halves.iter().zip(&out) {
+                assert!(same(wide, half.to_f32()), "{path}: {half:?} became {wide}");
+            }
+            dispatch(path, Widen(&brains, &mut out));
+            for (brain, &wide) in brains.iter().zip(&out) {
+                assert!(same(wide, brain.to_f32()), "{path}: {brain:?} became {wide}");
             }
         }
     }
