@@ -1,5 +1,6 @@
 //! The forward pass, written once over the backend seam.
 
+use smallvec::SmallVec;
 use tinyserve_kernels::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendSequence, AttendStats, Backend, EmbedArgs,
     LinearArgs, NormArgs, RotaryAnglesArgs, RotaryArgs, Store,
@@ -8,6 +9,10 @@ use tinyserve_kv::Slot;
 
 use crate::model::Norm;
 use crate::{Batch, KvCache, LogitRows, Model, ModelError, StepOutput};
+
+/// Sequences whose descriptions lie on the stack: a larger batch costs one allocation per step,
+/// which its weights' one pass hides.
+const SEQUENCES_ON_STACK: usize = 16;
 
 /// Every buffer of a step, allocated once and reused.
 #[derive(Debug)]
@@ -96,7 +101,7 @@ impl<B: Backend> Model<B> {
         }
         output.stats = AttendStats::default();
         let mut row = 0;
-        let sequences: Vec<_> = batch
+        let sequences: SmallVec<[_; SEQUENCES_ON_STACK]> = batch
             .sequences
             .iter()
             .map(|step| {

@@ -2,32 +2,14 @@
 
 mod common;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+#[path = "common/watched.rs"]
+mod watched;
 
 use common::{Broken, safetensors, touch};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use tinyserve_model::ModelConfig;
-
-/// Counts the largest single allocation.
-struct Watched;
-
-static LARGEST: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call goes to the system's allocator unchanged.
-#[allow(unsafe_code)]
-unsafe impl GlobalAlloc for Watched {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        LARGEST.fetch_max(layout.size(), Relaxed);
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
+use watched::Watched;
 
 #[global_allocator]
 static ALLOCATOR: Watched = Watched;
@@ -49,7 +31,7 @@ fn open_and_read(broken: &Broken) {
             assert!(frequencies.iter().all(|frequency| frequency.is_finite()), "{rope:?}");
         }
     }
-    let largest = LARGEST.load(Relaxed);
+    let largest = watched::largest();
     assert!(largest < MOST_BYTES, "an allocation of {largest} bytes");
 }
 
