@@ -122,3 +122,36 @@ fn every_instruction_set_computes_the_same_logits() {
         }
     }
 }
+
+/// Who computes a part of a step has no influence on what it comes to.
+#[test]
+fn the_number_of_threads_changes_nothing() {
+    use tinyserve_kernels::CpuOptions;
+    let policy = SelectionPolicy {
+        budget: Budget::Ratio(0.3),
+        dense_layers: 0,
+        min_context: 0,
+        ..Default::default()
+    };
+    for name in tinyserve_tests::GOLDEN {
+        let checkpoint = golden(name);
+        let prompt: Vec<u32> = (3..90).collect();
+        for attention in [Attention::Dense, Attention::Policy(&policy)] {
+            let results: Vec<_> = [1, 2, 3, 8]
+                .into_iter()
+                .map(|threads| {
+                    let options = CpuOptions { threads: Some(threads), ..Default::default() };
+                    let backend = Cpu::new(options).unwrap();
+                    let mut runner = Runner::new(backend, &checkpoint, (4, KvFormat::F16, 40));
+                    let tokens = runner.greedy(&prompt, 24, attention);
+                    // The last step's logits are what every step before made of them, too.
+                    let logits = runner.output.logits(0).next().unwrap().to_vec();
+                    (tokens, logits)
+                })
+                .collect();
+            for (result, threads) in results[1..].iter().zip([2, 3, 8]) {
+                assert_eq!(result, &results[0], "{name}, {attention:?}, {threads} threads");
+            }
+        }
+    }
+}
