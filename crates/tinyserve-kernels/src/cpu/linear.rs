@@ -18,6 +18,12 @@ const SERIAL_WORK: usize = 64 * 1024;
 const STRIP: usize = 64;
 /// Rows up to which `[in, out]` weights are streamed as they lie.
 const STREAMED_ROWS: usize = 4;
+/// Bytes of a weight row from which on one row after the other is faster than several at a time.
+const STREAM_BYTES: usize = 1024;
+/// Sums that are stored together.
+const STREAM_OUTPUTS: usize = 16;
+/// How far ahead of its use a stream is asked for.
+const STREAM_AHEAD: usize = 2048;
 /// Bytes of input rows that are reused from the second-level cache while weights stream past.
 const ROW_BLOCK_BYTES: usize = 384 * 1024;
 
@@ -135,6 +141,10 @@ impl<E: Element> Kernel for OutIn<'_, E> {
         for first in (0..self.args.rows).step_by(block) {
             let rows = first..(first + block).min(self.args.rows);
             let mut output = self.args.strip.start;
+            if rows.len() == 1 && inputs * size_of::<E>() >= STREAM_BYTES {
+                self.stream(simd, rows.start);
+                continue;
+            }
             if rows.len() == 1 {
                 // Eight weight rows at once: their sums hide each other's latency.
                 while output + 8 <= self.args.strip.end {
@@ -155,6 +165,34 @@ impl<E: Element> Kernel for OutIn<'_, E> {
 }
 
 impl<E: Element> OutIn<'_, E> {
+    /// One input row, weight row after weight row: memory is read fastest as one stream, and the
+    /// processor begins the next sum before the last one is done.
+    #[inline(always)]
+    fn stream<S: Simd>(&self, simd: S, row: usize) {
+        let inputs = self.args.part.inputs;
+        let x = &self.args.x[row * inputs..(row + 1) * inputs];
+        let whole = inputs - inputs % S::LANES;
+        let tail = simd.load_tail(&x[whole..]);
+        let mut sums = [0.0; STREAM_OUTPUTS];
+        for first in self.args.strip.clone().step_by(STREAM_OUTPUTS) {
+            let outputs = STREAM_OUTPUTS.min(self.args.strip.end - first);
+            let w = &self.w[first * inputs..(first + outputs) * inputs];
+            for (w, out) in w.chunks_exact(inputs).zip(&mut sums) {
+                let mut sum = simd.splat(0.0);
+                let vectors = w[..whole].chunks_exact(S::LANES);
+                for (w, x) in vectors.zip(x[..whole].chunks_exact(S::LANES)) {
+                    simd.prefetch(w.as_ptr().wrapping_add(STREAM_AHEAD / size_of::<E>()));
+                    sum = simd.mul_add(E::load(simd, w), simd.load(x), sum);
+                }
+                if whole < inputs {
+                    sum = simd.mul_add(simd.load_tail(&w[whole..]), tail, sum);
+                }
+                *out = simd.sum(sum);
+            }
+            self.args.finish(row, first, &sums[..outputs]);
+        }
+    }
+
     #[inline(always)]
     fn row_tiles<S: Simd, const O: usize>(&self, simd: S, rows: Range<usize>, output: usize) {
         let mut row = rows.start;
