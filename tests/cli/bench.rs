@@ -122,6 +122,9 @@ fn shapes_need_no_files_and_no_limit() {
         let seconds = number(row, "avg_ns") / 1e9;
         assert!((number(row, "avg_ts") * seconds / tokens - 1.0).abs() < 1e-3, "{row}");
     }
+    // Three sequences of 512 bytes a token, and the boxes, a sixteenth of that.
+    let kv = number(&found[0], "kv_bytes");
+    assert!(kv > 3.0 * 1004.0 * 512.0 && kv < 3.0 * 1040.0 * 512.0 * 1.07, "{kv}");
     // Weights are read once for the three sequences, keys and values for each.
     let bytes = |row: &Value| number(row, "bytes_per_token");
     assert!(bytes(&found[1]) < 0.9 * bytes(&found[0]) && bytes(&found[1]) > 0.3 * bytes(&found[0]));

@@ -231,7 +231,7 @@ pub(super) fn load(
     fill: DepthFill,
 ) -> Result<(Runner, Setup)> {
     let backend = forward.device.backend(config)?;
-    let setup = Setup {
+    let mut setup = Setup {
         model: name,
         model_size: checkpoint.weight_bytes() as u64,
         model_n_params: checkpoint.parameters() as u64,
@@ -242,11 +242,13 @@ pub(super) fn load(
         kv_cache_dtype: config.kv_cache_dtype.resolve(checkpoint.dtype()).name(),
         page_size: config.page_size,
         depth_fill: fill.name(),
+        kv_bytes: 0,
         streamed_bytes: streamed_bytes(checkpoint),
     };
     let device = format!("CPU, {}, {} threads", backend.path(), backend.threads());
     forward.device.tell(config, &device);
     let mut progress = Progress::new("loading");
+    let kv_bytes = &mut setup.kv_bytes;
     let build = || {
         let format = config.kv_cache_dtype.resolve(checkpoint.dtype());
         let layout = checkpoint.config().kv_layout(config.page_size, format)?;
@@ -254,10 +256,12 @@ pub(super) fn load(
         let model = Model::load(backend, checkpoint, |done, total| progress.update(done, total))?;
         // A page more for each sequence: its copy of the depth's open page.
         let pages = sequences * (layout.pages_for(longest) + 1);
+        *kv_bytes = (pages * layout.bytes_per_page()) as u64;
         let cache = KvCache::new(model.backend(), layout, pages)?;
         Ok::<_, TinyServeError>(Runner::new(model, cache, config.attention_chunk_size))
     };
-    Ok((build()?, setup))
+    let runner = build()?;
+    Ok((runner, setup))
 }
 
 /// A mode, its runs, and what a decode step spends its time on.

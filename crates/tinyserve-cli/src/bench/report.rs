@@ -25,6 +25,8 @@ pub(super) struct Setup {
     pub(super) kv_cache_dtype: &'static str,
     pub(super) page_size: usize,
     pub(super) depth_fill: &'static str,
+    /// Bytes of the whole cache, which are committed as they are written.
+    pub(super) kv_bytes: u64,
     /// Bytes of weights that every step reads.
     #[serde(skip)]
     pub(super) streamed_bytes: u64,
@@ -207,7 +209,7 @@ pub(super) fn markdown(rows: &[Row]) -> String {
 }
 
 /// Columns of CSV: every field that is neither a list nor an object.
-const COLUMNS: [&str; 26] = [
+const COLUMNS: [&str; 27] = [
     "model",
     "model_size",
     "model_n_params",
@@ -219,6 +221,7 @@ const COLUMNS: [&str; 26] = [
     "kv_cache_dtype",
     "page_size",
     "depth_fill",
+    "kv_bytes",
     "attention",
     "selection_ratio",
     "n_prompt",
@@ -283,6 +286,7 @@ mod tests {
             kv_cache_dtype: "f16",
             page_size: 16,
             depth_fill: "synthetic",
+            kv_bytes: 1 << 30,
             streamed_bytes: 1_000_000,
         };
         let stats = AttendStats { bytes_read: 100, bytes_dense: 400, ..AttendStats::default() };
