@@ -169,6 +169,10 @@ fn attention_is_compared_with_dense() {
         assert!(number(row, "n_layers") * of_one >= 384.0 * 1024.0 * 1024.0, "{row}");
         assert!(number(row, "median_ns") > 0.0 && number(row, "gb_s") > 0.0, "{row}");
         assert!(number(row, "read_bandwidth_gb_s") > 0.01, "{row}");
+        let fma = number(row, "fma_fraction");
+        // Four query heads share each f16 element: 4 FLOP per byte.
+        let expected = 4.0 * number(row, "gb_s") / number(row, "fma_gflop_s");
+        assert!((fma / expected - 1.0).abs() < 1e-6, "{row}");
         let ratio = number(row, "roofline_fraction") * number(row, "read_bandwidth_gb_s");
         assert!((ratio / number(row, "gb_s") - 1.0).abs() < 1e-6, "{row}");
     }

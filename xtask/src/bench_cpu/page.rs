@@ -128,6 +128,7 @@ impl Page {
                 cell(field("median_ns").map(|ns| ns / 1e3), 1),
                 cell(field("gb_s"), 1),
                 percent(field("roofline_fraction")),
+                percent(field("fma_fraction")),
                 cell(field("speedup"), 2),
                 cell(field("byte_ceiling"), 2),
             ];

@@ -98,6 +98,10 @@ struct Row {
     read_bandwidth_gb_s: f64,
     /// The time that reading those bytes takes at that bandwidth, over the median time.
     roofline_fraction: f64,
+    /// The time that a multiply-add for each element read and each query head that shares it
+    /// takes at the speed measured in the same run, over the median time.
+    fma_fraction: Option<f64>,
+    fma_gflop_s: Option<f64>,
     /// Dense attention's median time over this one.
     speedup: f64,
     /// Dense attention's bytes over these: what the speed-up would be if bytes were all.
@@ -146,6 +150,9 @@ pub(crate) fn attention(args: &AttentionArgs) -> Result<()> {
         }
     }
     let layers = bench.layers;
+    let fma = bench.backend.measure_fma();
+    let element = bench.pages.layout().shape().format.element_bytes();
+    let operations = 2.0 * bench.heads.group() as f64 / element as f64;
     drop(bench);
     let bandwidth = read_bandwidth(threads);
     let (dense, dense_bytes) = (median(&samples[0]), stats[0].bytes_read as f64);
@@ -177,6 +184,8 @@ pub(crate) fn attention(args: &AttentionArgs) -> Result<()> {
                 gb_s: bytes / time,
                 read_bandwidth_gb_s: bandwidth / 1e9,
                 roofline_fraction: 1e9 * bytes / time / bandwidth,
+                fma_fraction: fma.map(|fma| 1e9 * bytes * operations / time / fma),
+                fma_gflop_s: fma.map(|fma| fma / 1e9),
                 speedup: dense / time,
                 byte_ceiling: dense_bytes / stats.bytes_read as f64,
             }
@@ -296,16 +305,16 @@ fn random_rows(heads: Heads, rows: usize, random: &mut SyntheticNormal) -> Vec<f
 
 fn markdown(rows: &[Row]) -> String {
     let mut text = "| heads | head dim | tokens | page | kv | threads | attention | µs | GB/s \
-                    | of bandwidth | speed-up | byte ceiling |\n\
+                    | of bandwidth | of FMA | speed-up | byte ceiling |\n\
                     | --- | ---: | ---: | ---: | --- | ---: | --- | ---: | ---: | ---: | ---: \
-                    | ---: |\n"
+                    | ---: | ---: |\n"
         .to_owned();
     for row in rows {
         let ratio = row.selection_ratio.map_or(String::new(), |ratio| format!(" {ratio}"));
         let _ = writeln!(
             text,
-            "| {}/{} | {} | {} | {} | {} | {} | {}{ratio} | {:.1} ± {:.1} | {:.1} | {} | {:.2} \
-             | {:.2} |",
+            "| {}/{} | {} | {} | {} | {} | {} | {}{ratio} | {:.1} ± {:.1} | {:.1} | {} | {} \
+             | {:.2} | {:.2} |",
             row.q_heads,
             row.kv_heads,
             row.head_dim,
@@ -318,6 +327,7 @@ fn markdown(rows: &[Row]) -> String {
             row.stddev_ns / 1e3,
             row.gb_s,
             percent(row.roofline_fraction),
+            row.fma_fraction.map_or("—".to_owned(), percent),
             row.speedup,
             row.byte_ceiling,
         );

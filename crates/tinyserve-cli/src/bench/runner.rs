@@ -71,11 +71,16 @@ impl Runner {
             }
             DepthFill::Synthetic => {
                 let mut random = SyntheticNormal::new(0, "keys and values");
-                for table in &mut tables {
-                    self.model
-                        .append_synthetic(&mut self.cache, table, depth, &mut random)
-                        .map_err(TinyServeError::from)?;
-                }
+                let mut fill = || -> Result<(), ModelError> {
+                    let Some((first, others)) = tables.split_first_mut() else { return Ok(()) };
+                    self.model.append_synthetic(&mut self.cache, first, depth, &mut random)?;
+                    // The same bytes in other places take as long to read, and no time to make.
+                    for table in others {
+                        *table = self.cache.duplicate(self.model.backend(), first)?;
+                    }
+                    Ok(())
+                };
+                fill().map_err(TinyServeError::from)?;
             }
         }
         Ok(tables)

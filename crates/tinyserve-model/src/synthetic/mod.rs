@@ -217,11 +217,14 @@ mod tests {
             SyntheticModel::new(SyntheticShape::TinyLlama, DType::F32).checkpoint().unwrap();
         let model = Model::load(Cpu::reference(), &checkpoint, |_, _| {}).unwrap();
         let layout = model.config().kv_layout(8, KvFormat::F32).unwrap();
-        let mut cache = KvCache::new(model.backend(), layout, layout.pages_for(100)).unwrap();
+        let mut cache = KvCache::new(model.backend(), layout, 2 * layout.pages_for(100)).unwrap();
         let mut step = |synthetic: usize| {
             let mut table = cache.new_table();
             let mut random = SyntheticNormal::new(0, "keys");
             model.append_synthetic(&mut cache, &mut table, synthetic, &mut random).unwrap();
+            let copy = cache.duplicate(model.backend(), &table).unwrap();
+            assert!(copy.pages().iter().all(|page| !table.pages().contains(page)));
+            cache.release(std::mem::replace(&mut table, copy));
             cache.extend(model.backend(), &mut table, 1).unwrap();
             let (mut activations, mut output) = (Activations::new(&model), StepOutput::default());
             let sequence = SequenceStep {
