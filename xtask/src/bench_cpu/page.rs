@@ -115,6 +115,7 @@ impl Page {
             "µs",
             "GB/s",
             "of bandwidth",
+            "of FMA",
             "speed-up",
             "byte ceiling",
         ]);
@@ -256,6 +257,17 @@ mod tests {
         let mut without = page(false);
         without.table_of_speeds(cases());
         assert!(!without.text.contains("llama.cpp") && !without.text.contains("3.00"));
+    }
+
+    #[test]
+    fn every_cell_of_attention_has_its_column() {
+        let mut page = page(false);
+        let row = json!({ "q_heads": 32, "kv_heads": 4, "fma_fraction": 0.25, "speedup": 2.0 });
+        page.table_of_attention(&[row]);
+        let columns: Vec<_> =
+            page.text.trim().lines().map(|line| line.split('|').count()).collect();
+        assert!(columns.iter().all(|&n| n == columns[0]), "{}", page.text);
+        assert!(page.text.contains("| 32/4 | dense | — | — | — | 25.0 % | 2.00 | — |"));
     }
 
     #[test]
