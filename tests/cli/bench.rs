@@ -26,9 +26,23 @@ fn rows_hold_together() {
         assert_eq!(row["model"], "builtin:stories260k");
         assert_eq!(row["model_n_params"], 260_032);
         assert_eq!(row["model_size"], 4 * 260_032);
-        assert_eq!((&row["weights_dtype"], &row["kv_cache_dtype"]), (&"f32".into(), &"f32".into()));
-        assert_eq!((&row["n_threads"], &row["n_batch"]), (&1.into(), &256.into()));
-        assert_eq!(row["page_size"], 16);
+        assert_eq!((&row["weights"], &row["kv_cache_dtype"]), (&"f32".into(), &"f32".into()));
+        assert_eq!((&row["n_threads"], &row["n_ubatch"]), (&1.into(), &256.into()));
+        assert_eq!((&row["page_size"], &row["n_batch"]), (&16.into(), &1.into()));
+        assert_eq!(row["depth_fill"], "prefill");
+        assert!(number(row, "read_bandwidth_gb_s") > 0.01);
+        if sizes(row)[1] == 0 {
+            assert_eq!((&row["bytes_per_token"], &row["step_split"]), (&Value::Null, &Value::Null));
+        } else {
+            let expected = 4.0 * 260_032.0;
+            let bytes = number(row, "bytes_per_token");
+            assert!(bytes > expected && bytes < 1.2 * expected, "{bytes}");
+            let fraction = number(row, "roofline_fraction");
+            assert!(fraction > 0.0 && fraction < 100.0, "{fraction}");
+            for part in ["weights_ns", "attend_ns", "rest_ns"] {
+                assert!(number(&row["step_split"], part) > 0.0, "{row}");
+            }
+        }
         assert!(row["cpu_path"].is_string() && row["attention"].is_string());
         assert_eq!(row["bytes_read_ratio"], 1.0);
         let tokens = (sizes(row)[0] + sizes(row)[1]) as f64;
@@ -81,7 +95,7 @@ fn tables_have_a_row_per_test() {
     let lines: Vec<_> = markdown.lines().collect();
     assert_eq!(lines.len(), 4, "{markdown}");
     assert!(lines[2].contains("| pp16 |") && lines[3].contains("| tg4 |"), "{markdown}");
-    assert!(lines.iter().all(|line| line.matches('|').count() == 12), "{markdown}");
+    assert!(lines.iter().all(|line| line.matches('|').count() == 14), "{markdown}");
     let csv = words("bench latency -p 16 -n 4 -r 1 -o csv").done();
     let lines: Vec<_> = csv.lines().map(|line| line.split(',').count()).collect();
     assert_eq!(lines.len(), 3, "{csv}");
@@ -91,4 +105,107 @@ fn tables_have_a_row_per_test() {
 #[test]
 fn a_missing_model_is_named() {
     tinyserve(&["bench", "latency", "no/model", "-o", "json"]).refused_with(1, &["no/model"]);
+}
+
+#[test]
+fn shapes_need_no_files_and_no_limit() {
+    let shape = "--shape tiny-gpt2 -t 1 -r 1 -n 4";
+    let of = |more: &str| rows(&format!("{shape} {more}"));
+    // Four times the context that the shape was published with.
+    let found = of("-p 0 -d 1000 -b 1,3 --selection-ratio 0.5 --attention sparse");
+    assert_eq!((&found[0]["n_batch"], &found[1]["n_batch"]), (&1.into(), &3.into()));
+    for row in &found {
+        assert_eq!((&row["model"], &row["depth_fill"]), (&"tiny-gpt2".into(), &"synthetic".into()));
+        assert_eq!((&row["weights"], &row["kv_cache_dtype"]), (&"f16".into(), &"f16".into()));
+        assert_eq!(row["selection_ratio"], 0.5);
+        let tokens = 4.0 * number(row, "n_batch");
+        let seconds = number(row, "avg_ns") / 1e9;
+        assert!((number(row, "avg_ts") * seconds / tokens - 1.0).abs() < 1e-3, "{row}");
+    }
+    // Three sequences of 512 bytes a token, and the boxes, a sixteenth of that.
+    let kv = number(&found[0], "kv_bytes");
+    assert!(kv > 3.0 * 1004.0 * 512.0 && kv < 3.0 * 1040.0 * 512.0 * 1.07, "{kv}");
+    // Weights are read once for the three sequences, keys and values for each.
+    let bytes = |row: &Value| number(row, "bytes_per_token");
+    assert!(bytes(&found[1]) < 0.9 * bytes(&found[0]) && bytes(&found[1]) > 0.3 * bytes(&found[0]));
+    let real = of("-p 0 -d 64 --real-prefill --dtype f32");
+    assert_eq!((&real[0]["depth_fill"], &real[0]["weights"]), (&"prefill".into(), &"f32".into()));
+    assert_eq!(
+        number(&real[0], "model_size"),
+        2.0 * number(&found[0], "model_size") - 4.0 * 64.0 * (1004.0 - 256.0)
+    );
+    let default = of("");
+    assert_eq!((&default[0]["n_prompt"], &default[1]["n_gen"]), (&512.into(), &4.into()));
+}
+
+#[test]
+fn throughput_counts_the_whole_batch() {
+    let command = "bench throughput --shape tiny-llama -p 20 -n 5 -r 1 -t 1";
+    let rows = words(&format!("{command} -b 1,3 -o json")).json();
+    let rows = rows.as_array().unwrap();
+    for (row, n_batch) in rows.iter().zip([1, 3]) {
+        assert_eq!((&row["n_batch"], &row["n_prompt"]), (&n_batch.into(), &20.into()));
+        assert_eq!((&row["n_gen"], &row["model"]), (&5.into(), &"tiny-llama".into()));
+        let (pp, tg, ts) = (number(row, "pp_ts"), number(row, "tg_ts"), number(row, "ts"));
+        assert!((25.0 / ts - 20.0 / pp - 5.0 / tg).abs() < 0.01 * 25.0 / ts, "{row}");
+    }
+    assert_eq!(words(command).done().lines().count(), 5);
+    let csv = words(&format!("{command} -b 2 -o csv")).done();
+    assert_eq!(csv.lines().count(), 2);
+    words(&format!("{command} -b 0")).refused_with(2, &["--n-batch (-b) is 0"]);
+    words("bench throughput -p 500 -n 50").refused_with(2, &["550", "at most 512"]);
+}
+
+#[test]
+fn attention_is_compared_with_dense() {
+    let command = "bench attention --q-heads 8 --kv-heads 2 --head-dim 64 --tokens 2k -r 1 -t 1";
+    let rows = words(&format!("{command} --ratios 0.25,1 --page-size 32 -o json")).json();
+    let rows = rows.as_array().unwrap();
+    assert_eq!(rows.len(), 3);
+    // 2048 tokens of two heads of 64 channels, f16.
+    let of_one = 2.0 * 2.0 * 2048.0 * 2.0 * 64.0;
+    assert_eq!(number(&rows[0], "bytes_per_step"), of_one);
+    for row in rows {
+        assert!(number(row, "n_layers") * of_one >= 384.0 * 1024.0 * 1024.0, "{row}");
+        assert!(number(row, "median_ns") > 0.0 && number(row, "gb_s") > 0.0, "{row}");
+        assert!(number(row, "read_bandwidth_gb_s") > 0.01, "{row}");
+        let fma = number(row, "fma_fraction");
+        // Four query heads share each f16 element: 4 FLOP per byte.
+        let expected = 4.0 * number(row, "gb_s") / number(row, "fma_gflop_s");
+        assert!((fma / expected - 1.0).abs() < 1e-6, "{row}");
+        let ratio = number(row, "roofline_fraction") * number(row, "read_bandwidth_gb_s");
+        assert!((ratio / number(row, "gb_s") - 1.0).abs() < 1e-6, "{row}");
+    }
+    assert_eq!((&rows[0]["attention"], &rows[0]["speedup"]), (&"dense".into(), &1.0.into()));
+    // A quarter of the keys and values, and boxes of 1/32.
+    let ceiling = number(&rows[1], "byte_ceiling");
+    assert!((ceiling - 1.0 / (0.25 + 1.0 / 32.0)).abs() < 0.1, "{ceiling}");
+    let wide = words(&format!("{command} --kv-cache-dtype f32 --ratios 0.5 -o json")).json();
+    assert_eq!(number(&wide[0], "bytes_per_step"), 2.0 * of_one);
+    for (flags, sentence) in [
+        ("--kv-heads 3", "--kv-heads is 3"),
+        ("--ratios 1.5", "--ratios is 1.5"),
+        ("--tokens 0", "--tokens is 0"),
+        ("-r 0", "--repetitions is 0"),
+        ("--page-size 1M", "--page-size is 1048576"),
+    ] {
+        words(&format!("bench attention {flags}")).refused_with(2, &[sentence, "expected"]);
+    }
+}
+
+#[test]
+fn what_cannot_be_run_is_refused() {
+    let bench = "bench latency";
+    words(&format!("{bench} --shape gpt2-345m -d 1M -b 64")).refused_with(1, &["available"]);
+    words(&format!("{bench} -b 0")).refused_with(2, &["--n-batch (-b) is 0"]);
+    for (flags, word) in [
+        ("--shape gpt5", "gpt2-124m"),
+        ("builtin:stories260k --shape tiny-gpt2", "--shape"),
+        ("--dtype f16", "--shape"),
+        ("--shape tiny-gpt2 --dtype int9", "bf16"),
+        ("--real-prefill", "--shape"),
+    ] {
+        let stderr = words(&format!("{bench} {flags}")).refused(2);
+        assert!(stderr.contains(word), "{stderr}");
+    }
 }

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod architecture;
+mod bench_cpu;
 mod ci;
 mod random_model;
 mod sources;
@@ -39,6 +40,11 @@ enum Command {
     /// and model.safetensors. The text that such a model generates means nothing, and its
     /// attention is nearly uniform: measure speed and memory with it, never quality.
     RandomModel(random_model::Args),
+    /// Measure the CPU: every number of its table, as a page of docs/benchmarks.
+    ///
+    /// Runs the release binary on random weights; the whole table takes the better part of an
+    /// hour and 16 GB of memory. With --llama-bench, llama.cpp takes turns with it.
+    BenchCpu(bench_cpu::Args),
 }
 
 fn main() -> ExitCode {
@@ -46,6 +52,7 @@ fn main() -> ExitCode {
         Command::Ci => ci::run(&root()),
         Command::CheckArchitecture => architecture::run(&root()),
         Command::RandomModel(args) => random_model::run(&args),
+        Command::BenchCpu(args) => bench_cpu::run(&root(), &args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

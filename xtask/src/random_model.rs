@@ -3,29 +3,28 @@
 //! The tensors are generated one at a time while the file is written, so that memory holds one
 //! tensor and not the model. The folder appears under its name only when it is complete.
 
-mod shape;
-mod weights;
-
+use std::borrow::Cow;
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use clap::ValueEnum;
-use safetensors::Dtype;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use safetensors::{Dtype, View};
 use serde_json::{Value, json};
-
-use shape::{Shape, ShapeName};
+use tinyserve_kernels::DType;
+use tinyserve_model::{SyntheticModel, SyntheticShape, SyntheticTensor};
 
 /// What to write, and where.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The model whose shape to take.
-    #[arg(long, value_enum)]
-    shape: ShapeName,
+    #[arg(long, value_parser = shape())]
+    shape: SyntheticShape,
     /// Element type of the stored weights.
-    #[arg(long, value_enum, default_value_t = DTypeName::F16)]
-    dtype: DTypeName,
+    #[arg(long, value_parser = dtype(), default_value = "f16")]
+    dtype: DType,
     /// Longest context, instead of the shape's own.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
     max_positions: Option<u32>,
@@ -37,30 +36,18 @@ pub(crate) struct Args {
     out: PathBuf,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum DTypeName {
-    F32,
-    F16,
-    Bf16,
+/// The names of the shapes, which clap lists.
+fn shape() -> impl TypedValueParser<Value = SyntheticShape> {
+    PossibleValuesParser::new(SyntheticShape::ALL.map(SyntheticShape::name))
+        .try_map(|name| name.parse::<SyntheticShape>())
 }
 
-impl DTypeName {
-    fn dtype(self) -> Dtype {
-        match self {
-            Self::F32 => Dtype::F32,
-            Self::F16 => Dtype::F16,
-            Self::Bf16 => Dtype::BF16,
-        }
-    }
-
-    /// The name that config.json gives it.
-    fn torch_name(self) -> &'static str {
-        match self {
-            Self::F32 => "float32",
-            Self::F16 => "float16",
-            Self::Bf16 => "bfloat16",
-        }
-    }
+/// The names of the element types, which clap lists.
+fn dtype() -> impl TypedValueParser<Value = DType> {
+    let all = [DType::F32, DType::F16, DType::Bf16];
+    PossibleValuesParser::new(all.map(DType::name)).try_map(move |name| {
+        all.into_iter().find(|dtype| dtype.name() == name).ok_or("expected f32, f16 or bf16")
+    })
 }
 
 /// Writes the folder, and says how large it became.
@@ -81,8 +68,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     partial_name.push(".partial");
     let partial = out.with_file_name(partial_name);
 
-    let shape = args.shape.shape(args.max_positions);
-    let n_parameters = write_folder(&partial, &shape, args).inspect_err(|_| {
+    let mut model = SyntheticModel::new(args.shape, args.dtype).seed(args.seed);
+    if let Some(positions) = args.max_positions {
+        model = model.max_positions(positions as usize);
+    }
+    write_folder(&partial, &model, args).inspect_err(|_| {
         // The error says what went wrong; a folder that cannot be removed changes nothing in it.
         let _ = fs::remove_dir_all(&partial);
     })?;
@@ -94,33 +84,68 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     println!(
         "{}: {:.1} M parameters, {:.1} MB, written in {:.1} s",
         out.display(),
-        n_parameters as f64 / 1e6,
-        (n_parameters * args.dtype.dtype().bitsize() / 8) as f64 / 1e6,
+        (model.weight_bytes() / args.dtype.size()) as f64 / 1e6,
+        model.weight_bytes() as f64 / 1e6,
         started.elapsed().as_secs_f64()
     );
     Ok(())
 }
 
-/// Writes every file into `folder`, and returns the number of parameters.
-fn write_folder(folder: &Path, shape: &Shape, args: &Args) -> Result<usize> {
+/// Writes every file into `folder`.
+fn write_folder(folder: &Path, model: &SyntheticModel, args: &Args) -> Result<()> {
     fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
-    let tensors = shape.tensors();
-    let n_parameters = tensors.iter().map(weights::Tensor::n_elements).sum();
-    weights::write(&folder.join("model.safetensors"), tensors, args.dtype.dtype(), args.seed)?;
-
-    write_json(&folder.join("config.json"), &shape.config(args.dtype.torch_name()))?;
-    let (bos, eos) = shape.bos_and_eos();
+    write_weights(&folder.join("model.safetensors"), model, args)?;
+    write_json(&folder.join("config.json"), &model.config_json())?;
+    let (bos, eos) = model.bos_and_eos();
     let generation =
         json!({ "_from_model_config": true, "bos_token_id": bos, "eos_token_id": eos });
     write_json(&folder.join("generation_config.json"), &generation)?;
-    write_json(&folder.join("tokenizer.json"), &tokenizer(shape))?;
+    write_json(&folder.join("tokenizer.json"), &tokenizer(model))?;
 
     // The weights were a temporary file of their owner: whoever may read config.json may read them.
     let readers = fs::metadata(folder.join("config.json")).and_then(|config| {
         fs::set_permissions(folder.join("model.safetensors"), config.permissions())
     });
-    readers.with_context(|| format!("cannot set permissions in {}", folder.display()))?;
-    Ok(n_parameters)
+    readers.with_context(|| format!("cannot set permissions in {}", folder.display()))
+}
+
+/// Writes the tensors, one after the other.
+fn write_weights(path: &Path, model: &SyntheticModel, args: &Args) -> Result<()> {
+    let views = model.tensors().into_iter().map(|tensor| {
+        (tensor.name().to_owned(), Unmade { tensor, dtype: args.dtype, seed: args.seed })
+    });
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    safetensors::serialize_to_file(views, Some(metadata), path)
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// A tensor whose bytes are made when the file asks for them.
+struct Unmade {
+    tensor: SyntheticTensor,
+    dtype: DType,
+    seed: u64,
+}
+
+impl View for Unmade {
+    fn dtype(&self) -> Dtype {
+        match self.dtype {
+            DType::F32 => Dtype::F32,
+            DType::F16 => Dtype::F16,
+            DType::Bf16 => Dtype::BF16,
+        }
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.tensor.shape()
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        self.tensor.bytes(self.dtype, self.seed).into()
+    }
+
+    fn data_len(&self) -> usize {
+        self.tensor.elements() * self.dtype.size()
+    }
 }
 
 fn write_json(path: &Path, value: &Value) -> Result<()> {
@@ -129,9 +154,9 @@ fn write_json(path: &Path, value: &Value) -> Result<()> {
 }
 
 /// A tokenizer with one token per byte: every text can be tokenised and comes back as it was.
-fn tokenizer(shape: &Shape) -> Value {
-    let specials = shape.special_tokens();
-    let first_byte = shape.first_byte_token();
+fn tokenizer(model: &SyntheticModel) -> Value {
+    let specials = model.special_tokens();
+    let first_byte = model.first_byte_token();
     let mut vocabulary = serde_json::Map::new();
     for (id, token) in specials {
         vocabulary.insert((*token).to_owned(), json!(id));
@@ -158,7 +183,7 @@ fn tokenizer(shape: &Shape) -> Value {
         "added_tokens": added,
         "normalizer": null,
         "pre_tokenizer": byte_level,
-        "post_processor": shape.post_processor().unwrap_or_else(|| byte_level.clone()),
+        "post_processor": model.post_processor().unwrap_or_else(|| byte_level.clone()),
         "decoder": byte_level,
         "model": {
             "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
@@ -186,7 +211,7 @@ mod tests {
     use safetensors::SafeTensors;
     use tokenizers::Tokenizer;
 
-    fn write(shape: ShapeName, dtype: DTypeName, seed: u64, out: &Path) -> Result<()> {
+    fn write(shape: SyntheticShape, dtype: DType, seed: u64, out: &Path) -> Result<()> {
         run(&Args { shape, dtype, max_positions: Some(64), seed, out: out.to_owned() })
     }
 
@@ -198,7 +223,7 @@ mod tests {
     fn tiny_gpt2_reads_back() {
         let home = tempfile::tempdir().unwrap();
         let out = home.path().join("model");
-        write(ShapeName::TinyGpt2, DTypeName::F32, 7, &out).unwrap();
+        write(SyntheticShape::TinyGpt2, DType::F32, 7, &out).unwrap();
         let bytes = fs::read(out.join("model.safetensors")).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();
         let shape_of = |name: &str| file.tensor(name).unwrap().shape().to_vec();
@@ -233,7 +258,7 @@ mod tests {
     fn tiny_llama_reads_back() {
         let home = tempfile::tempdir().unwrap();
         let out = home.path().join("model");
-        write(ShapeName::TinyLlama, DTypeName::Bf16, 7, &out).unwrap();
+        write(SyntheticShape::TinyLlama, DType::Bf16, 7, &out).unwrap();
         let bytes = fs::read(out.join("model.safetensors")).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();
         assert_eq!(file.len(), 1 + 2 * 9 + 2);
@@ -258,7 +283,7 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let bytes = |name: &str, seed| {
             let out = home.path().join(name);
-            write(ShapeName::TinyLlama, DTypeName::F16, seed, &out).unwrap();
+            write(SyntheticShape::TinyLlama, DType::F16, seed, &out).unwrap();
             fs::read(out.join("model.safetensors")).unwrap()
         };
         let first = bytes("a", 1);
@@ -269,9 +294,9 @@ mod tests {
     #[test]
     fn every_text_comes_back() {
         let home = tempfile::tempdir().unwrap();
-        for (name, shape) in [("g", ShapeName::TinyGpt2), ("l", ShapeName::TinyLlama)] {
+        for (name, shape) in [("g", SyntheticShape::TinyGpt2), ("l", SyntheticShape::TinyLlama)] {
             let out = home.path().join(name);
-            write(shape, DTypeName::F16, 0, &out).unwrap();
+            write(shape, DType::F16, 0, &out).unwrap();
             let tokenizer = Tokenizer::from_file(out.join("tokenizer.json")).unwrap();
             let text = "Once upon\n\ta tïme… 🦀\u{0}\u{ad}";
             let ids = tokenizer.encode(text, true).unwrap();
@@ -293,7 +318,7 @@ mod tests {
         let file = home.path().join("config.json");
         fs::write(&file, "mine").unwrap();
         let refused = |out: &Path| {
-            let error = write(ShapeName::TinyGpt2, DTypeName::F16, 0, out).unwrap_err();
+            let error = write(SyntheticShape::TinyGpt2, DType::F16, 0, out).unwrap_err();
             format!("{error:#}")
         };
         assert!(refused(home.path()).contains("the folder is not empty"));
@@ -301,7 +326,7 @@ mod tests {
         assert_eq!(fs::read_to_string(&file).unwrap(), "mine");
         let empty = home.path().join("empty");
         fs::create_dir(&empty).unwrap();
-        write(ShapeName::TinyGpt2, DTypeName::F16, 0, &empty).unwrap();
+        write(SyntheticShape::TinyGpt2, DType::F16, 0, &empty).unwrap();
         assert!(empty.join("tokenizer.json").exists());
     }
 }

@@ -75,7 +75,7 @@ fn weights(text: &str) -> Result<Weights, String> {
 }
 
 impl DeviceArgs {
-    fn apply(&self, config: &mut TinyServeConfig) -> Result<()> {
+    pub(crate) fn apply(&self, config: &mut TinyServeConfig) -> Result<()> {
         set(&mut config.device, self.device);
         set_some(&mut config.threads, self.threads);
         match (self.cpu, config.threads) {

@@ -56,9 +56,15 @@ pub(crate) enum EvalCommand {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchCommand {
-    /// Speed of one sequence: prefill (pp) and decode (tg), at each depth.
+    /// Speed of prefill (pp) and decode (tg), at each depth and batch size.
     #[command(after_help = NOTES)]
     Latency(bench::LatencyArgs),
+    /// Speed of many sequences together, from prompt to last token, at each batch size.
+    #[command(after_help = NOTES)]
+    Throughput(bench::ThroughputArgs),
+    /// Speed of one attention step alone, sparse beside dense.
+    #[command(after_help = NOTES)]
+    Attention(bench::AttentionArgs),
 }
 
 /// Writes the completion script of `shell`.

@@ -36,7 +36,11 @@ fn main() -> ExitCode {
         Command::Inspect(args) => inspect::inspect(args),
         Command::Doctor(args) => doctor::doctor(args),
         Command::Eval { command: EvalCommand::Perplexity(args) } => eval::perplexity(args),
-        Command::Bench { command: BenchCommand::Latency(args) } => bench::latency(args, sources),
+        Command::Bench { command } => match command {
+            BenchCommand::Latency(args) => bench::latency(args, sources),
+            BenchCommand::Throughput(args) => bench::throughput(args, sources),
+            BenchCommand::Attention(args) => bench::attention(args),
+        },
         Command::Completions { shell } => cli::completions(*shell),
     };
     exit::code(result)

@@ -4,6 +4,7 @@ mod backend;
 pub mod conformance;
 mod cpu;
 mod error;
+mod profiled;
 mod reference;
 mod tensor;
 
@@ -14,4 +15,5 @@ pub use backend::{
 };
 pub use cpu::{Cpu, CpuLinear, CpuOptions, CpuPath, CpuTensor, CpuVector};
 pub use error::KernelError;
+pub use profiled::{Profile, Profiled};
 pub use tensor::{DType, HostTensor};

@@ -1,7 +1,7 @@
 //! A page pool with its bytes on a backend.
 
 use tinyserve_kernels::Backend;
-use tinyserve_kv::{KvLayout, PagePool, PageTable};
+use tinyserve_kv::{KvLayout, PageCopy, PagePool, PageTable};
 
 use crate::ModelError;
 
@@ -64,6 +64,19 @@ impl<B: Backend> KvCache<B> {
     #[must_use]
     pub fn fork(&mut self, table: &PageTable) -> PageTable {
         table.fork(&mut self.pool)
+    }
+
+    /// A second sequence of the same tokens in pages of its own.
+    ///
+    /// # Errors
+    /// When too few pages are free; nothing has changed then.
+    pub fn duplicate(&mut self, backend: &B, table: &PageTable) -> Result<PageTable, ModelError> {
+        let mut copy = self.new_table();
+        self.extend(backend, &mut copy, table.len())?;
+        for (&from, &to) in table.pages().iter().zip(copy.pages()) {
+            backend.copy_page(&mut self.pages, PageCopy { from, to });
+        }
+        Ok(copy)
     }
 
     /// Forgets the tokens of a sequence from `tokens` on.

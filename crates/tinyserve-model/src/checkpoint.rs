@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use bytes::Bytes;
 use safetensors::Dtype;
 use tinyserve_kernels::{DType, HostTensor};
 
@@ -67,6 +68,17 @@ impl Checkpoint {
     /// None that a test of this crate would not have found.
     pub fn builtin() -> Result<Self, ModelError> {
         Self::from_files(Files::Builtin)
+    }
+
+    /// A checkpoint of `tensors` (name, shape, bytes), all of type `dtype`, without files.
+    pub(crate) fn in_memory(
+        name: &str,
+        config: ModelConfig,
+        dtype: DType,
+        tensors: impl Iterator<Item = (String, Vec<usize>, Bytes)>,
+    ) -> Self {
+        let weights = WeightFiles::in_memory(name, dtype, tensors);
+        Self { files: Files::None(name.to_owned()), config, weights, dtype }
     }
 
     fn from_files(files: Files) -> Result<Self, ModelError> {

@@ -1,4 +1,4 @@
-//! Where a checkpoint's files are: a folder, or the binary itself.
+//! Where a checkpoint's files are: a folder, the binary itself, or nowhere.
 
 use std::fs::{self, File, Metadata};
 use std::io;
@@ -16,6 +16,8 @@ const MOST_TEXT_BYTES: u64 = 256 << 20;
 pub(crate) enum Files {
     Folder(PathBuf),
     Builtin,
+    /// None: the checkpoint was made in memory, and has this name.
+    None(String),
 }
 
 impl Files {
@@ -51,6 +53,7 @@ impl Files {
         match self {
             Self::Folder(folder) => folder.display().to_string(),
             Self::Builtin => BUILTIN_MODEL.to_owned(),
+            Self::None(name) => name.clone(),
         }
     }
 
@@ -58,7 +61,7 @@ impl Files {
     pub(crate) fn path(&self, name: &str) -> String {
         match self {
             Self::Folder(folder) => folder.join(name).display().to_string(),
-            Self::Builtin => format!("{BUILTIN_MODEL}/{name}"),
+            Self::Builtin | Self::None(_) => format!("{}/{name}", self.place()),
         }
     }
 
@@ -67,12 +70,17 @@ impl Files {
         match self {
             Self::Folder(folder) => folder.join(name).exists(),
             Self::Builtin => builtin::file(name).is_some(),
+            Self::None(_) => false,
         }
     }
 
     /// The content of a small file; `None` when there is none.
     pub(crate) fn read(&self, name: &str) -> Result<Option<Bytes>, ModelError> {
-        let Self::Folder(folder) = self else { return Ok(builtin::file(name)) };
+        let folder = match self {
+            Self::Folder(folder) => folder,
+            Self::Builtin => return Ok(builtin::file(name)),
+            Self::None(_) => return Ok(None),
+        };
         let path = folder.join(name);
         let Some(metadata) = self.metadata(&path, name)? else { return Ok(None) };
         if metadata.len() > MOST_TEXT_BYTES {
@@ -88,7 +96,11 @@ impl Files {
 
     /// A large file as memory that is read when it is used; `None` when there is none.
     pub(crate) fn map(&self, name: &str) -> Result<Option<Bytes>, ModelError> {
-        let Self::Folder(folder) = self else { return Ok(builtin::file(name)) };
+        let folder = match self {
+            Self::Folder(folder) => folder,
+            Self::Builtin => return Ok(builtin::file(name)),
+            Self::None(_) => return Ok(None),
+        };
         let path = folder.join(name);
         let Some(metadata) = self.metadata(&path, name)? else { return Ok(None) };
         if metadata.len() == 0 {

@@ -19,6 +19,7 @@ mod perplexity;
 mod rope;
 mod sampler;
 mod stop;
+mod synthetic;
 mod tokenizer;
 mod weights;
 
@@ -36,4 +37,5 @@ pub use perplexity::Perplexity;
 pub use rope::{RopeConfig, RopeScaling};
 pub use sampler::{SampledToken, Sampler, SamplingParams, logprob, top_logprobs};
 pub use stop::StopMatcher;
+pub use synthetic::{SyntheticModel, SyntheticNormal, SyntheticShape, SyntheticTensor};
 pub use tokenizer::Tokenizer;

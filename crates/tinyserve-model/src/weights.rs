@@ -80,6 +80,27 @@ impl WeightFiles {
         })
     }
 
+    /// Tensors (name, shape, bytes) of type `dtype` that lie in no file.
+    pub(crate) fn in_memory(
+        place: &str,
+        dtype: DType,
+        tensors: impl Iterator<Item = (String, Vec<usize>, Bytes)>,
+    ) -> Self {
+        let dtype = match dtype {
+            DType::F32 => Dtype::F32,
+            DType::F16 => Dtype::F16,
+            DType::Bf16 => Dtype::BF16,
+        };
+        let mut all = Self { files: Vec::new(), tensors: BTreeMap::new() };
+        for (name, shape, bytes) in tensors {
+            let stored = Stored { file: all.files.len(), dtype, shape, range: 0..bytes.len() };
+            let path = format!("{place}/{name}");
+            all.files.push(WeightFile { name: name.clone(), path, bytes });
+            all.tensors.insert(name, stored);
+        }
+        all
+    }
+
     /// The files that an index names.
     fn shards(folder: &Files, json: &[u8]) -> Result<Self, ModelError> {
         let path = folder.path(INDEX);

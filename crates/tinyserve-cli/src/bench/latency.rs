@@ -1,14 +1,16 @@
-//! `tinyserve bench latency`: one sequence, prefill and decode, at each depth.
+//! `tinyserve bench latency`: prefill and decode, at each depth and batch size.
 
 use anyhow::{Result, anyhow};
 use clap::{Args, ValueEnum};
-use tinyserve::kernels::{Attention, Cpu};
-use tinyserve::kv::{PageTable, SelectionPolicy};
+use tinyserve::kernels::{Attention, Profiled};
+use tinyserve::kv::{Budget, PageTable, SelectionPolicy};
 use tinyserve::model::{Checkpoint, KvCache, Model};
-use tinyserve::{AttentionMode, RopeFrequencyDtype, TinyServeConfig, TinyServeError};
+use tinyserve::{AttentionMode, TinyServeConfig, TinyServeError};
 
-use super::report::{self, Row, Setup, Test};
-use super::runner::{Runner, Sample};
+use super::bandwidth::read_bandwidth;
+use super::report::{self, Row, Setup, StepSplit, Test};
+use super::runner::{DepthFill, Runner, Sample};
+use super::source::{ShapeArgs, Source, streamed_bytes};
 use crate::args::{self, ForwardArgs, SelectionArgs, Sources};
 use crate::exit::{Usage, out_of_range};
 use crate::progress::Progress;
@@ -31,6 +33,15 @@ pub(crate) struct LatencyArgs {
     #[arg(short = 'd', long, value_name = "N,…", value_delimiter = ',', default_value = "0",
           value_parser = values::size)]
     n_depth: Vec<usize>,
+    /// Sequences that run together.
+    #[arg(short = 'b', long, value_name = "N,…", value_delimiter = ',', default_value = "1",
+          value_parser = values::size)]
+    n_batch: Vec<usize>,
+    #[command(flatten)]
+    shape: ShapeArgs,
+    /// Fills the depth of a shape by the forward pass, not with random keys and values.
+    #[arg(long, requires = "shape")]
+    real_prefill: bool,
     /// Counted runs of each test, after one that is not counted.
     #[arg(short, long, value_name = "N", default_value = "5", value_parser = values::size)]
     repetitions: usize,
@@ -48,20 +59,20 @@ pub(crate) struct LatencyArgs {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
+pub(super) enum Format {
     Md,
     Csv,
     Json,
 }
 
 /// An attention mode and the policy that it runs with.
-struct Mode {
-    name: &'static str,
+pub(super) struct Mode {
+    pub(super) name: &'static str,
     policy: Option<SelectionPolicy>,
 }
 
 impl Mode {
-    fn new(config: &TinyServeConfig, attention: AttentionMode) -> Self {
+    pub(super) fn new(config: &TinyServeConfig, attention: AttentionMode) -> Self {
         let config = TinyServeConfig { attention, ..config.clone() };
         match attention {
             AttentionMode::Dense => Self { name: "dense", policy: None },
@@ -72,8 +83,17 @@ impl Mode {
         }
     }
 
-    fn attention(&self) -> Attention<'_> {
+    pub(super) fn attention(&self) -> Attention<'_> {
         self.policy.as_ref().map_or(Attention::Dense, Attention::Policy)
+    }
+
+    /// The name, and the share of the pages if it is one.
+    fn described(&self) -> (&'static str, Option<f64>) {
+        let ratio = self.policy.as_ref().and_then(|policy| match policy.budget {
+            Budget::Ratio(ratio) => Some(ratio),
+            Budget::Tokens(_) => None,
+        });
+        (self.name, ratio)
     }
 }
 
@@ -88,25 +108,35 @@ pub(crate) fn latency(args: &LatencyArgs, sources: Sources) -> Result<()> {
         [] => vec![Mode::new(&config, config.attention)],
         modes => modes.iter().map(|&mode| Mode::new(&config, mode)).collect(),
     };
-    let mut checkpoint = Checkpoint::load(&config.model)?;
-    if config.rope_frequency_dtype == RopeFrequencyDtype::Weights {
-        checkpoint.round_rope_frequencies();
+    if args.n_batch.contains(&0) {
+        return Err(out_of_range("--n-batch (-b)", 0, "at least 1"));
     }
-    let context = checkpoint.config().max_positions;
-    let limit = match config.max_sequence_length {
-        Some(_) => config.sequence_limit(context)?,
-        None => context,
+    let source = Source::open(&args.shape, &config)?;
+    let fill = match (source.is_synthetic(), args.real_prefill) {
+        (true, false) => DepthFill::Synthetic,
+        _ => DepthFill::Prefill,
     };
-    let tests = tests(args, limit)?;
-    let (mut runner, setup) = load(args, &config, &checkpoint, &tests)?;
+    let tests = tests(args, source.limit(&config)?)?;
+    let model = source.name(&config);
+    let sequences = args.n_batch.iter().copied().max().unwrap_or(1);
+    let longest = tests.iter().map(|test| test.n_depth + test.tokens()).max().unwrap_or(0);
+    let checkpoint = source.checkpoint(&config, (sequences, longest))?;
+    let (mut runner, setup) =
+        load(&args.forward, (&config, model), &checkpoint, (sequences, longest), fill)?;
+    // What a backend copies is not needed twice.
+    drop(checkpoint);
     let mut rows = Vec::new();
     let (mut progress, mut done) = (Progress::new("tests"), 0);
     for of_one_depth in tests.chunk_by(|a, b| a.n_depth == b.n_depth) {
-        let filled = runner.fill(of_one_depth[0].n_depth)?;
+        let filled = runner.fill(sequences, of_one_depth[0].n_depth, fill)?;
         for &test in of_one_depth {
             let first = rows.len();
-            for (name, samples) in measure(&mut runner, &filled, test, &modes, args.repetitions)? {
-                let mut row = Row::new(&setup, test, name, &samples, memory::peak_resident());
+            let filled = &filled[..test.n_batch];
+            for (mode, samples, split) in
+                measure(&mut runner, filled, test, &modes, args.repetitions)?
+            {
+                let measured = (samples.as_slice(), split);
+                let mut row = Row::new(&setup, test, mode, measured, memory::peak_resident());
                 if rows.len() > first {
                     row.compare(&rows[first]);
                 }
@@ -123,6 +153,10 @@ pub(crate) fn latency(args: &LatencyArgs, sources: Sources) -> Result<()> {
         runner.release(filled);
     }
     progress.finish();
+    // Its buffer comes after the last look at resident memory, and after the model has gone.
+    drop(runner);
+    let bandwidth = read_bandwidth(setup.n_threads);
+    rows.iter_mut().for_each(|row| row.hold_to(bandwidth));
     match args.output {
         Format::Md => output::text(&report::markdown(&rows)),
         Format::Csv => output::text(&report::csv(&rows)?),
@@ -137,9 +171,12 @@ fn tests(args: &LatencyArgs, limit: usize) -> Result<Vec<Test>> {
         let room = limit.saturating_sub(n_depth);
         let place = Place { n_depth, limit, room };
         let prompts = sizes(("-p", &args.n_prompt), DEFAULT_PROMPT, place, &mut notes)?;
-        tests.extend(prompts.into_iter().map(|n_prompt| Test { n_prompt, n_gen: 0, n_depth }));
         let gens = sizes(("-n", &args.n_gen), DEFAULT_GEN, place, &mut notes)?;
-        tests.extend(gens.into_iter().map(|n_gen| Test { n_prompt: 0, n_gen, n_depth }));
+        for &n_batch in &args.n_batch {
+            let test = |n_prompt, n_gen| Test { n_prompt, n_gen, n_depth, n_batch };
+            tests.extend(prompts.iter().map(|&n_prompt| test(n_prompt, 0)));
+            tests.extend(gens.iter().map(|&n_gen| test(0, n_gen)));
+        }
     }
     tests.retain(|test| test.tokens() > 0);
     if tests.is_empty() {
@@ -185,62 +222,80 @@ fn sizes(
     }
 }
 
-fn load(
-    args: &LatencyArgs,
-    config: &TinyServeConfig,
+/// The model, with a cache for `sequences` sequences of `longest` tokens.
+pub(super) fn load(
+    forward: &ForwardArgs,
+    (config, name): (&TinyServeConfig, String),
     checkpoint: &Checkpoint,
-    tests: &[Test],
+    (sequences, longest): (usize, usize),
+    fill: DepthFill,
 ) -> Result<(Runner, Setup)> {
-    let backend: Cpu = args.forward.device.backend(config)?;
-    let setup = Setup {
-        model: config.model.clone(),
+    let backend = forward.device.backend(config)?;
+    let mut setup = Setup {
+        model: name,
         model_size: checkpoint.weight_bytes() as u64,
         model_n_params: checkpoint.parameters() as u64,
-        weights_dtype: checkpoint.dtype().name(),
-        n_batch: config.attention_chunk_size,
+        weights: checkpoint.dtype().name(),
+        n_ubatch: config.attention_chunk_size,
         n_threads: backend.threads(),
         cpu_path: backend.path().name(),
         kv_cache_dtype: config.kv_cache_dtype.resolve(checkpoint.dtype()).name(),
         page_size: config.page_size,
+        depth_fill: fill.name(),
+        kv_bytes: 0,
+        streamed_bytes: streamed_bytes(checkpoint),
     };
-    let name = format!("CPU, {}, {} threads", backend.path(), backend.threads());
-    args.forward.device.tell(config, &name);
+    let device = format!("CPU, {}, {} threads", backend.path(), backend.threads());
+    forward.device.tell(config, &device);
     let mut progress = Progress::new("loading");
+    let kv_bytes = &mut setup.kv_bytes;
     let build = || {
         let format = config.kv_cache_dtype.resolve(checkpoint.dtype());
         let layout = checkpoint.config().kv_layout(config.page_size, format)?;
+        let backend = Profiled::new(backend);
         let model = Model::load(backend, checkpoint, |done, total| progress.update(done, total))?;
-        // One page more than the longest test fills: its copy of the depth's open page.
-        let longest = tests.iter().map(|test| test.n_depth + test.tokens()).max().unwrap_or(0);
-        let cache = KvCache::new(model.backend(), layout, layout.pages_for(longest) + 1)?;
+        // A page more for each sequence: its copy of the depth's open page.
+        let pages = sequences * (layout.pages_for(longest) + 1);
+        *kv_bytes = (pages * layout.bytes_per_page()) as u64;
+        let cache = KvCache::new(model.backend(), layout, pages)?;
         Ok::<_, TinyServeError>(Runner::new(model, cache, config.attention_chunk_size))
     };
-    Ok((build()?, setup))
+    let runner = build()?;
+    Ok((runner, setup))
 }
+
+/// A mode, its runs, and what a decode step spends its time on.
+type Measured = ((&'static str, Option<f64>), Vec<Sample>, Option<StepSplit>);
 
 /// The samples of every mode that makes a difference to the test.
 fn measure(
     runner: &mut Runner,
-    filled: &PageTable,
+    filled: &[PageTable],
     test: Test,
     modes: &[Mode],
     repetitions: usize,
-) -> Result<Vec<(&'static str, Vec<Sample>)>> {
+) -> Result<Vec<Measured>> {
     let dense = [Mode { name: "dense", policy: None }];
     // Prefill reads every page, whatever the mode.
     let modes = if test.n_gen == 0 { &dense } else { modes };
-    let mut samples: Vec<_> = modes.iter().map(|mode| (mode.name, Vec::new())).collect();
+    let mut measured: Vec<Measured> =
+        modes.iter().map(|mode| (mode.described(), Vec::new(), None)).collect();
     for run in 0..=repetitions {
-        for (mode, (_, samples)) in modes.iter().zip(&mut samples) {
-            let sample = match test.n_gen {
-                0 => runner.time_prefill(filled, test.n_prompt)?,
-                tokens => runner.time_decode(filled, tokens, mode.attention())?,
-            };
+        for (mode, (_, samples, _)) in modes.iter().zip(&mut measured) {
+            let tokens = (test.n_prompt, test.n_gen);
+            let [prefill, decode] = runner.time(filled, tokens, mode.attention())?;
             // The first run warms up caches, clocks and the pages of the cache.
             if run > 0 {
-                samples.push(sample);
+                samples.push(if test.n_gen == 0 { prefill } else { decode });
             }
         }
     }
-    Ok(samples)
+    if test.n_gen > 0 {
+        // Reading the clock at every operation would slow a small model's counted runs down.
+        for (mode, (_, _, split)) in modes.iter().zip(&mut measured) {
+            let (elapsed, profile) = runner.profile(filled, test.n_gen, mode.attention())?;
+            *split = Some(StepSplit::new(test.n_gen, elapsed, profile));
+        }
+    }
+    Ok(measured)
 }

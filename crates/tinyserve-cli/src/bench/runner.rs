@@ -1,20 +1,24 @@
-//! One sequence through a model, timed without tokenising and sampling.
+//! Sequences through a model, timed without tokenising and sampling.
 
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use tinyserve::TinyServeError;
-use tinyserve::kernels::{AttendStats, Attention, Cpu};
+use tinyserve::kernels::{AttendStats, Attention, Cpu, Profile, Profiled};
 use tinyserve::kv::PageTable;
 use tinyserve::model::{
     Activations, Batch, KvCache, LogitRows, Model, ModelError, SequenceStep, StepOutput,
+    SyntheticNormal,
 };
+
+/// What models run on here: timed by operation where a run asks for it.
+pub(super) type Device = Profiled<Cpu>;
 
 /// A model with a cache and made-up tokens.
 pub(super) struct Runner {
-    model: Model<Cpu>,
-    cache: KvCache<Cpu>,
-    activations: Activations<Cpu>,
+    model: Model<Device>,
+    cache: KvCache<Device>,
+    activations: Activations<Device>,
     output: StepOutput,
     tokens: RandomTokens,
     /// Most tokens of one prefill step.
@@ -28,74 +32,142 @@ pub(super) struct Sample {
     pub(super) stats: AttendStats,
 }
 
+/// How tokens come into the cache before a test.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum DepthFill {
+    /// Random keys and values.
+    Synthetic,
+    /// The forward pass over random tokens.
+    Prefill,
+}
+
+impl DepthFill {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Synthetic => "synthetic",
+            Self::Prefill => "prefill",
+        }
+    }
+}
+
 impl Runner {
-    pub(super) fn new(model: Model<Cpu>, cache: KvCache<Cpu>, chunk: usize) -> Self {
+    pub(super) fn new(model: Model<Device>, cache: KvCache<Device>, chunk: usize) -> Self {
         let activations = Activations::new(&model);
         let tokens = RandomTokens::new(model.config().vocab_size);
         Self { model, cache, activations, output: StepOutput::default(), tokens, chunk }
     }
 
-    /// A sequence of `depth` tokens, not timed.
-    pub(super) fn fill(&mut self, depth: usize) -> Result<PageTable> {
-        let mut table = self.cache.new_table();
-        self.prefill(&mut table, depth, LogitRows::None)?;
-        Ok(table)
-    }
-
-    /// Forgets a sequence.
-    pub(super) fn release(&mut self, table: PageTable) {
-        self.cache.release(table);
-    }
-
-    /// Appends a prompt of `tokens` tokens to a copy of `filled`.
-    pub(super) fn time_prefill(&mut self, filled: &PageTable, tokens: usize) -> Result<Sample> {
-        self.time(filled, |runner, table| runner.prefill(table, tokens, LogitRows::Last))
-    }
-
-    /// Appends `tokens` tokens, one step each, to a copy of `filled`.
-    pub(super) fn time_decode(
+    /// `sequences` sequences of `depth` tokens, not timed; each has pages of its own.
+    pub(super) fn fill(
         &mut self,
-        filled: &PageTable,
-        tokens: usize,
-        attention: Attention<'_>,
-    ) -> Result<Sample> {
-        self.time(filled, |runner, table| {
-            let mut stats = AttendStats::default();
-            for _ in 0..tokens {
-                let token = runner.tokens.next();
-                runner.step(table, &[token], attention, LogitRows::Last)?;
-                stats.add(runner.output.stats());
+        sequences: usize,
+        depth: usize,
+        fill: DepthFill,
+    ) -> Result<Vec<PageTable>> {
+        let mut tables: Vec<_> = (0..sequences).map(|_| self.cache.new_table()).collect();
+        match fill {
+            DepthFill::Prefill => {
+                self.prefill(&mut tables, depth, LogitRows::None)?;
             }
-            Ok(stats)
-        })
+            DepthFill::Synthetic => {
+                let mut random = SyntheticNormal::new(0, "keys and values");
+                let mut fill = || -> Result<(), ModelError> {
+                    let Some((first, others)) = tables.split_first_mut() else { return Ok(()) };
+                    self.model.append_synthetic(&mut self.cache, first, depth, &mut random)?;
+                    // The same bytes in other places take as long to read, and no time to make.
+                    for table in others {
+                        *table = self.cache.duplicate(self.model.backend(), first)?;
+                    }
+                    Ok(())
+                };
+                fill().map_err(TinyServeError::from)?;
+            }
+        }
+        Ok(tables)
     }
 
-    fn time(
+    /// Forgets sequences.
+    pub(super) fn release(&mut self, tables: Vec<PageTable>) {
+        for table in tables {
+            self.cache.release(table);
+        }
+    }
+
+    /// Appends a prompt of `tokens` tokens to a copy of each of `filled`, then `steps` tokens, one
+    /// step each; tells what either took.
+    pub(super) fn time(
         &mut self,
-        filled: &PageTable,
-        work: impl FnOnce(&mut Self, &mut PageTable) -> Result<AttendStats>,
-    ) -> Result<Sample> {
-        // The copy shares its whole pages, so every run starts from the same depth.
-        let mut table = self.cache.fork(filled);
-        let start = Instant::now();
-        let stats = work(self, &mut table);
-        let elapsed = start.elapsed();
-        self.cache.release(table);
-        Ok(Sample { elapsed, stats: stats? })
+        filled: &[PageTable],
+        (tokens, steps): (usize, usize),
+        attention: Attention<'_>,
+    ) -> Result<[Sample; 2]> {
+        // The copies share their whole pages, so every run starts from the same depth.
+        let mut tables: Vec<_> = filled.iter().map(|table| self.cache.fork(table)).collect();
+        let run = |runner: &mut Self, tables: &mut [PageTable]| {
+            let start = Instant::now();
+            let stats = runner.prefill(tables, tokens, LogitRows::Last)?;
+            let prefill = Sample { elapsed: start.elapsed(), stats };
+            let start = Instant::now();
+            let stats = runner.decode(tables, steps, attention)?;
+            Ok([prefill, Sample { elapsed: start.elapsed(), stats }])
+        };
+        let samples = run(self, &mut tables);
+        self.release(tables);
+        samples
     }
 
+    /// As the decode half of [`Self::time`], with what its operations took.
+    pub(super) fn profile(
+        &mut self,
+        filled: &[PageTable],
+        steps: usize,
+        attention: Attention<'_>,
+    ) -> Result<(Duration, Profile)> {
+        // What came before is not asked for.
+        let _ = self.model.backend().take();
+        self.model.backend().switch(true);
+        let samples = self.time(filled, (0, steps), attention);
+        self.model.backend().switch(false);
+        Ok((samples?[1].elapsed, self.model.backend().take()))
+    }
+
+    fn decode(
+        &mut self,
+        tables: &mut [PageTable],
+        steps: usize,
+        attention: Attention<'_>,
+    ) -> Result<AttendStats> {
+        let mut stats = AttendStats::default();
+        for _ in 0..steps {
+            let pieces: Vec<_> = (0..tables.len())
+                .map(|sequence| Piece { sequence, tokens: 1, last: true })
+                .collect();
+            self.step(tables, &pieces, attention, LogitRows::Last)?;
+            stats.add(self.output.stats());
+        }
+        Ok(stats)
+    }
+
+    /// Steps of up to `chunk` tokens, which short prompts share.
     fn prefill(
         &mut self,
-        table: &mut PageTable,
+        tables: &mut [PageTable],
         tokens: usize,
         last: LogitRows,
     ) -> Result<AttendStats> {
-        let prompt: Vec<_> = (0..tokens).map(|_| self.tokens.next()).collect();
         let mut stats = AttendStats::default();
-        let mut chunks = prompt.chunks(self.chunk).peekable();
-        while let Some(chunk) = chunks.next() {
-            let rows = if chunks.peek().is_none() { last } else { LogitRows::None };
-            self.step(table, chunk, Attention::Dense, rows)?;
+        let (mut sequence, mut done) = (0, 0);
+        while tokens > 0 && sequence < tables.len() {
+            let (mut pieces, mut room) = (Vec::new(), self.chunk);
+            while room > 0 && sequence < tables.len() {
+                let n = room.min(tokens - done);
+                (room, done) = (room - n, done + n);
+                pieces.push(Piece { sequence, tokens: n, last: done == tokens });
+                if done == tokens {
+                    (sequence, done) = (sequence + 1, 0);
+                }
+            }
+            self.step(tables, &pieces, Attention::Dense, last)?;
             stats.add(self.output.stats());
         }
         Ok(stats)
@@ -103,19 +175,41 @@ impl Runner {
 
     fn step(
         &mut self,
-        table: &mut PageTable,
-        tokens: &[u32],
+        tables: &mut [PageTable],
+        pieces: &[Piece],
         attention: Attention<'_>,
-        logits: LogitRows,
+        last: LogitRows,
     ) -> Result<()> {
         let mut step = || -> Result<(), ModelError> {
-            self.cache.extend(self.model.backend(), table, tokens.len())?;
-            let step = SequenceStep { tokens, table, attention, logits };
-            let batch = Batch { sequences: &[step], measure_recall: false };
+            let mut tokens = Vec::new();
+            for piece in pieces {
+                let table = &mut tables[piece.sequence];
+                self.cache.extend(self.model.backend(), table, piece.tokens)?;
+                tokens.push((0..piece.tokens).map(|_| self.tokens.next()).collect::<Vec<_>>());
+            }
+            let sequences: Vec<_> = pieces
+                .iter()
+                .zip(&tokens)
+                .map(|(piece, tokens)| SequenceStep {
+                    tokens,
+                    table: &tables[piece.sequence],
+                    attention,
+                    logits: if piece.last { last } else { LogitRows::None },
+                })
+                .collect();
+            let batch = Batch { sequences: &sequences, measure_recall: false };
             self.model.forward(&mut self.activations, &mut self.cache, &batch, &mut self.output)
         };
         Ok(step().map_err(TinyServeError::from)?)
     }
+}
+
+/// What one sequence does in a step.
+struct Piece {
+    sequence: usize,
+    tokens: usize,
+    /// Whether its prompt ends here.
+    last: bool,
 }
 
 /// The same tokens in every run of the program (splitmix64).

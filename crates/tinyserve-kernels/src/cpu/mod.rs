@@ -7,6 +7,7 @@ mod embed;
 mod linear;
 mod norm;
 mod path;
+mod peak;
 mod pool;
 mod rotary;
 mod select;

@@ -1,41 +1,76 @@
 //! The shapes on offer: their dimensions, tensors and configuration, as the hub spells them.
 
-use clap::ValueEnum;
+use std::str::FromStr;
+
 use serde_json::{Value, json};
 
-use super::weights::{Fill, Tensor};
+use super::values::{Fill, SyntheticTensor};
+use crate::ModelError;
 
-/// A shape as the command line names it.
-#[derive(Clone, Copy, ValueEnum)]
-pub(crate) enum ShapeName {
-    /// GPT-2 small: 12 layers of 768, 12 heads, context 1024
-    #[value(name = "gpt2-124m")]
+/// A model whose shape can be had with random weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum SyntheticShape {
+    /// `gpt2-124m`, GPT-2 small: 12 layers of 768, 12 heads, context 1024.
     Gpt2Small,
-    /// GPT-2 medium: 24 layers of 1024, 16 heads, context 1024
-    #[value(name = "gpt2-345m")]
+    /// `gpt2-345m`, GPT-2 medium: 24 layers of 1024, 16 heads, context 1024.
     Gpt2Medium,
-    /// stories15M: 6 layers of 288, 6 heads, tied head, context 16384
-    #[value(name = "llama-15m")]
+    /// `llama-15m`, stories15M: 6 layers of 288, 6 heads, tied head, context 16384.
     LlamaStories,
-    /// TinyLlama: 22 layers of 2048, 32 query and 4 KV heads, context 2048
-    #[value(name = "tinyllama-1.1b")]
+    /// `tinyllama-1.1b`, TinyLlama: 22 layers of 2048, 32 query and 4 KV heads, context 2048.
     TinyLlamaChat,
-    /// GPT-2, 2 layers of 64, 4 heads, context 256: for tests
-    #[value(name = "tiny-gpt2")]
+    /// `tiny-gpt2`, for tests: 2 layers of 64, 4 heads, context 256.
     TinyGpt2,
-    /// LLaMA, 2 layers of 64, 4 query and 2 KV heads, context 256: for tests
-    #[value(name = "tiny-llama")]
+    /// `tiny-llama`, for tests: 2 layers of 64, 4 query and 2 KV heads, context 256.
     TinyLlama,
 }
 
+impl SyntheticShape {
+    /// Every shape.
+    pub const ALL: [Self; 6] = [
+        Self::Gpt2Small,
+        Self::Gpt2Medium,
+        Self::LlamaStories,
+        Self::TinyLlamaChat,
+        Self::TinyGpt2,
+        Self::TinyLlama,
+    ];
+
+    /// The name as flags spell it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Gpt2Small => "gpt2-124m",
+            Self::Gpt2Medium => "gpt2-345m",
+            Self::LlamaStories => "llama-15m",
+            Self::TinyLlamaChat => "tinyllama-1.1b",
+            Self::TinyGpt2 => "tiny-gpt2",
+            Self::TinyLlama => "tiny-llama",
+        }
+    }
+}
+
+impl FromStr for SyntheticShape {
+    type Err = ModelError;
+
+    fn from_str(text: &str) -> Result<Self, ModelError> {
+        Self::ALL.into_iter().find(|shape| shape.name() == text).ok_or_else(|| {
+            let expected = Self::ALL.map(Self::name).join(", ");
+            ModelError::Setting { name: "shape", found: text.to_owned(), expected }
+        })
+    }
+}
+
 /// The dimensions of a model, by family.
-pub(crate) enum Shape {
+#[derive(Debug, Clone)]
+pub(super) enum Shape {
     Gpt2(Gpt2),
     Llama(Llama),
 }
 
 /// GPT-2's dimensions: the MLP is four times as wide as the model, the head is tied.
-pub(crate) struct Gpt2 {
+#[derive(Debug, Clone)]
+pub(super) struct Gpt2 {
     n_layers: usize,
     n_embd: usize,
     n_heads: usize,
@@ -44,7 +79,8 @@ pub(crate) struct Gpt2 {
 }
 
 /// LLaMA's dimensions.
-pub(crate) struct Llama {
+#[derive(Debug, Clone)]
+pub(super) struct Llama {
     n_layers: usize,
     hidden: usize,
     n_heads: usize,
@@ -55,10 +91,10 @@ pub(crate) struct Llama {
     tied: bool,
 }
 
-impl ShapeName {
+impl SyntheticShape {
     /// The dimensions, with `max_positions` instead of the shape's own context where given.
-    pub(crate) fn shape(self, max_positions: Option<u32>) -> Shape {
-        let or = |own: usize| max_positions.map_or(own, |it| it as usize);
+    pub(super) fn dimensions(self, max_positions: Option<usize>) -> Shape {
+        let or = |own: usize| max_positions.unwrap_or(own);
         match self {
             Self::Gpt2Small => Shape::Gpt2(Gpt2 {
                 n_layers: 12,
@@ -116,8 +152,16 @@ impl ShapeName {
 }
 
 impl Shape {
+    /// The longest context.
+    pub(super) fn positions(&self) -> usize {
+        match self {
+            Self::Gpt2(shape) => shape.n_positions,
+            Self::Llama(shape) => shape.n_positions,
+        }
+    }
+
     /// Every tensor of the checkpoint, with the hub's names and layouts.
-    pub(crate) fn tensors(&self) -> Vec<Tensor> {
+    pub(super) fn tensors(&self) -> Vec<SyntheticTensor> {
         match self {
             Self::Gpt2(shape) => shape.tensors(),
             Self::Llama(shape) => shape.tensors(),
@@ -125,7 +169,7 @@ impl Shape {
     }
 
     /// config.json.
-    pub(crate) fn config(&self, torch_dtype: &str) -> Value {
+    pub(super) fn config(&self, torch_dtype: &str) -> Value {
         let (bos, eos) = self.bos_and_eos();
         match self {
             Self::Gpt2(shape) => json!({
@@ -174,7 +218,7 @@ impl Shape {
     }
 
     /// Tokens that stand for no byte, with their ids.
-    pub(crate) fn special_tokens(&self) -> &'static [(u32, &'static str)] {
+    pub(super) fn special_tokens(&self) -> &'static [(u32, &'static str)] {
         match self {
             Self::Gpt2(_) => &[(256, "<|endoftext|>")],
             Self::Llama(_) => &[(0, "<unk>"), (1, "<s>"), (2, "</s>")],
@@ -182,7 +226,7 @@ impl Shape {
     }
 
     /// The id of byte 0; the other bytes follow.
-    pub(crate) fn first_byte_token(&self) -> u32 {
+    pub(super) fn first_byte_token(&self) -> u32 {
         match self {
             Self::Gpt2(_) => 0,
             Self::Llama(_) => 3,
@@ -190,7 +234,7 @@ impl Shape {
     }
 
     /// The ids that begin and end a text.
-    pub(crate) fn bos_and_eos(&self) -> (u32, u32) {
+    pub(super) fn bos_and_eos(&self) -> (u32, u32) {
         match self {
             Self::Gpt2(_) => (256, 256),
             Self::Llama(_) => (1, 2),
@@ -198,7 +242,7 @@ impl Shape {
     }
 
     /// What the tokenizer adds around a text: LLaMA's begins with `<s>`.
-    pub(crate) fn post_processor(&self) -> Option<Value> {
+    pub(super) fn post_processor(&self) -> Option<Value> {
         match self {
             Self::Gpt2(_) => None,
             Self::Llama(_) => Some(json!({
@@ -220,11 +264,11 @@ impl Shape {
 
 impl Gpt2 {
     /// Linear weights are stored as Conv1D stores them: `[in, out]`.
-    fn tensors(&self) -> Vec<Tensor> {
+    fn tensors(&self) -> Vec<SyntheticTensor> {
         let n_embd = self.n_embd;
         let mut all = vec![
-            Tensor::new("wte.weight".into(), &[self.n_vocab, n_embd], Fill::Normal),
-            Tensor::new("wpe.weight".into(), &[self.n_positions, n_embd], Fill::Normal),
+            SyntheticTensor::new("wte.weight".into(), &[self.n_vocab, n_embd], Fill::Normal),
+            SyntheticTensor::new("wpe.weight".into(), &[self.n_positions, n_embd], Fill::Normal),
         ];
         for layer in 0..self.n_layers {
             for norm in ["ln_1", "ln_2"] {
@@ -237,8 +281,12 @@ impl Gpt2 {
                 ("mlp.c_proj", 4 * n_embd, n_embd),
             ] {
                 let name = format!("h.{layer}.{linear}");
-                all.push(Tensor::new(format!("{name}.weight"), &[n_in, n_out], Fill::Normal));
-                all.push(Tensor::new(format!("{name}.bias"), &[n_out], Fill::Zero));
+                all.push(SyntheticTensor::new(
+                    format!("{name}.weight"),
+                    &[n_in, n_out],
+                    Fill::Normal,
+                ));
+                all.push(SyntheticTensor::new(format!("{name}.bias"), &[n_out], Fill::Zero));
             }
         }
         all.extend(layer_norm("ln_f", n_embd));
@@ -246,10 +294,10 @@ impl Gpt2 {
     }
 }
 
-fn layer_norm(name: &str, n_embd: usize) -> [Tensor; 2] {
+fn layer_norm(name: &str, n_embd: usize) -> [SyntheticTensor; 2] {
     [
-        Tensor::new(format!("{name}.weight"), &[n_embd], Fill::One),
-        Tensor::new(format!("{name}.bias"), &[n_embd], Fill::Zero),
+        SyntheticTensor::new(format!("{name}.weight"), &[n_embd], Fill::One),
+        SyntheticTensor::new(format!("{name}.bias"), &[n_embd], Fill::Zero),
     ]
 }
 
@@ -259,10 +307,10 @@ impl Llama {
     }
 
     /// Linear weights are stored as `[out, in]`.
-    fn tensors(&self) -> Vec<Tensor> {
+    fn tensors(&self) -> Vec<SyntheticTensor> {
         let hidden = self.hidden;
         let kv = self.n_kv_heads * self.head_dim();
-        let mut all = vec![Tensor::new(
+        let mut all = vec![SyntheticTensor::new(
             "model.embed_tokens.weight".into(),
             &[self.n_vocab, hidden],
             Fill::Normal,
@@ -270,7 +318,7 @@ impl Llama {
         for layer in 0..self.n_layers {
             for norm in ["input_layernorm", "post_attention_layernorm"] {
                 let name = format!("model.layers.{layer}.{norm}.weight");
-                all.push(Tensor::new(name, &[hidden], Fill::One));
+                all.push(SyntheticTensor::new(name, &[hidden], Fill::One));
             }
             for (linear, n_out, n_in) in [
                 ("self_attn.q_proj", hidden, hidden),
@@ -282,13 +330,13 @@ impl Llama {
                 ("mlp.down_proj", hidden, self.intermediate),
             ] {
                 let name = format!("model.layers.{layer}.{linear}.weight");
-                all.push(Tensor::new(name, &[n_out, n_in], Fill::Normal));
+                all.push(SyntheticTensor::new(name, &[n_out, n_in], Fill::Normal));
             }
         }
-        all.push(Tensor::new("model.norm.weight".into(), &[hidden], Fill::One));
+        all.push(SyntheticTensor::new("model.norm.weight".into(), &[hidden], Fill::One));
         if !self.tied {
             let shape = [self.n_vocab, hidden];
-            all.push(Tensor::new("lm_head.weight".into(), &shape, Fill::Normal));
+            all.push(SyntheticTensor::new("lm_head.weight".into(), &shape, Fill::Normal));
         }
         all
     }
@@ -302,25 +350,33 @@ mod tests {
     #[test]
     fn shapes_have_their_published_size() {
         for (name, n_parameters) in [
-            (ShapeName::Gpt2Small, 124_439_808),
-            (ShapeName::Gpt2Medium, 354_823_168),
-            (ShapeName::LlamaStories, 15_191_712),
-            (ShapeName::TinyLlamaChat, 1_100_048_384),
+            (SyntheticShape::Gpt2Small, 124_439_808),
+            (SyntheticShape::Gpt2Medium, 354_823_168),
+            (SyntheticShape::LlamaStories, 15_191_712),
+            (SyntheticShape::TinyLlamaChat, 1_100_048_384),
         ] {
-            let tensors = name.shape(None).tensors();
-            let n: usize = tensors.iter().map(Tensor::n_elements).sum();
+            let tensors = name.dimensions(None).tensors();
+            let n: usize = tensors.iter().map(SyntheticTensor::elements).sum();
             assert_eq!(n, n_parameters);
         }
     }
 
     #[test]
     fn a_longer_context_needs_positions_in_gpt2_only() {
-        let count = |name: ShapeName, positions| -> usize {
-            name.shape(positions).tensors().iter().map(Tensor::n_elements).sum()
+        let count = |name: SyntheticShape, positions| -> usize {
+            name.dimensions(positions).tensors().iter().map(SyntheticTensor::elements).sum()
         };
-        let gpt2 = ShapeName::Gpt2Small;
+        let gpt2 = SyntheticShape::Gpt2Small;
         assert_eq!(count(gpt2, Some(8192)) - count(gpt2, None), (8192 - 1024) * 768);
-        let llama = ShapeName::LlamaStories;
+        let llama = SyntheticShape::LlamaStories;
         assert_eq!(count(llama, Some(256)), count(llama, None));
+    }
+    #[test]
+    fn names_lead_back_to_their_shapes() {
+        for shape in SyntheticShape::ALL {
+            assert_eq!(shape.name().parse(), Ok(shape));
+        }
+        let refused = "gpt5".parse::<SyntheticShape>().unwrap_err().to_string();
+        assert!(refused.contains("gpt5") && refused.contains("gpt2-124m"), "{refused}");
     }
 }

@@ -1,0 +1,142 @@
+//! A backend that times another one, operation by operation.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use tinyserve_kv::{KvLayout, PageCopy};
+
+use crate::{
+    ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
+    KernelError, LinearArgs, LinearSpec, NormArgs, RotaryAnglesArgs, RotaryArgs,
+};
+
+/// Forwards every operation to `B`; while it is switched on, it adds up what the large ones take.
+///
+/// Switched off, it costs one load per operation. Only a backend whose operations are done when
+/// they return can be timed so.
+#[derive(Debug)]
+pub struct Profiled<B> {
+    inner: B,
+    on: AtomicBool,
+    linear: AtomicU64,
+    attend: AtomicU64,
+}
+
+/// What operations took since they were last asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Profile {
+    /// Matrix products, which read the weights.
+    pub linear: Duration,
+    /// Attention, page selection included.
+    pub attend: Duration,
+}
+
+impl<B: Backend> Profiled<B> {
+    /// A wrapper that is switched off.
+    #[must_use]
+    pub fn new(inner: B) -> Self {
+        let zero = AtomicU64::default;
+        Self { inner, on: AtomicBool::new(false), linear: zero(), attend: zero() }
+    }
+
+    /// Starts or stops timing.
+    pub fn switch(&self, on: bool) {
+        self.on.store(on, Ordering::Relaxed);
+    }
+
+    /// What was added up, which starts again from zero.
+    pub fn take(&self) -> Profile {
+        let take = |sum: &AtomicU64| Duration::from_nanos(sum.swap(0, Ordering::Relaxed));
+        Profile { linear: take(&self.linear), attend: take(&self.attend) }
+    }
+
+    fn timed<T>(&self, sum: &AtomicU64, run: impl FnOnce() -> T) -> T {
+        if !self.on.load(Ordering::Relaxed) {
+            return run();
+        }
+        let start = Instant::now();
+        let result = run();
+        sum.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        result
+    }
+}
+
+impl<B: Backend + Sync> Backend for Profiled<B> {
+    type Tensor = B::Tensor;
+    type Vector = B::Vector;
+    type Linear = B::Linear;
+    type KvPages = B::KvPages;
+
+    fn tensor(&self, columns: usize) -> B::Tensor {
+        self.inner.tensor(columns)
+    }
+
+    fn load_vector(&self, vector: &HostTensor) -> Result<B::Vector, KernelError> {
+        self.inner.load_vector(vector)
+    }
+
+    fn load_linear(&self, spec: LinearSpec) -> Result<B::Linear, KernelError> {
+        self.inner.load_linear(spec)
+    }
+
+    fn allocate_pages(&self, layout: KvLayout, pages: usize) -> Result<B::KvPages, KernelError> {
+        self.inner.allocate_pages(layout, pages)
+    }
+
+    fn copy_page(&self, pages: &mut B::KvPages, copy: PageCopy) {
+        self.inner.copy_page(pages, copy);
+    }
+
+    fn embed(&self, args: EmbedArgs<'_, Self>) {
+        let EmbedArgs { table, ids, store, out } = args;
+        self.inner.embed(EmbedArgs { table, ids, store, out });
+    }
+
+    fn norm(&self, args: NormArgs<'_, Self>) {
+        let NormArgs { kind, x, weight, bias, epsilon, out } = args;
+        self.inner.norm(NormArgs { kind, x, weight, bias, epsilon, out });
+    }
+
+    fn linear(&self, args: LinearArgs<'_, Self>) {
+        let LinearArgs { x, linear, store, out } = args;
+        self.timed(&self.linear, || self.inner.linear(LinearArgs { x, linear, store, out }));
+    }
+
+    fn rotary_angles(&self, args: RotaryAnglesArgs<'_, Self>) {
+        let RotaryAnglesArgs { positions, inverse_frequencies, out } = args;
+        self.inner.rotary_angles(RotaryAnglesArgs { positions, inverse_frequencies, out });
+    }
+
+    fn rotary(&self, args: RotaryArgs<'_, Self>) {
+        let RotaryArgs { angles, heads, qkv } = args;
+        self.inner.rotary(RotaryArgs { angles, heads, qkv });
+    }
+
+    fn append_kv(&self, args: AppendKvArgs<'_, Self>) {
+        let AppendKvArgs { layer, heads, qkv, slots, pages } = args;
+        self.inner.append_kv(AppendKvArgs { layer, heads, qkv, slots, pages });
+    }
+
+    fn attend(&self, args: AttendArgs<'_, Self>) -> Result<AttendStats, KernelError> {
+        let AttendArgs { layer, heads, qkv, scale, sequences, pages, measure_recall, out } = args;
+        let args = AttendArgs { layer, heads, qkv, scale, sequences, pages, measure_recall, out };
+        self.timed(&self.attend, || self.inner.attend(args))
+    }
+
+    fn activate(&self, args: ActivateArgs<'_, Self>) {
+        let ActivateArgs { activation, gated, x, out } = args;
+        self.inner.activate(ActivateArgs { activation, gated, x, out });
+    }
+
+    fn gather_rows(&self, x: &B::Tensor, rows: &[u32], out: &mut B::Tensor) {
+        self.inner.gather_rows(x, rows, out);
+    }
+
+    fn download(&self, x: &B::Tensor, out: &mut Vec<f32>) {
+        self.inner.download(x, out);
+    }
+
+    fn upload(&self, values: &[f32], out: &mut B::Tensor) {
+        self.inner.upload(values, out);
+    }
+}
