@@ -41,6 +41,10 @@ impl Backend for Recorder {
     fn load_linear(&self, spec: LinearSpec) -> Result<CpuLinear, KernelError> {
         self.cpu.load_linear(spec)
     }
+
+    fn linear_bytes(&self, linear: &CpuLinear) -> usize {
+        self.cpu.linear_bytes(linear)
+    }
     fn allocate_pages(&self, layout: KvLayout, pages: usize) -> Result<HostPages, KernelError> {
         self.cpu.allocate_pages(layout, pages)
     }

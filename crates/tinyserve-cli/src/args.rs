@@ -11,7 +11,8 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, Args};
 use tinyserve::kernels::{Cpu, CpuOptions, CpuPath};
 use tinyserve::{
-    AttentionMode, Device, KvCacheDtype, RopeFrequencyDtype, ScorerName, TinyServe, TinyServeConfig,
+    AttentionMode, Device, KvCacheDtype, RopeFrequencyDtype, ScorerName, TinyServe,
+    TinyServeConfig, Weights,
 };
 
 use crate::exit::{Usage, out_of_range};
@@ -58,26 +59,20 @@ pub(crate) struct DeviceArgs {
     /// [default: the best there is].
     #[arg(long, value_name = "PATH", env = "TINYSERVE_CPU", value_parser = values::cpu_path)]
     cpu: Option<CpuPath>,
-    /// Element type of the weights: auto, as they are stored.
-    #[arg(long, value_name = "DTYPE", env = "TINYSERVE_WEIGHTS", value_parser = weights)]
+    /// How weights are kept: auto (as stored), the stored type by name (f32, f16, bf16), or
+    /// quantised while they are loaded: int8 or int4.
+    #[arg(long, value_name = "DTYPE", env = "TINYSERVE_WEIGHTS", value_parser = values::weights)]
     weights: Option<Weights>,
     /// Prints the settings and the device to stderr.
     #[arg(short, long, env = "TINYSERVE_VERBOSE", value_parser = clap::builder::BoolishValueParser::new())]
     verbose: bool,
 }
 
-/// The only way to use weights so far: in their stored type, which needs no setting.
-#[derive(Debug, Clone, Copy)]
-struct Weights;
-
-fn weights(text: &str) -> Result<Weights, String> {
-    values::weights(text).map(|()| Weights)
-}
-
 impl DeviceArgs {
     pub(crate) fn apply(&self, config: &mut TinyServeConfig) -> Result<()> {
         set(&mut config.device, self.device);
         set_some(&mut config.threads, self.threads);
+        set(&mut config.weights, self.weights);
         match (self.cpu, config.threads) {
             (Some(CpuPath::Scalar), Some(threads)) if threads > 1 => {
                 Err(out_of_range("--threads", threads, "1 with --cpu scalar"))

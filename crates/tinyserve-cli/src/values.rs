@@ -3,7 +3,7 @@
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tinyserve::kernels::CpuPath;
-use tinyserve::{Device, KvCacheDtype, ScorerName};
+use tinyserve::{Device, KvCacheDtype, ScorerName, Weights};
 
 /// A number of tokens: `512`, `4k` (4096), `1M`.
 pub(crate) fn size(text: &str) -> Result<usize, String> {
@@ -44,15 +44,9 @@ pub(crate) fn scorer(text: &str) -> Result<ScorerName, String> {
     }
 }
 
-/// `auto`: weights are used as they are stored.
-pub(crate) fn weights(text: &str) -> Result<(), String> {
-    match text {
-        "auto" => Ok(()),
-        "f32" | "f16" | "bf16" | "int8" => Err(format!(
-            "converting weights to {text} is not implemented yet, expected auto (as stored)"
-        )),
-        _ => Err("expected auto".to_owned()),
-    }
+/// `auto`, a float type, `int8` or `int4`.
+pub(crate) fn weights(text: &str) -> Result<Weights, String> {
+    name(text, "auto, f32, f16, bf16, int8 or int4")
 }
 
 /// An instruction set of the CPU.
@@ -88,7 +82,8 @@ mod tests {
         assert!(device("cuda:0").unwrap_err().contains("not built into this version"));
         assert!(device("tpu").unwrap_err().contains("auto or cpu"));
         assert!(scorer("mean-std").unwrap_err().contains("mean-std is not implemented yet"));
-        assert!(weights("int8").unwrap_err().contains("int8 is not implemented yet"));
+        assert_eq!(weights("int8"), Ok(Weights::Int8));
+        assert!(weights("int3").unwrap_err().contains("int8 or int4"));
         assert!(cpu_path("sse").is_err());
     }
 }

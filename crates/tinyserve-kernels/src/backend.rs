@@ -38,6 +38,17 @@ pub enum MatrixLayout {
     InOut,
 }
 
+/// How a backend keeps the weights of a linear layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum WeightFormat {
+    /// In their stored element type.
+    Stored,
+    /// Eight bits each, with one f16 scale for every 32 inputs of an output: 8.5 bits.
+    Int8,
+    /// Four bits each, with an f16 scale and minimum for every 32 inputs of an output: 5 bits.
+    Int4,
+}
+
 /// One of the matrices that a linear layer puts side by side.
 #[derive(Debug, Clone)]
 pub struct LinearPart {
@@ -56,6 +67,8 @@ pub struct LinearSpec {
     pub parts: Vec<LinearPart>,
     /// How every part is stored.
     pub layout: MatrixLayout,
+    /// How the backend keeps them: it quantises while it loads.
+    pub format: WeightFormat,
 }
 
 /// How an operation puts its result into its output.
@@ -332,6 +345,9 @@ pub trait Backend: Send + Sized {
     /// # Errors
     /// When shapes do not fit each other, or the device has no memory for it.
     fn load_linear(&self, spec: LinearSpec) -> Result<Self::Linear, KernelError>;
+
+    /// Bytes that the weights and biases of a linear layer take.
+    fn linear_bytes(&self, linear: &Self::Linear) -> usize;
 
     /// Memory for `pages` pages.
     ///

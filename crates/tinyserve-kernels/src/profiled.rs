@@ -79,6 +79,10 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
         self.inner.load_linear(spec)
     }
 
+    fn linear_bytes(&self, linear: &B::Linear) -> usize {
+        self.inner.linear_bytes(linear)
+    }
+
     fn allocate_pages(&self, layout: KvLayout, pages: usize) -> Result<B::KvPages, KernelError> {
         self.inner.allocate_pages(layout, pages)
     }

@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use common::{Cache, Numbers};
 use tinyserve_kernels::{
     AttendArgs, AttendSequence, Attention, Backend, Cpu, CpuOptions, CpuPath, DType, Heads,
-    HostTensor, LinearPart, LinearSpec, MatrixLayout,
+    HostTensor, LinearPart, LinearSpec, MatrixLayout, WeightFormat,
 };
 use tinyserve_kv::{KvFormat, KvLayout, KvShape, PageSelector, SelectInput};
 
@@ -86,7 +86,9 @@ fn weights_that_do_not_fit_are_refused() {
     let cpu = Cpu::reference();
     let (w, b) = (tensor("w", &[4, 3]), tensor("b", &[4]));
     let refused = |parts: Vec<LinearPart>, layout| {
-        cpu.load_linear(LinearSpec { parts, layout }).unwrap_err().to_string()
+        cpu.load_linear(LinearSpec { parts, layout, format: WeightFormat::Stored })
+            .unwrap_err()
+            .to_string()
     };
     let out_in = MatrixLayout::OutIn;
     assert_eq!(

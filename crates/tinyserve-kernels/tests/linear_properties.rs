@@ -8,6 +8,7 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 use tinyserve_kernels::{
     Backend, Cpu, DType, HostTensor, LinearArgs, LinearPart, LinearSpec, MatrixLayout, Store,
+    WeightFormat,
 };
 
 fn tensor(numbers: &mut Numbers, dtype: DType, shape: &[usize]) -> HostTensor {
@@ -79,7 +80,7 @@ proptest! {
                 LinearPart { weight, bias: bias.then(|| tensor(&mut numbers, dtype, &[n])) }
             })
             .collect();
-        let spec = LinearSpec { parts, layout };
+        let spec = LinearSpec { parts, layout, format: WeightFormat::Stored };
         let width: usize = outputs.iter().map(|(n, _)| n).sum();
         let (x, before) = (numbers.numbers(rows * inputs), numbers.numbers(rows * width));
         let expected: Vec<(f64, f64)> = x.chunks_exact(inputs).flat_map(|x| sums(&spec, x)).collect();
@@ -100,6 +101,11 @@ proptest! {
     #[test]
     fn a_row_does_not_depend_on_its_batch(
         dtype in prop::sample::select(vec![DType::F32, DType::F16, DType::Bf16]),
+        format in prop::sample::select(vec![
+            WeightFormat::Stored,
+            WeightFormat::Int8,
+            WeightFormat::Int4,
+        ]),
         layout in prop::sample::select(vec![MatrixLayout::OutIn, MatrixLayout::InOut]),
         store in prop::sample::select(vec![Store::Overwrite, Store::Add]),
         inputs in 1usize..150,
@@ -120,7 +126,7 @@ proptest! {
                 LinearPart { weight, bias }
             })
             .collect();
-        let spec = LinearSpec { parts, layout };
+        let spec = LinearSpec { parts, layout, format };
         let width: usize = outputs.iter().sum();
         let x = numbers.numbers(rows * inputs);
         let before = numbers.numbers(rows * width);

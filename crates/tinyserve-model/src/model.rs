@@ -1,7 +1,10 @@
 //! A model's weights on a backend.
 
+use std::cell::Cell;
+
 use tinyserve_kernels::{
     Activation, Backend, Heads, HostTensor, LinearPart, LinearSpec, MatrixLayout, NormKind,
+    WeightFormat,
 };
 use tinyserve_kv::{KvFormat, KvLayout, KvShape};
 
@@ -52,10 +55,12 @@ pub struct Model<B: Backend> {
     pub(crate) final_norm: Norm<B>,
     /// `None` when the token embedding serves as the output head.
     pub(crate) head: Option<B::Linear>,
+    weight_bytes: usize,
 }
 
 impl<B: Backend> Model<B> {
-    /// Loads a checkpoint's weights; `progress` is told layers done and layers in all.
+    /// Loads a checkpoint's weights in their stored type; `progress` is told layers done and
+    /// layers in all.
     ///
     /// # Errors
     /// When a tensor is missing, has another shape or an element type that is not supported, or
@@ -63,16 +68,37 @@ impl<B: Backend> Model<B> {
     pub fn load(
         backend: B,
         checkpoint: &Checkpoint,
+        progress: impl FnMut(usize, usize),
+    ) -> Result<Self, ModelError> {
+        Self::load_as(backend, checkpoint, WeightFormat::Stored, progress)
+    }
+
+    /// Loads a checkpoint's weights and quantises the matrices to `format`.
+    ///
+    /// The token embedding and the output head have eight bits at least: they are few of the
+    /// weights and the most sensitive ones. Norms, biases and learned positions stay as they are.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_as(
+        backend: B,
+        checkpoint: &Checkpoint,
+        format: WeightFormat,
         mut progress: impl FnMut(usize, usize),
     ) -> Result<Self, ModelError> {
         let config = checkpoint.config().clone();
-        let weights = Weights { checkpoint, backend: &backend, config: &config };
+        let weights =
+            Weights { checkpoint, backend: &backend, config: &config, format, bytes: Cell::new(0) };
+        let outer = match format {
+            WeightFormat::Int4 => WeightFormat::Int8,
+            format => format,
+        };
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
         let names = Names::of(config.architecture);
-        let token_embedding = weights.table(names.token_embedding, vocab)?;
+        let token_embedding = weights.table(outer, names.token_embedding, vocab)?;
         let position_embedding = names
             .position_embedding
-            .map(|name| weights.table(name, config.max_positions))
+            .map(|name| weights.table(WeightFormat::Stored, name, config.max_positions))
             .transpose()?;
         let mut blocks = Vec::with_capacity(config.layers);
         for layer in 0..config.layers {
@@ -84,10 +110,14 @@ impl<B: Backend> Model<B> {
         }
         let final_norm = weights.norm(names.final_norm)?;
         let head = (!config.tie_word_embeddings)
-            .then(|| weights.linear(MatrixLayout::OutIn, hidden, &[("lm_head", vocab, false)]))
+            .then(|| {
+                let how = (MatrixLayout::OutIn, outer);
+                weights.linear(how, hidden, &[("lm_head", vocab, false)])
+            })
             .transpose()?;
         progress(config.layers, config.layers);
         let structure = Structure::of(&config);
+        let weight_bytes = weights.bytes.get();
         Ok(Self {
             backend,
             config,
@@ -97,7 +127,14 @@ impl<B: Backend> Model<B> {
             blocks,
             final_norm,
             head,
+            weight_bytes,
         })
+    }
+
+    /// Bytes of the matrices and vectors as the backend keeps them.
+    #[must_use]
+    pub fn weight_bytes(&self) -> usize {
+        self.weight_bytes
     }
 
     /// The device that the weights are on.
@@ -182,6 +219,10 @@ struct Weights<'a, B: Backend> {
     checkpoint: &'a Checkpoint,
     backend: &'a B,
     config: &'a ModelConfig,
+    /// Of the matrices inside the layers.
+    format: WeightFormat,
+    /// Bytes loaded so far.
+    bytes: Cell<usize>,
 }
 
 impl<B: Backend> Weights<'_, B> {
@@ -190,13 +231,20 @@ impl<B: Backend> Weights<'_, B> {
     }
 
     /// An embedding table `[rows, hidden]`.
-    fn table(&self, name: &str, rows: usize) -> Result<B::Linear, ModelError> {
-        self.linear(MatrixLayout::OutIn, self.config.hidden_size, &[(name, rows, false)])
+    fn table(
+        &self,
+        format: WeightFormat,
+        name: &str,
+        rows: usize,
+    ) -> Result<B::Linear, ModelError> {
+        let how = (MatrixLayout::OutIn, format);
+        self.linear(how, self.config.hidden_size, &[(name, rows, false)])
     }
 
     fn norm(&self, name: &str) -> Result<Norm<B>, ModelError> {
         let vector = |suffix: &str| {
             let tensor = self.tensor(&format!("{name}.{suffix}"), &[self.config.hidden_size])?;
+            self.bytes.update(|bytes| bytes + 4 * tensor.len());
             Ok::<_, ModelError>(self.backend.load_vector(&tensor)?)
         };
         let bias = match self.config.architecture {
@@ -209,7 +257,7 @@ impl<B: Backend> Weights<'_, B> {
     /// Parts `(name, outputs, has a bias)` over one input of width `inputs`.
     fn linear(
         &self,
-        layout: MatrixLayout,
+        (layout, format): (MatrixLayout, WeightFormat),
         inputs: usize,
         parts: &[(&str, usize, bool)],
     ) -> Result<B::Linear, ModelError> {
@@ -228,14 +276,17 @@ impl<B: Backend> Weights<'_, B> {
                 })
             })
             .collect::<Result<_, ModelError>>()?;
-        Ok(self.backend.load_linear(LinearSpec { parts, layout })?)
+        let linear = self.backend.load_linear(LinearSpec { parts, layout, format })?;
+        self.bytes.update(|bytes| bytes + self.backend.linear_bytes(&linear));
+        Ok(linear)
     }
 
     fn gpt2_block(&self, layer: usize) -> Result<Block<B>, ModelError> {
         let (hidden, wide) = (self.config.hidden_size, self.config.intermediate_size);
         let linear = |name: &str, inputs, outputs| {
             let name = format!("h.{layer}.{name}");
-            self.linear(MatrixLayout::InOut, inputs, &[(&name, outputs, true)])
+            let how = (MatrixLayout::InOut, self.format);
+            self.linear(how, inputs, &[(&name, outputs, true)])
         };
         Ok(Block {
             attention_norm: self.norm(&format!("h.{layer}.ln_1"))?,
@@ -259,7 +310,7 @@ impl<B: Backend> Weights<'_, B> {
                 .zip(parts)
                 .map(|(name, &(_, outputs))| (name.as_str(), outputs, has_bias))
                 .collect();
-            self.linear(MatrixLayout::OutIn, inputs, &parts)
+            self.linear((MatrixLayout::OutIn, self.format), inputs, &parts)
         };
         let qkv = [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)];
         let gate_up = [("mlp.gate_proj", wide), ("mlp.up_proj", wide)];

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use tinyserve_kernels::DType;
+use tinyserve_kernels::{DType, WeightFormat};
 use tinyserve_kv::{Budget, KvFormat, SelectionPolicy};
 
 use crate::TinyServeError;
@@ -62,6 +62,54 @@ impl KvCacheDtype {
     }
 }
 
+/// How weights are kept in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Weights {
+    /// As they are stored.
+    #[default]
+    Auto,
+    /// 32-bit float, which they must be stored in.
+    #[serde(alias = "float32")]
+    F32,
+    /// 16-bit float, which they must be stored in.
+    #[serde(alias = "float16")]
+    F16,
+    /// bfloat16, which they must be stored in.
+    #[serde(alias = "bfloat16")]
+    Bf16,
+    /// Quantised while they are loaded to 8 bits, with a scale for every 32.
+    Int8,
+    /// Quantised while they are loaded to 4 bits, with a scale and a minimum for every 32; the
+    /// embedding and the output head to 8.
+    Int4,
+}
+
+impl Weights {
+    /// The format for a model whose weights are stored as `stored`.
+    ///
+    /// # Errors
+    /// When another float type than the stored one is asked for.
+    pub fn resolve(self, stored: DType) -> Result<WeightFormat, TinyServeError> {
+        let asked = match self {
+            Self::Int8 => return Ok(WeightFormat::Int8),
+            Self::Int4 => return Ok(WeightFormat::Int4),
+            Self::Auto => return Ok(WeightFormat::Stored),
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+            Self::Bf16 => DType::Bf16,
+        };
+        if asked == stored {
+            return Ok(WeightFormat::Stored);
+        }
+        Err(TinyServeError::Setting {
+            field: "weights",
+            found: asked.to_string(),
+            expected: format!("auto, {stored} (as this model's are stored), int8 or int4"),
+        })
+    }
+}
+
 /// What the frequencies of the rotary embedding are rounded to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -96,6 +144,8 @@ pub struct TinyServeConfig {
     /// Threads of the CPU; all that the system offers unless set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
+    /// How weights are kept in memory.
+    pub weights: Weights,
     /// Tokens of one page.
     #[serde(alias = "block_size")]
     pub page_size: usize,
@@ -135,6 +185,7 @@ impl Default for TinyServeConfig {
             model: tinyserve_model::BUILTIN_MODEL.to_owned(),
             device: Device::Auto,
             threads: None,
+            weights: Weights::Auto,
             page_size: 16,
             attention: AttentionMode::Auto,
             selection_ratio: 0.3,
@@ -308,6 +359,7 @@ mod tests {
             ("c.json", r#"{"selection_ratio": 1.5}"#, "selection_ratio is 1.5"),
             ("d.toml", "page_size = 0", "page_size is 0"),
             ("e.toml", "num_gpus = 2", "num_gpus"),
+            ("i.toml", "weights = \"int3\"", "int3"),
             ("f.toml", "kv_cache_dtype = \"int3\"", "int3"),
             ("g.json", "{", "EOF"),
             ("h.yaml", "", ".json or .toml"),

@@ -14,7 +14,7 @@ use tinyserve_model::{
 
 use crate::{
     AttentionMode, KvUsage, Prompt, RopeFrequencyDtype, Stats, StreamEvent, Timings,
-    TinyServeConfig, TinyServeError, TinyServeRequest, TinyServeResponse,
+    TinyServeConfig, TinyServeError, TinyServeRequest, TinyServeResponse, Weights,
 };
 
 /// Decode steps between two measurements of recall.
@@ -130,6 +130,13 @@ impl TinyServeBuilder {
         self
     }
 
+    /// How weights are kept in memory.
+    #[must_use]
+    pub fn weights(mut self, weights: Weights) -> Self {
+        self.config.weights = weights;
+        self
+    }
+
     /// Which of the CPU's instruction sets to use, instead of the best.
     #[must_use]
     pub fn cpu_path(mut self, path: tinyserve_kernels::CpuPath) -> Self {
@@ -172,10 +179,11 @@ impl TinyServeBuilder {
         let max_sequence_length = config.sequence_limit(checkpoint.config().max_positions)?;
         let format = config.kv_cache_dtype.resolve(checkpoint.dtype());
         let layout = checkpoint.config().kv_layout(config.page_size, format)?;
-        let weight_bytes = checkpoint.weight_bytes();
+        let weights = config.weights.resolve(checkpoint.dtype())?;
         // Only text needs a tokenizer: a checkpoint without one still serves token ids.
         let tokenizer = checkpoint.tokenizer().map_err(|error| error.to_string());
-        let model = Model::load(backend, &checkpoint, progress)?;
+        let model = Model::load_as(backend, &checkpoint, weights, progress)?;
+        let weight_bytes = model.weight_bytes();
         let pages = layout.pages_for(max_sequence_length);
         let cache = KvCache::new(model.backend(), layout, pages)?;
         let attention = match (config.attention, self.selector) {

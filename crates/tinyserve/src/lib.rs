@@ -7,7 +7,7 @@ mod error;
 mod request;
 
 pub use config::{
-    AttentionMode, Device, KvCacheDtype, RopeFrequencyDtype, ScorerName, TinyServeConfig,
+    AttentionMode, Device, KvCacheDtype, RopeFrequencyDtype, ScorerName, TinyServeConfig, Weights,
 };
 pub use engine::{TinyServe, TinyServeBuilder};
 pub use error::TinyServeError;

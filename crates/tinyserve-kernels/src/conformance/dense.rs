@@ -5,10 +5,12 @@ use super::{CaseOutcome, max_error, values};
 use crate::{
     ActivateArgs, Activation, Backend, Cpu, DType, EmbedArgs, Heads, KernelError, LinearArgs,
     LinearPart, LinearSpec, MatrixLayout, NormArgs, NormKind, RotaryAnglesArgs, RotaryArgs, Store,
+    WeightFormat,
 };
 
 const ROWS: [usize; 6] = [1, 2, 3, 4, 7, 17];
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
+const FORMATS: [WeightFormat; 3] = [WeightFormat::Stored, WeightFormat::Int8, WeightFormat::Int4];
 const STORES: [Store; 2] = [Store::Overwrite, Store::Add];
 
 /// Sums of a few hundred products in f32 against f64.
@@ -26,11 +28,12 @@ pub(super) fn run<B: Backend>(
         outcomes.push(CaseOutcome { op, case, max_error, tolerance });
     };
     for dtype in DTYPES {
-        for store in STORES {
+        for (store, format) in STORES.into_iter().flat_map(|s| FORMATS.map(|f| (s, f))) {
             for hidden in [1, 12, 64, 131] {
-                let case = format!("{dtype} {store:?} hidden {hidden}");
-                let found = embed(backend, dtype, store, hidden)?;
-                check("embed", case, 0.0, found, embed(reference, dtype, store, hidden)?);
+                let case = format!("{dtype} as {format:?} {store:?} hidden {hidden}");
+                let table = (dtype, format, hidden);
+                let found = embed(backend, table, store)?;
+                check("embed", case, 0.0, found, embed(reference, table, store)?);
             }
         }
     }
@@ -53,11 +56,13 @@ pub(super) fn run<B: Backend>(
                 (100, vec![131]),
                 (259, vec![260, 131]),
             ] {
-                for rows in ROWS {
+                for (rows, format) in ROWS.into_iter().flat_map(|r| FORMATS.map(|f| (r, f))) {
                     for store in STORES {
-                        let spec = (layout, dtype, inputs, parts.as_slice());
-                        let case =
-                            format!("{layout:?} {dtype} [{rows}, {inputs}] to {parts:?} {store:?}");
+                        let spec = (layout, (dtype, format), inputs, parts.as_slice());
+                        let case = format!(
+                            "{layout:?} {dtype} as {format:?} [{rows}, {inputs}] to {parts:?} \
+                             {store:?}"
+                        );
                         let found = linear(backend, spec, rows, store)?;
                         check("linear", case, SUMS, found, linear(reference, spec, rows, store)?);
                     }
@@ -108,14 +113,13 @@ fn upload<B: Backend>(backend: &B, numbers: &[f32], columns: usize) -> B::Tensor
 
 fn embed<B: Backend>(
     backend: &B,
-    dtype: DType,
+    (dtype, format, hidden): (DType, WeightFormat, usize),
     store: Store,
-    hidden: usize,
 ) -> Result<Vec<f32>, KernelError> {
     let mut numbers = Numbers::new(1);
     let weight = numbers.tensor(dtype, &[9, hidden])?;
     let parts = vec![LinearPart { weight, bias: None }];
-    let table = backend.load_linear(LinearSpec { parts, layout: MatrixLayout::OutIn })?;
+    let table = backend.load_linear(LinearSpec { parts, layout: MatrixLayout::OutIn, format })?;
     let mut out = upload(backend, &numbers.take(5 * hidden), hidden);
     backend.embed(EmbedArgs { table: &table, ids: &[8, 0, 3, 3, 1], store, out: &mut out });
     Ok(values(backend, &out))
@@ -141,7 +145,12 @@ fn norm<B: Backend>(
 
 fn linear<B: Backend>(
     backend: &B,
-    (layout, dtype, inputs, outputs): (MatrixLayout, DType, usize, &[usize]),
+    (layout, (dtype, format), inputs, outputs): (
+        MatrixLayout,
+        (DType, WeightFormat),
+        usize,
+        &[usize],
+    ),
     rows: usize,
     store: Store,
 ) -> Result<Vec<f32>, KernelError> {
@@ -159,7 +168,7 @@ fn linear<B: Backend>(
             Ok(LinearPart { weight, bias: (i % 2 == 0).then_some(bias) })
         })
         .collect::<Result<_, KernelError>>()?;
-    let layer = backend.load_linear(LinearSpec { parts, layout })?;
+    let layer = backend.load_linear(LinearSpec { parts, layout, format })?;
     let width = outputs.iter().sum();
     let x = upload(backend, &numbers.take(rows * inputs), inputs);
     let mut out = upload(backend, &numbers.take(rows * width), width);

@@ -9,7 +9,7 @@ use super::Cpu;
 use super::columns::Columns;
 use super::path::CpuPath;
 use super::simd::{Element, Kernel, Simd, dispatch};
-use super::tensor::{CpuLinear, CpuMatrix, CpuTensor, Elements};
+use super::tensor::{CpuMatrix, CpuTensor, Elements};
 use crate::{MatrixLayout, Store};
 
 /// Multiply-adds below which waking other threads costs more than it saves.
@@ -30,16 +30,16 @@ const ROW_BLOCK_BYTES: usize = 384 * 1024;
 /// `out = x·Wᵀ + b`, all parts side by side.
 pub(super) fn linear(
     cpu: &Cpu,
-    (x, linear): (&CpuTensor, &CpuLinear),
+    x: &CpuTensor,
+    (all, layout): (&[CpuMatrix], MatrixLayout),
     store: Store,
     out: &mut CpuTensor,
 ) {
     let (path, threads) = (cpu.path(), cpu.threads());
-    let (rows, width) = (x.rows(), linear.outputs);
+    let (rows, inputs, width) = (x.rows(), x.columns(), out.columns());
     let columns = Columns::new(out.values_mut(), width);
     let mut first = 0;
-    let parts: Vec<(&CpuMatrix, usize)> = linear
-        .parts
+    let parts: Vec<(&CpuMatrix, usize)> = all
         .iter()
         .map(|part| {
             let start = first;
@@ -58,12 +58,12 @@ pub(super) fn linear(
             add: store == Store::Add,
         };
         match part.elements() {
-            Elements::F32(w) => run_strip(path, linear.layout, strip, w),
-            Elements::F16(w) => run_strip(path, linear.layout, strip, w),
-            Elements::Bf16(w) => run_strip(path, linear.layout, strip, w),
+            Elements::F32(w) => run_strip(path, layout, strip, w),
+            Elements::F16(w) => run_strip(path, layout, strip, w),
+            Elements::Bf16(w) => run_strip(path, layout, strip, w),
         }
     };
-    if threads == 1 || rows * linear.inputs * width < SERIAL_WORK {
+    if threads == 1 || rows * inputs * width < SERIAL_WORK {
         for (part, start) in parts {
             run(part, start, 0..part.outputs);
         }
@@ -71,7 +71,7 @@ pub(super) fn linear(
     }
     // Several strips per thread, so that a thread that is held up does not hold up all. A row of
     // stored [in, out] weights streams best in long runs.
-    let strips_per_thread = match linear.layout {
+    let strips_per_thread = match layout {
         MatrixLayout::InOut if rows <= STREAMED_ROWS => 1,
         _ => 4,
     };

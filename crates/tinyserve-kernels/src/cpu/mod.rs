@@ -6,9 +6,11 @@ mod columns;
 mod embed;
 mod linear;
 mod norm;
+mod packed;
 mod path;
 mod peak;
 mod pool;
+mod quantised;
 mod rotary;
 mod select;
 mod simd;
@@ -18,7 +20,9 @@ use std::sync::{Mutex, PoisonError};
 
 use tinyserve_kv::{HostPages, KvLayout, PageCopy};
 
+pub(crate) use packed::{GROUP, Packed};
 pub use path::CpuPath;
+pub(crate) use quantised::RowGroup;
 pub use tensor::{CpuLinear, CpuTensor, CpuVector};
 
 use crate::reference;
@@ -33,7 +37,7 @@ use norm::Norm;
 use pool::Pool;
 use rotary::Rotary;
 use simd::dispatch;
-use tensor::Elements;
+use tensor::{CpuWeights, Elements};
 
 /// How a [`Cpu`] is set up.
 #[derive(Debug, Clone, Copy, Default)]
@@ -51,6 +55,8 @@ pub struct Cpu {
     path: CpuPath,
     /// Buffers of attention, one for each thread.
     scratch: Vec<Mutex<attend::Scratch>>,
+    /// Input rows of the running product over quantised weights; grows, and is kept.
+    quantised: Mutex<Vec<RowGroup>>,
 }
 
 /// Most threads that can be asked for: beyond it a number is a typing mistake.
@@ -85,13 +91,18 @@ impl Cpu {
             expected: format!("as many as the system starts ({error})"),
         })?;
         let scratch = (0..threads).map(|_| Mutex::default()).collect();
-        Ok(Self { pool, path, scratch })
+        Ok(Self { pool, path, scratch, quantised: Mutex::default() })
     }
 
     /// The scalar reference, on the thread that calls it: what other backends are held to.
     #[must_use]
     pub fn reference() -> Self {
-        Self { pool: Pool::callers(), path: CpuPath::Scalar, scratch: vec![Mutex::default()] }
+        Self {
+            pool: Pool::callers(),
+            path: CpuPath::Scalar,
+            scratch: vec![Mutex::default()],
+            quantised: Mutex::default(),
+        }
     }
 
     /// Threads that operations are split over.
@@ -145,7 +156,11 @@ impl Backend for Cpu {
     }
 
     fn load_linear(&self, spec: LinearSpec) -> Result<CpuLinear, KernelError> {
-        CpuLinear::new(spec)
+        CpuLinear::new(self, spec)
+    }
+
+    fn linear_bytes(&self, linear: &CpuLinear) -> usize {
+        linear.bytes()
     }
 
     fn allocate_pages(&self, layout: KvLayout, pages: usize) -> Result<HostPages, KernelError> {
@@ -158,14 +173,24 @@ impl Backend for Cpu {
 
     fn embed(&self, args: EmbedArgs<'_, Self>) {
         let EmbedArgs { table, ids, store, out } = args;
-        let [part] = table.parts.as_slice() else {
-            panic!("an embedding table is one matrix, found {}", table.parts.len());
-        };
-        assert_eq!(table.layout, MatrixLayout::OutIn, "layout of an embedding table");
         assert_eq!(out.columns(), table.inputs, "width of an embedding");
         out.resize(ids.len());
         let (hidden, add) = (table.inputs, store == Store::Add);
         let out = out.values_mut();
+        let (parts, layout) = match &table.weights {
+            CpuWeights::Stored { parts, layout } => (parts.as_slice(), *layout),
+            CpuWeights::Packed(packed) => {
+                for (&id, out) in ids.iter().zip(out.chunks_exact_mut(hidden)) {
+                    assert!((id as usize) < packed.outputs, "a row of the table");
+                    packed.embed_row(id as usize, add, out);
+                }
+                return;
+            }
+        };
+        let [part] = parts else {
+            panic!("an embedding table is one matrix, found {}", parts.len());
+        };
+        assert_eq!(layout, MatrixLayout::OutIn, "layout of an embedding table");
         if self.path == CpuPath::Scalar {
             for (&id, out) in ids.iter().zip(out.chunks_exact_mut(hidden)) {
                 reference::embed_row(&part.weight, id, add, out);
@@ -203,19 +228,28 @@ impl Backend for Cpu {
         assert_eq!(x.columns(), linear.inputs, "input width of a linear layer");
         assert_eq!(out.columns(), linear.outputs, "output width of a linear layer");
         out.resize(x.rows());
-        if self.path != CpuPath::Scalar {
-            linear::linear(self, (x, linear), store, out);
+        let scalar = self.path == CpuPath::Scalar;
+        let (parts, layout) = match &linear.weights {
+            CpuWeights::Stored { parts, layout } => (parts, *layout),
+            CpuWeights::Packed(packed) if scalar => {
+                let add = store == Store::Add;
+                return reference::quantised_linear(x.values(), packed, add, out.values_mut());
+            }
+            CpuWeights::Packed(packed) => return quantised::linear(self, x, packed, store, out),
+        };
+        if !scalar {
+            linear::linear(self, x, (parts, layout), store, out);
             return;
         }
         let mut start = 0;
-        for part in &linear.parts {
+        for part in parts {
             let columns = start..start + part.outputs;
             start = columns.end;
             let rows = reference::LinearRows {
                 x: x.values(),
                 inputs: linear.inputs,
                 weight: &part.weight,
-                layout: linear.layout,
+                layout,
                 bias: part.bias.as_deref(),
                 columns,
                 width: linear.outputs,

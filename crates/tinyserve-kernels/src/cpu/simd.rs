@@ -52,6 +52,42 @@ pub(crate) trait Simd: Copy {
     /// Asks for the cache line at `address`, which need not be one that may be read.
     fn prefetch<T>(self, address: *const T);
 
+    // Products in integers, for blocks of sixteen outputs side by side.
+
+    /// 64 unsigned codes: four inputs of each output of a block.
+    type Codes: Copy;
+    /// A whole number for each output of a block.
+    type Counts: Copy;
+    /// An f32 for each output of a block.
+    type Block: Copy;
+
+    /// Loads the first 64 codes.
+    fn codes(self, bytes: &[u8]) -> Self::Codes;
+    /// The lower four bits of each code.
+    fn low_halves(self, codes: Self::Codes) -> Self::Codes;
+    /// The upper four bits of each code.
+    fn high_halves(self, codes: Self::Codes) -> Self::Codes;
+    /// `x` for every output.
+    fn counts(self, x: i32) -> Self::Counts;
+    /// Adds the products of each output's four codes with the four signed bytes of `x`, exactly.
+    fn add_products(self, counts: Self::Counts, codes: Self::Codes, x: i32) -> Self::Counts;
+    /// Zero for every output.
+    fn block_zero(self) -> Self::Block;
+    /// Widens the first sixteen little-endian f16.
+    fn block_f16(self, bytes: &[u8]) -> Self::Block;
+    /// `sums + counts·(scale·x_scale)`.
+    fn add_counts(
+        self,
+        sums: Self::Block,
+        counts: Self::Counts,
+        scale: Self::Block,
+        x_scale: f32,
+    ) -> Self::Block;
+    /// `sums + block·factor`.
+    fn add_block(self, sums: Self::Block, block: Self::Block, factor: f32) -> Self::Block;
+    /// The numbers of a block.
+    fn block_values(self, block: Self::Block) -> [f32; 16];
+
     /// The elements of `x` and zeros after them; `x` is shorter than a vector.
     #[inline(always)]
     fn load_tail<E: Element>(self, x: &[E]) -> Self::V {
@@ -131,6 +167,9 @@ impl Element for bf16 {
 /// that [`dispatch`] compiles for an instruction set do the vectors become instructions.
 pub(crate) trait Kernel {
     type Output;
+    /// Whether it multiplies codes, for which some processors have instructions of their own.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "x86 asks"))]
+    const INTEGERS: bool = false;
     fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
 

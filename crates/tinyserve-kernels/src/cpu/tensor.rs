@@ -2,7 +2,9 @@
 
 use half::{bf16, f16};
 
-use crate::{DType, HostTensor, KernelError, LinearSpec, MatrixLayout};
+use super::Cpu;
+use super::packed::Packed;
+use crate::{DType, HostTensor, KernelError, LinearSpec, MatrixLayout, WeightFormat};
 
 /// Activations `[rows, columns]`, f32, row-major.
 #[derive(Debug)]
@@ -60,10 +62,18 @@ pub(crate) struct CpuMatrix {
 /// Matrices side by side over one input.
 #[derive(Debug)]
 pub struct CpuLinear {
-    pub(crate) parts: Vec<CpuMatrix>,
-    pub(crate) layout: MatrixLayout,
+    pub(crate) weights: CpuWeights,
     pub(crate) inputs: usize,
     pub(crate) outputs: usize,
+}
+
+/// The weights of a linear layer.
+#[derive(Debug)]
+pub(crate) enum CpuWeights {
+    /// In their stored type.
+    Stored { parts: Vec<CpuMatrix>, layout: MatrixLayout },
+    /// Quantised.
+    Packed(Packed),
 }
 
 /// The elements of a matrix in their stored type.
@@ -93,7 +103,7 @@ pub(crate) fn vector(tensor: &HostTensor) -> Result<Vec<f32>, KernelError> {
 }
 
 impl CpuLinear {
-    pub(crate) fn new(spec: LinearSpec) -> Result<Self, KernelError> {
+    pub(crate) fn new(cpu: &Cpu, spec: LinearSpec) -> Result<Self, KernelError> {
         let mut parts: Vec<CpuMatrix> = Vec::with_capacity(spec.parts.len());
         for part in spec.parts {
             let &[first, second] = part.weight.shape() else {
@@ -126,13 +136,28 @@ impl CpuLinear {
             });
         };
         let outputs = parts.iter().map(|part| part.outputs).sum();
-        Ok(Self { parts, layout: spec.layout, inputs, outputs })
+        let weights = match spec.format {
+            WeightFormat::Stored => CpuWeights::Stored { parts, layout: spec.layout },
+            format => CpuWeights::Packed(Packed::new(cpu, format, spec.layout, &parts)?),
+        };
+        Ok(Self { weights, inputs, outputs })
     }
 
     /// Width of the input.
     #[must_use]
     pub fn inputs(&self) -> usize {
         self.inputs
+    }
+
+    /// Bytes of weights and biases.
+    pub(crate) fn bytes(&self) -> usize {
+        match &self.weights {
+            CpuWeights::Stored { parts, .. } => {
+                let bias = |part: &CpuMatrix| part.bias.as_ref().map_or(0, |bias| 4 * bias.len());
+                parts.iter().map(|part| part.weight.bytes().len() + bias(part)).sum()
+            }
+            CpuWeights::Packed(packed) => packed.bytes(),
+        }
     }
 
     /// Width of the output, all parts together.

@@ -8,6 +8,7 @@ mod attend;
 mod embed;
 mod linear;
 mod norm;
+mod quantised;
 mod rotary;
 
 pub(crate) use activate::activate;
@@ -15,4 +16,5 @@ pub(crate) use attend::{AttendRow, attend_row, recall};
 pub(crate) use embed::embed_row;
 pub(crate) use linear::{LinearRows, linear};
 pub(crate) use norm::norm_row;
+pub(crate) use quantised::quantised_linear;
 pub(crate) use rotary::{rotary_angles_row, rotate_head};

@@ -152,4 +152,80 @@ impl Simd for Avx2 {
         // A hint never faults, wherever it points.
         intrinsic!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
     }
+
+    type Codes = [__m256i; 2];
+    type Counts = [__m256i; 2];
+    type Block = [__m256; 2];
+
+    #[inline(always)]
+    fn codes(self, bytes: &[u8]) -> [__m256i; 2] {
+        let bytes = &bytes[..64];
+        intrinsic!([
+            _mm256_loadu_si256(bytes.as_ptr().cast()),
+            _mm256_loadu_si256(bytes[32..].as_ptr().cast()),
+        ])
+    }
+    #[inline(always)]
+    fn low_halves(self, codes: [__m256i; 2]) -> [__m256i; 2] {
+        codes.map(|codes| intrinsic!(_mm256_and_si256(codes, _mm256_set1_epi8(15))))
+    }
+    #[inline(always)]
+    fn high_halves(self, codes: [__m256i; 2]) -> [__m256i; 2] {
+        self.low_halves(codes.map(|codes| intrinsic!(_mm256_srli_epi16::<4>(codes))))
+    }
+    #[inline(always)]
+    fn counts(self, x: i32) -> [__m256i; 2] {
+        [intrinsic!(_mm256_set1_epi32(x)); 2]
+    }
+    #[inline(always)]
+    fn add_products(self, counts: [__m256i; 2], codes: [__m256i; 2], x: i32) -> [__m256i; 2] {
+        // Products of bytes overflow 16 bits in pairs: even and odd ones go separate ways.
+        intrinsic!({
+            let x = _mm256_set1_epi32(x);
+            let x_even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x));
+            let x_odd = _mm256_srai_epi16::<8>(x);
+            std::array::from_fn(|i| {
+                let even = _mm256_and_si256(codes[i], _mm256_set1_epi16(255));
+                let even = _mm256_madd_epi16(even, x_even);
+                let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(codes[i]), x_odd);
+                _mm256_add_epi32(counts[i], _mm256_add_epi32(even, odd))
+            })
+        })
+    }
+    #[inline(always)]
+    fn block_zero(self) -> [__m256; 2] {
+        [self.splat(0.0); 2]
+    }
+    #[inline(always)]
+    fn block_f16(self, bytes: &[u8]) -> [__m256; 2] {
+        let bytes = &bytes[..32];
+        intrinsic!([
+            _mm256_cvtph_ps(_mm_loadu_si128(bytes.as_ptr().cast())),
+            _mm256_cvtph_ps(_mm_loadu_si128(bytes[16..].as_ptr().cast())),
+        ])
+    }
+    #[inline(always)]
+    fn add_counts(
+        self,
+        sums: [__m256; 2],
+        counts: [__m256i; 2],
+        scale: [__m256; 2],
+        x_scale: f32,
+    ) -> [__m256; 2] {
+        std::array::from_fn(|i| {
+            let counts = intrinsic!(_mm256_cvtepi32_ps(counts[i]));
+            self.mul_add(counts, self.mul(scale[i], self.splat(x_scale)), sums[i])
+        })
+    }
+    #[inline(always)]
+    fn add_block(self, sums: [__m256; 2], block: [__m256; 2], factor: f32) -> [__m256; 2] {
+        std::array::from_fn(|i| self.mul_add(block[i], self.splat(factor), sums[i]))
+    }
+    #[inline(always)]
+    fn block_values(self, block: [__m256; 2]) -> [f32; 16] {
+        let mut values = [0.0; 16];
+        self.store(block[0], &mut values);
+        self.store(block[1], &mut values[8..]);
+        values
+    }
 }

@@ -7,19 +7,27 @@ use half::{bf16, f16};
 use super::avx2::sums_of_four;
 use super::{Kernel, Simd};
 
-/// Proof that the processor has AVX-512 F, BW, VL and DQ.
+/// Proof that the processor has AVX-512 F, BW, VL and DQ, and VNNI if it says so.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512 {
+pub(super) struct Avx512<const VNNI: bool> {
     _only_made_after_detection: (),
 }
 
 pub(super) fn run<K: Kernel>(kernel: K) -> K::Output {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
-    fn compiled<K: Kernel>(kernel: K, simd: Avx512) -> K::Output {
+    fn compiled<K: Kernel>(kernel: K, simd: Avx512<false>) -> K::Output {
+        kernel.run(simd)
+    }
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+    fn with_vnni<K: Kernel>(kernel: K, simd: Avx512<true>) -> K::Output {
         kernel.run(simd)
     }
     assert!(super::CpuPath::Avx512.is_available(), "this processor has no AVX-512");
-    // SAFETY: the processor has the features, as the line above made sure.
+    if K::INTEGERS && is_x86_feature_detected!("avx512vnni") {
+        // SAFETY: the processor has the features, as the two lines above made sure.
+        return unsafe { with_vnni(kernel, Avx512 { _only_made_after_detection: () }) };
+    }
+    // SAFETY: the processor has the features, as the assertion above made sure.
     unsafe { compiled(kernel, Avx512 { _only_made_after_detection: () }) }
 }
 
@@ -45,7 +53,7 @@ unsafe fn quarters(x: __m512) -> __m128 {
     }
 }
 
-impl Simd for Avx512 {
+impl<const VNNI: bool> Simd for Avx512<VNNI> {
     type V = __m512;
     const LANES: usize = 16;
 
@@ -132,5 +140,67 @@ impl Simd for Avx512 {
     fn prefetch<T>(self, address: *const T) {
         // A hint never faults, wherever it points.
         intrinsic!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
+    }
+
+    type Codes = __m512i;
+    type Counts = __m512i;
+    type Block = __m512;
+
+    #[inline(always)]
+    fn codes(self, bytes: &[u8]) -> __m512i {
+        let bytes = &bytes[..64];
+        intrinsic!(_mm512_loadu_si512(bytes.as_ptr().cast()))
+    }
+    #[inline(always)]
+    fn low_halves(self, codes: __m512i) -> __m512i {
+        intrinsic!(_mm512_and_si512(codes, _mm512_set1_epi8(15)))
+    }
+    #[inline(always)]
+    fn high_halves(self, codes: __m512i) -> __m512i {
+        self.low_halves(intrinsic!(_mm512_srli_epi16::<4>(codes)))
+    }
+    #[inline(always)]
+    fn counts(self, x: i32) -> __m512i {
+        intrinsic!(_mm512_set1_epi32(x))
+    }
+    #[inline(always)]
+    fn add_products(self, counts: __m512i, codes: __m512i, x: i32) -> __m512i {
+        if VNNI {
+            return intrinsic!(_mm512_dpbusd_epi32(counts, codes, _mm512_set1_epi32(x)));
+        }
+        // Products of bytes overflow 16 bits in pairs: even and odd ones go separate ways.
+        intrinsic!({
+            let x = _mm512_set1_epi32(x);
+            let (even, odd) =
+                (_mm512_and_si512(codes, _mm512_set1_epi16(255)), _mm512_srli_epi16::<8>(codes));
+            let x_even = _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(x));
+            let even = _mm512_madd_epi16(even, x_even);
+            let odd = _mm512_madd_epi16(odd, _mm512_srai_epi16::<8>(x));
+            _mm512_add_epi32(counts, _mm512_add_epi32(even, odd))
+        })
+    }
+    #[inline(always)]
+    fn block_zero(self) -> __m512 {
+        self.splat(0.0)
+    }
+    #[inline(always)]
+    fn block_f16(self, bytes: &[u8]) -> __m512 {
+        let bytes = &bytes[..32];
+        intrinsic!(_mm512_cvtph_ps(_mm256_loadu_si256(bytes.as_ptr().cast())))
+    }
+    #[inline(always)]
+    fn add_counts(self, sums: __m512, counts: __m512i, scale: __m512, x_scale: f32) -> __m512 {
+        let counts = intrinsic!(_mm512_cvtepi32_ps(counts));
+        self.mul_add(counts, self.mul(scale, self.splat(x_scale)), sums)
+    }
+    #[inline(always)]
+    fn add_block(self, sums: __m512, block: __m512, factor: f32) -> __m512 {
+        self.mul_add(block, self.splat(factor), sums)
+    }
+    #[inline(always)]
+    fn block_values(self, block: __m512) -> [f32; 16] {
+        let mut values = [0.0; 16];
+        self.store(block, &mut values);
+        values
     }
 }

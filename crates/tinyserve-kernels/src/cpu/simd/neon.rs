@@ -171,4 +171,84 @@ impl Simd for Neon {
                 options(nostack, preserves_flags, readonly));
         }
     }
+
+    type Codes = [uint8x16_t; 4];
+    type Counts = [int32x4_t; 4];
+    type Block = [float32x4_t; 4];
+
+    #[inline(always)]
+    fn codes(self, bytes: &[u8]) -> Self::Codes {
+        let bytes = &bytes[..64];
+        std::array::from_fn(|i| intrinsic!(vld1q_u8(bytes[16 * i..].as_ptr())))
+    }
+    #[inline(always)]
+    fn low_halves(self, codes: Self::Codes) -> Self::Codes {
+        codes.map(|codes| intrinsic!(vandq_u8(codes, vdupq_n_u8(15))))
+    }
+    #[inline(always)]
+    fn high_halves(self, codes: Self::Codes) -> Self::Codes {
+        codes.map(|codes| intrinsic!(vshrq_n_u8::<4>(codes)))
+    }
+    #[inline(always)]
+    fn counts(self, x: i32) -> Self::Counts {
+        intrinsic!([vdupq_n_s32(x); 4])
+    }
+    #[inline(always)]
+    fn add_products(self, counts: Self::Counts, codes: Self::Codes, x: i32) -> Self::Counts {
+        // In 16 bits, because the product of unsigned and signed bytes is not in every processor.
+        intrinsic!({
+            let x = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(x)));
+            let (x_low, x_high) = (vget_low_s16(x), vget_high_s16(x));
+            std::array::from_fn(|i| {
+                let low = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(codes[i])));
+                let high = vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(codes[i])));
+                let [a, b, c, d] = [
+                    vmull_s16(vget_low_s16(low), x_low),
+                    vmull_s16(vget_high_s16(low), x_high),
+                    vmull_s16(vget_low_s16(high), x_low),
+                    vmull_s16(vget_high_s16(high), x_high),
+                ];
+                vaddq_s32(counts[i], vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d)))
+            })
+        })
+    }
+    #[inline(always)]
+    fn block_zero(self) -> Self::Block {
+        intrinsic!([vdupq_n_f32(0.0); 4])
+    }
+    #[inline(always)]
+    fn block_f16(self, bytes: &[u8]) -> Self::Block {
+        let bytes = &bytes[..32];
+        std::array::from_fn(|i| {
+            intrinsic!(widen(vreinterpret_u16_u8(vld1_u8(bytes[8 * i..].as_ptr()))))
+        })
+    }
+    #[inline(always)]
+    fn add_counts(
+        self,
+        sums: Self::Block,
+        counts: Self::Counts,
+        scale: Self::Block,
+        x_scale: f32,
+    ) -> Self::Block {
+        std::array::from_fn(|i| {
+            intrinsic!({
+                let scale = vmulq_n_f32(scale[i], x_scale);
+                vfmaq_f32(sums[i], vcvtq_f32_s32(counts[i]), scale)
+            })
+        })
+    }
+    #[inline(always)]
+    fn add_block(self, sums: Self::Block, block: Self::Block, factor: f32) -> Self::Block {
+        std::array::from_fn(|i| intrinsic!(vfmaq_n_f32(sums[i], block[i], factor)))
+    }
+    #[inline(always)]
+    fn block_values(self, block: Self::Block) -> [f32; 16] {
+        let mut values = [0.0; 16];
+        for (values, block) in values.chunks_exact_mut(4).zip(block) {
+            let values = &mut values[..4];
+            intrinsic!(vst1q_f32(values.as_mut_ptr(), block));
+        }
+        values
+    }
 }

@@ -94,4 +94,58 @@ impl Simd for Portable {
     }
     #[inline(always)]
     fn prefetch<T>(self, _address: *const T) {}
+
+    type Codes = [u8; 64];
+    type Counts = [i32; 16];
+    type Block = [f32; 16];
+
+    #[inline(always)]
+    fn codes(self, bytes: &[u8]) -> [u8; 64] {
+        std::array::from_fn(|i| bytes[i])
+    }
+    #[inline(always)]
+    fn low_halves(self, codes: [u8; 64]) -> [u8; 64] {
+        codes.map(|code| code & 15)
+    }
+    #[inline(always)]
+    fn high_halves(self, codes: [u8; 64]) -> [u8; 64] {
+        codes.map(|code| code >> 4)
+    }
+    #[inline(always)]
+    fn counts(self, x: i32) -> [i32; 16] {
+        [x; 16]
+    }
+    #[inline(always)]
+    fn add_products(self, counts: [i32; 16], codes: [u8; 64], x: i32) -> [i32; 16] {
+        let x = x.to_le_bytes().map(|x| i32::from(x as i8));
+        std::array::from_fn(|o| {
+            (0..4).fold(counts[o], |n, i| n + i32::from(codes[4 * o + i]) * x[i])
+        })
+    }
+    #[inline(always)]
+    fn block_zero(self) -> [f32; 16] {
+        [0.0; 16]
+    }
+    #[inline(always)]
+    fn block_f16(self, bytes: &[u8]) -> [f32; 16] {
+        std::array::from_fn(|i| f16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]).to_f32())
+    }
+    #[inline(always)]
+    fn add_counts(
+        self,
+        sums: [f32; 16],
+        counts: [i32; 16],
+        scale: [f32; 16],
+        x_scale: f32,
+    ) -> [f32; 16] {
+        std::array::from_fn(|o| sums[o] + counts[o] as f32 * (scale[o] * x_scale))
+    }
+    #[inline(always)]
+    fn add_block(self, sums: [f32; 16], block: [f32; 16], factor: f32) -> [f32; 16] {
+        std::array::from_fn(|o| sums[o] + block[o] * factor)
+    }
+    #[inline(always)]
+    fn block_values(self, block: [f32; 16]) -> [f32; 16] {
+        block
+    }
 }

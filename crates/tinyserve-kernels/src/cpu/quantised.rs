@@ -1,0 +1,280 @@
+//! Matrix products over quantised weights, in integers.
+//!
+//! Input rows are quantised too, in the groups of the weights: a group's products are summed
+//! exactly, and groups are added up in f32, in their order. A row's result depends neither on the
+//! rows beside it nor on which thread computes it.
+
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+use bytemuck::Zeroable;
+
+use super::columns::Columns;
+use super::packed::{BLOCK, CodeBits, GROUP, Packed, QUAD_BYTES, largest};
+use super::simd::{Kernel, Simd, dispatch};
+use super::tensor::CpuTensor;
+use super::{Cpu, SERIAL_ELEMENTS};
+use crate::Store;
+
+/// Multiply-adds below which waking other threads costs more than it saves.
+const SERIAL_WORK: usize = 128 * 1024;
+/// Blocks of outputs that one row is multiplied with at a time; strips are multiples of it.
+const ROW_BLOCKS: usize = 4;
+/// Bytes of quantised rows that are reused from the second-level cache while weights stream past.
+const ROWS_BYTES: usize = 512 * 1024;
+
+/// A group of one quantised input row.
+#[derive(Debug, Clone, Copy, bytemuck::Zeroable)]
+#[repr(C)]
+pub(crate) struct RowGroup {
+    pub(crate) codes: [i8; GROUP],
+    pub(crate) scale: f32,
+    /// −128 times the sum of the codes: what codes of weights that are 128 too large add up to.
+    start: i32,
+    /// The sum of the codes, times the scale.
+    pub(crate) sum: f32,
+}
+
+impl RowGroup {
+    #[inline(always)]
+    pub(crate) fn of(x: &[f32; GROUP]) -> Self {
+        let largest = largest(x);
+        let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+        // Adding 1.5·2²³ leaves the nearest whole number in the lowest bits. What is not finite
+        // leaves anything there, and a scale that makes it not finite again.
+        let codes = x.map(|x| (x * inverse + 12_582_912.0).to_bits() as i8);
+        let sum: i32 = codes.iter().map(|&code| i32::from(code)).sum();
+        let scale = if largest.is_finite() { largest / 127.0 } else { f32::NAN };
+        Self { codes, scale, start: -128 * sum, sum: scale * sum as f32 }
+    }
+}
+
+/// Quantises rows.
+struct QuantiseRows<'a> {
+    /// `[rows, inputs]`.
+    x: &'a [f32],
+    inputs: usize,
+    /// `[rows, groups]`.
+    out: &'a mut [RowGroup],
+}
+
+impl Kernel for QuantiseRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _simd: S) {
+        let groups = self.inputs.div_ceil(GROUP);
+        for (x, out) in self.x.chunks_exact(self.inputs).zip(self.out.chunks_exact_mut(groups)) {
+            let (whole, tail) = x.as_chunks::<GROUP>();
+            for (x, out) in whole.iter().zip(&mut *out) {
+                *out = RowGroup::of(x);
+            }
+            if !tail.is_empty() {
+                let mut x = [0.0; GROUP];
+                x[..tail.len()].copy_from_slice(tail);
+                out[groups - 1] = RowGroup::of(&x);
+            }
+        }
+    }
+}
+
+/// `out = x·Wᵀ + b`.
+pub(super) fn linear(cpu: &Cpu, x: &CpuTensor, packed: &Packed, store: Store, out: &mut CpuTensor) {
+    let (rows, groups, path) = (x.rows(), packed.groups(), cpu.path());
+    // One operation at a time uses a backend's threads, so this does not wait.
+    let mut quantised = cpu.quantised.lock().unwrap_or_else(PoisonError::into_inner);
+    if quantised.len() < rows * groups {
+        quantised.resize(rows * groups, RowGroup::zeroed());
+    }
+    let quantised = &mut quantised[..rows * groups];
+    let (inputs, x) = (packed.inputs, x.values());
+    if cpu.threads() == 1 || x.len() < SERIAL_ELEMENTS {
+        dispatch(path, QuantiseRows { x, inputs, out: quantised });
+    } else {
+        let rows = rows.div_ceil(4 * cpu.threads());
+        let chunks = x.chunks(rows * inputs).zip(quantised.chunks_mut(rows * groups));
+        let chunks: Vec<_> = chunks.map(Mutex::new).collect();
+        cpu.pool.run(chunks.len(), &|_, i| {
+            // Never waited for: each chunk is taken once.
+            let (x, out) = &mut *chunks[i].lock().unwrap_or_else(PoisonError::into_inner);
+            dispatch(path, QuantiseRows { x, inputs, out });
+        });
+    }
+    let columns = Columns::new(out.values_mut(), packed.outputs);
+    let (x, add, blocks) = (&*quantised, store == Store::Add, packed.blocks());
+    let run = |blocks: Range<usize>| {
+        dispatch(path, Product { packed, x, rows, blocks, columns, add });
+    };
+    if cpu.threads() == 1 || rows * packed.inputs * packed.outputs < SERIAL_WORK {
+        return run(0..blocks);
+    }
+    // Several strips per thread, so that a thread that is held up does not hold up all.
+    let strip = blocks.div_ceil(4 * cpu.threads()).next_multiple_of(ROW_BLOCKS);
+    cpu.pool.run(blocks.div_ceil(strip), &|_, i| {
+        run(i * strip..((i + 1) * strip).min(blocks));
+    });
+}
+
+/// Some blocks of outputs, for all rows.
+struct Product<'a> {
+    packed: &'a Packed,
+    /// `[rows, groups]`.
+    x: &'a [RowGroup],
+    rows: usize,
+    blocks: Range<usize>,
+    columns: Columns<'a>,
+    add: bool,
+}
+
+impl Kernel for Product<'_> {
+    type Output = ();
+    const INTEGERS: bool = true;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        match self.packed.bits {
+            CodeBits::Eight => self.rows::<S, false>(simd),
+            CodeBits::Four => self.rows::<S, true>(simd),
+        }
+    }
+}
+
+impl Product<'_> {
+    #[inline(always)]
+    fn rows<S: Simd, const FOUR: bool>(&self, simd: S) {
+        let row_bytes = self.packed.groups() * size_of::<RowGroup>();
+        let at_once = (ROWS_BYTES / row_bytes).max(6);
+        for first in (0..self.rows).step_by(at_once) {
+            let rows = first..(first + at_once).min(self.rows);
+            let mut block = self.blocks.start;
+            if rows.len() == 1 {
+                // One row has few sums in flight: more blocks hide their latency.
+                while block + ROW_BLOCKS <= self.blocks.end {
+                    self.tile::<S, FOUR, 1, ROW_BLOCKS>(simd, rows.start, block);
+                    block += ROW_BLOCKS;
+                }
+            }
+            while block + 2 <= self.blocks.end {
+                self.blocks::<S, FOUR, 2>(simd, rows.clone(), block);
+                block += 2;
+            }
+            if block < self.blocks.end {
+                self.blocks::<S, FOUR, 1>(simd, rows, block);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn blocks<S: Simd, const FOUR: bool, const O: usize>(
+        &self,
+        simd: S,
+        rows: Range<usize>,
+        block: usize,
+    ) {
+        let mut row = rows.start;
+        if S::LANES == 16 {
+            while row + 6 <= rows.end {
+                self.tile::<S, FOUR, 6, O>(simd, row, block);
+                row += 6;
+            }
+        }
+        while row + 2 <= rows.end {
+            self.tile::<S, FOUR, 2, O>(simd, row, block);
+            row += 2;
+        }
+        if row < rows.end {
+            self.tile::<S, FOUR, 1, O>(simd, row, block);
+        }
+    }
+
+    /// Rows `row..row + R` times blocks `block..block + O`.
+    #[inline(always)]
+    fn tile<S: Simd, const FOUR: bool, const R: usize, const O: usize>(
+        &self,
+        simd: S,
+        row: usize,
+        block: usize,
+    ) {
+        let bits = if FOUR { CodeBits::Four } else { CodeBits::Eight };
+        let (groups, bytes) = (self.packed.groups(), bits.record_bytes());
+        let w: [&[u8]; O] =
+            std::array::from_fn(|o| &self.packed.block(block + o)[..groups * bytes]);
+        let x: [&[RowGroup]; R] =
+            std::array::from_fn(|r| &self.x[(row + r) * groups..(row + r + 1) * groups]);
+        let mut sums = [[simd.block_zero(); O]; R];
+        for group in 0..groups {
+            let records: [&[u8]; O] =
+                std::array::from_fn(|o| &w[o][group * bytes..(group + 1) * bytes]);
+            let x: [&RowGroup; R] = std::array::from_fn(|r| &x[r][group]);
+            let mut counts: [[S::Counts; O]; R] =
+                std::array::from_fn(|r| [simd.counts(if FOUR { 0 } else { x[r].start }); O]);
+            if FOUR {
+                for quad in 0..4 {
+                    let codes: [S::Codes; O] =
+                        std::array::from_fn(|o| simd.codes(&records[o][quad * QUAD_BYTES..]));
+                    let low = codes.map(|codes| simd.low_halves(codes));
+                    let high = codes.map(|codes| simd.high_halves(codes));
+                    for r in 0..R {
+                        for (quad, codes) in [(quad, &low), (quad + 4, &high)] {
+                            let x = quad_of(x[r], quad);
+                            for o in 0..O {
+                                counts[r][o] = simd.add_products(counts[r][o], codes[o], x);
+                            }
+                        }
+                    }
+                }
+            } else {
+                for quad in 0..8 {
+                    let codes: [S::Codes; O] =
+                        std::array::from_fn(|o| simd.codes(&records[o][quad * QUAD_BYTES..]));
+                    for r in 0..R {
+                        let x = quad_of(x[r], quad);
+                        for o in 0..O {
+                            counts[r][o] = simd.add_products(counts[r][o], codes[o], x);
+                        }
+                    }
+                }
+            }
+            for o in 0..O {
+                let halves = &records[o][bits.code_bytes()..];
+                let scale = simd.block_f16(halves);
+                for r in 0..R {
+                    sums[r][o] = simd.add_counts(sums[r][o], counts[r][o], scale, x[r].scale);
+                }
+                if FOUR {
+                    let minimum = simd.block_f16(&halves[2 * BLOCK..]);
+                    for r in 0..R {
+                        sums[r][o] = simd.add_block(sums[r][o], minimum, x[r].sum);
+                    }
+                }
+            }
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            for (o, &sum) in sums.iter().enumerate() {
+                self.finish(row + r, block + o, simd.block_values(sum));
+            }
+        }
+    }
+
+    /// Adds bias and residual to finished sums and stores them.
+    #[inline(always)]
+    fn finish(&self, row: usize, block: usize, mut sums: [f32; BLOCK]) {
+        let first = block * BLOCK;
+        let n = BLOCK.min(self.packed.outputs - first);
+        // SAFETY: the columns belong to this strip, which is one thread's; the slice ends here.
+        let out = unsafe { self.columns.slice(row, first..first + n) };
+        for (sum, bias) in sums.iter_mut().zip(&self.packed.bias[first..first + BLOCK]) {
+            *sum += bias;
+        }
+        for (out, sum) in out.iter_mut().zip(sums) {
+            *out = if self.add { *out + sum } else { sum };
+        }
+    }
+}
+
+/// Four codes of a row, as one number.
+#[inline(always)]
+fn quad_of(x: &RowGroup, quad: usize) -> i32 {
+    let [a, b, c, d] = [0, 1, 2, 3].map(|i| x.codes[4 * quad + i] as u8);
+    i32::from_le_bytes([a, b, c, d])
+}
