@@ -192,11 +192,12 @@ fn load(
     tests: &[Test],
 ) -> Result<(Runner, Setup)> {
     let backend: Cpu = args.forward.device.backend(config)?;
-    let setup = Setup {
+    let weights = config.weights.resolve(checkpoint.dtype())?;
+    let mut setup = Setup {
         model: config.model.clone(),
-        model_size: checkpoint.weight_bytes() as u64,
+        model_size: 0,
         model_n_params: checkpoint.parameters() as u64,
-        weights_dtype: checkpoint.dtype().name(),
+        weights_dtype: config.weights.name(checkpoint.dtype()),
         n_batch: config.attention_chunk_size,
         n_threads: backend.threads(),
         cpu_path: backend.path().name(),
@@ -209,7 +210,10 @@ fn load(
     let build = || {
         let format = config.kv_cache_dtype.resolve(checkpoint.dtype());
         let layout = checkpoint.config().kv_layout(config.page_size, format)?;
-        let model = Model::load(backend, checkpoint, |done, total| progress.update(done, total))?;
+        let model = Model::load_as(backend, checkpoint, weights, |done, total| {
+            progress.update(done, total);
+        })?;
+        setup.model_size = model.weight_bytes() as u64;
         // One page more than the longest test fills: its copy of the depth's open page.
         let longest = tests.iter().map(|test| test.n_depth + test.tokens()).max().unwrap_or(0);
         let cache = KvCache::new(model.backend(), layout, layout.pages_for(longest) + 1)?;
