@@ -1,7 +1,7 @@
 //! Pretrained models against oracles that nobody here wrote.
 
 use serde::Deserialize;
-use tinyserve::{Prompt, TinyServe, TinyServeRequest};
+use tinyserve::{Prompt, TinyServe, TinyServeRequest, Weights};
 use tinyserve_kernels::Attention;
 use tinyserve_kv::KvFormat;
 use tinyserve_model::{Checkpoint, logprob};
@@ -73,5 +73,54 @@ fn two_hundred_greedy_tokens_are_karpathys() {
         let response = engine.serve(request).unwrap();
         assert_eq!(response.tokens.len(), 200);
         assert_eq!(response.generated_text.trim_end(), expected.trim_end());
+    }
+}
+
+/// How much more perplexed a model is by its own text with quantised weights, as a share.
+fn perplexity_lost(model: &str, weights: Weights) -> f64 {
+    let perplexity = |weights, text: Option<String>| {
+        let engine = TinyServe::builder().model(model).weights(weights).build().unwrap();
+        let text = text.unwrap_or_else(|| {
+            let texts = (1..=3).map(|seed| {
+                let request = TinyServeRequest::new("Once upon a time");
+                let request = request.max_tokens(400).temperature(0.8).seed(seed);
+                engine.serve(request).unwrap().generated_text
+            });
+            texts.collect()
+        });
+        (engine.perplexity(&text, None, |_, _| {}).unwrap().perplexity, text)
+    };
+    let (stored, text) = perplexity(Weights::Auto, None);
+    perplexity(weights, Some(text)).0 / stored - 1.0
+}
+
+#[test]
+fn quantised_weights_predict_as_well() {
+    let slm = data("data/models/slm4096-gpt2");
+    let slm = slm.to_str().unwrap();
+    for (model, weights, most) in [
+        ("builtin:stories260k", Weights::Int8, 0.005),
+        (slm, Weights::Int8, 0.005),
+        (slm, Weights::Int4, 0.04),
+        // Two groups per row of 64 inputs leave a model this small little to average errors over.
+        ("builtin:stories260k", Weights::Int4, 0.08),
+    ] {
+        let lost = perplexity_lost(model, weights);
+        assert!(lost <= most, "{model} {weights:?}: {lost:.4} more, expected at most {most}");
+    }
+}
+
+#[test]
+fn quantised_weights_give_the_same_text_on_any_number_of_threads() {
+    for weights in [Weights::Int8, Weights::Int4] {
+        let tokens = |threads| {
+            let engine = TinyServe::builder().weights(weights).threads(threads).build().unwrap();
+            let request = TinyServeRequest::new("Once upon a time").max_tokens(60).seed(3);
+            engine.serve(request).unwrap().tokens
+        };
+        let expected = tokens(1);
+        for threads in [2, 3, 8] {
+            assert_eq!(tokens(threads), expected, "{weights:?} on {threads} threads");
+        }
     }
 }

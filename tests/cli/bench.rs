@@ -14,6 +14,18 @@ fn number(row: &Value, name: &str) -> f64 {
 }
 
 #[test]
+fn quantised_weights_are_smaller_and_say_so() {
+    let size = |weights: &str| {
+        let args = ["bench", "latency", "-p", "8", "-n", "0", "-r", "1", "-o", "json", "--weights"];
+        let rows = tinyserve(&[&args[..], &[weights]].concat()).json();
+        assert_eq!(rows[0]["weights"], weights);
+        rows[0]["model_size"].as_u64().unwrap()
+    };
+    let (stored, int8, int4) = (size("f32"), size("int8"), size("int4"));
+    assert!(int4 < int8 && 3 * int8 < stored, "{stored} {int8} {int4}");
+}
+
+#[test]
 fn rows_hold_together() {
     let rows = rows("-p 32,64 -n 8 -d 0,100 -r 3 -t 1");
     let sizes = |row: &Value| {

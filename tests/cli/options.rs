@@ -39,7 +39,7 @@ fn every_flag_of_run_has_an_effect() {
     // Each case: a base, the option, and what it must change.
     let select = ["--attention", "sparse", "--dense-layers", "0"];
     let none: [&str; 0] = [];
-    let cases: [(&[&str], &[&str], &str); 20] = [
+    let cases: [(&[&str], &[&str], &str); 21] = [
         (&none, &["-n", "3"], "/tokens"),
         (&none, &["--temperature", "0"], "/tokens"),
         (&none, &["--top-p", "0.05"], "/tokens"),
@@ -52,6 +52,7 @@ fn every_flag_of_run_has_an_effect() {
         (&none, &["--block-size", "64"], "/kv/pages"),
         (&none, &["--kv-cache-dtype", "f16"], "/kv/bytes_resident"),
         (&none, &["--kv-cache-dtype", "bf16"], "/kv/bytes_resident"),
+        (&none, &["--weights", "int4"], "/tokens"),
         (&none, &["--attention", "sparse"], "/kv/bytes_read"),
         (&none, &["--sparse-min-context", "100"], "/kv/bytes_read"),
         (&none, &["--max-sequence-length", "300"], "/tokens"),
@@ -101,6 +102,7 @@ fn what_changes_no_token_shows_in_verbose() {
         (["--device", "cpu"], "\"device\":\"cpu\""),
         (["--attention-chunk-size", "7"], "\"attention_chunk_size\":7"),
         (["--rope-frequency-dtype", "weights"], "\"rope_frequency_dtype\":\"weights\""),
+        (["--weights", "f32"], "\"weights\":\"f32\""),
         (["--kv-cache-dtype", "f32"], "\"kv_cache_dtype\":\"f32\""),
         (["--scorer", "box"], "\"scorer\":\"box\""),
     ];

@@ -137,6 +137,14 @@ impl<B: Backend> Model<B> {
         self.weight_bytes
     }
 
+    /// Bytes of weights that every step reads: all but the tables of which it looks up rows.
+    #[must_use]
+    pub fn streamed_bytes(&self) -> usize {
+        let tokens = self.head.is_some().then_some(&self.token_embedding);
+        let tables = tokens.into_iter().chain(&self.position_embedding);
+        self.weight_bytes - tables.map(|table| self.backend.linear_bytes(table)).sum::<usize>()
+    }
+
     /// The device that the weights are on.
     #[must_use]
     pub fn backend(&self) -> &B {

@@ -86,6 +86,16 @@ pub enum Weights {
 }
 
 impl Weights {
+    /// What weights that are stored as `stored` are kept as, by name.
+    #[must_use]
+    pub fn name(self, stored: DType) -> &'static str {
+        match self {
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
+            Self::Auto | Self::F32 | Self::F16 | Self::Bf16 => stored.name(),
+        }
+    }
+
     /// The format for a model whose weights are stored as `stored`.
     ///
     /// # Errors

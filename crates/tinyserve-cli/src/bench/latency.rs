@@ -10,7 +10,7 @@ use tinyserve::{AttentionMode, TinyServeConfig, TinyServeError};
 use super::bandwidth::read_bandwidth;
 use super::report::{self, Row, Setup, StepSplit, Test};
 use super::runner::{DepthFill, Runner, Sample};
-use super::source::{ShapeArgs, Source, streamed_bytes};
+use super::source::{ShapeArgs, Source};
 use crate::args::{self, ForwardArgs, SelectionArgs, Sources};
 use crate::exit::{Usage, out_of_range};
 use crate::progress::Progress;
@@ -231,11 +231,12 @@ pub(super) fn load(
     fill: DepthFill,
 ) -> Result<(Runner, Setup)> {
     let backend = forward.device.backend(config)?;
+    let weights = config.weights.resolve(checkpoint.dtype())?;
     let mut setup = Setup {
         model: name,
-        model_size: checkpoint.weight_bytes() as u64,
+        model_size: 0,
         model_n_params: checkpoint.parameters() as u64,
-        weights: checkpoint.dtype().name(),
+        weights: config.weights.name(checkpoint.dtype()),
         n_ubatch: config.attention_chunk_size,
         n_threads: backend.threads(),
         cpu_path: backend.path().name(),
@@ -243,20 +244,24 @@ pub(super) fn load(
         page_size: config.page_size,
         depth_fill: fill.name(),
         kv_bytes: 0,
-        streamed_bytes: streamed_bytes(checkpoint),
+        streamed_bytes: 0,
     };
     let device = format!("CPU, {}, {} threads", backend.path(), backend.threads());
     forward.device.tell(config, &device);
     let mut progress = Progress::new("loading");
-    let kv_bytes = &mut setup.kv_bytes;
+
     let build = || {
         let format = config.kv_cache_dtype.resolve(checkpoint.dtype());
         let layout = checkpoint.config().kv_layout(config.page_size, format)?;
         let backend = Profiled::new(backend);
-        let model = Model::load(backend, checkpoint, |done, total| progress.update(done, total))?;
+        let model = Model::load_as(backend, checkpoint, weights, |done, total| {
+            progress.update(done, total);
+        })?;
+        setup.model_size = model.weight_bytes() as u64;
+        setup.streamed_bytes = model.streamed_bytes() as u64;
         // A page more for each sequence: its copy of the depth's open page.
         let pages = sequences * (layout.pages_for(longest) + 1);
-        *kv_bytes = (pages * layout.bytes_per_page()) as u64;
+        setup.kv_bytes = (pages * layout.bytes_per_page()) as u64;
         let cache = KvCache::new(model.backend(), layout, pages)?;
         Ok::<_, TinyServeError>(Runner::new(model, cache, config.attention_chunk_size))
     };

@@ -102,14 +102,3 @@ impl Source {
         Ok(checkpoint)
     }
 }
-
-/// Bytes of weights that every step reads: all but the tables of which it looks up rows.
-pub(super) fn streamed_bytes(checkpoint: &Checkpoint) -> u64 {
-    let untied = !checkpoint.config().tie_word_embeddings;
-    let is_table = |name: &str| {
-        name.ends_with("wpe.weight")
-            || untied && (name.ends_with("wte.weight") || name.ends_with("embed_tokens.weight"))
-    };
-    let read = checkpoint.tensors().filter(|tensor| tensor.parameter && !is_table(tensor.name));
-    read.map(|tensor| tensor.bytes as u64).sum()
-}
