@@ -20,8 +20,9 @@ pub struct KvShape {
 /// A checked [`KvShape`] with the offsets and sizes that follow from it.
 ///
 /// One page holds `page_size` tokens of every layer. In one layer a page is
-/// `[kv_heads][keys [page_size, head_dim], values [page_size, head_dim]]`, so attention of one
-/// head reads one contiguous run. Its boxes lie apart, `[kv_heads][min [head_dim], max [head_dim]]`,
+/// `[kv_heads][keys [head_dim, page_size], values [page_size, head_dim]]`, so attention of one
+/// head reads one contiguous run. Keys lie channel by channel: the scores of neighbouring tokens
+/// are then summed up side by side, and a vector of keys serves a whole group of queries. Its boxes lie apart, `[kv_heads][min [head_dim], max [head_dim]]`,
 /// so scoring reads nothing else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvLayout {

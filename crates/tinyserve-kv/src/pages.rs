@@ -6,10 +6,22 @@ use crate::{KvElement, KvError, KvFormat, KvLayout, PageCopy, PageId, Slot, with
 /// Keys and values of one head in one page of one layer.
 #[derive(Debug, Clone, Copy)]
 pub struct HeadPage<'a, E> {
-    /// Keys `[page_size, head_dim]`; rows beyond the sequence are garbage.
+    /// Keys `[head_dim, page_size]`; columns beyond the sequence are garbage.
     pub keys: &'a [E],
     /// Values `[page_size, head_dim]`; rows beyond the sequence are garbage.
     pub values: &'a [E],
+    page_size: usize,
+}
+
+impl<'a, E: KvElement> HeadPage<'a, E> {
+    /// The key of the token at `offset`, channel by channel.
+    ///
+    /// # Panics
+    /// When the page has no such token.
+    pub fn key(&self, offset: usize) -> impl Iterator<Item = E> + use<'a, E> {
+        assert!(offset < self.page_size, "offset {offset} in a page of {}", self.page_size);
+        self.keys[offset..].iter().step_by(self.page_size).copied()
+    }
 }
 
 /// The bounding box of the keys of one head in one page: channel-wise minimum and maximum.
@@ -99,7 +111,7 @@ impl HostPages {
         let length = self.layout.head_elements();
         let both = self.layers[layer].pages.elements::<E>(start..start + 2 * length);
         let (keys, values) = both.split_at(length);
-        HeadPage { keys, values }
+        HeadPage { keys, values, page_size: self.layout.page_size() }
     }
 
     /// The box of `kv_head` in `page` of `layer`; garbage while the page holds no token.
@@ -166,14 +178,15 @@ impl HostPages {
         let boxes = boxes.elements_mut::<E>(box_start..box_start + layout.box_elements());
         let heads = keys.chunks_exact(dim).zip(values.chunks_exact(dim));
         for (kv_head, (key, value)) in heads.enumerate() {
-            let row = layout.head_offset(kv_head) + slot.offset * dim;
-            let stored_key = &mut pages[row..row + dim];
+            let head = layout.head_offset(kv_head);
+            let (stored_keys, stored_values) =
+                pages[head..head + 2 * layout.head_elements()].split_at_mut(layout.head_elements());
             let corner = layout.box_offset(kv_head);
             let (min, max) = boxes[corner..corner + 2 * dim].split_at_mut(dim);
             let fresh = slot.offset == 0;
             for channel in 0..dim {
                 let stored = E::from_f32(key[channel]);
-                stored_key[channel] = stored;
+                stored_keys[channel * layout.page_size() + slot.offset] = stored;
                 let x = stored.to_f32();
                 if fresh || x < min[channel].to_f32() || x.is_nan() {
                     min[channel] = stored;
@@ -182,8 +195,8 @@ impl HostPages {
                     max[channel] = stored;
                 }
             }
-            let value_row = row + layout.head_elements();
-            for (stored, &x) in pages[value_row..value_row + dim].iter_mut().zip(value) {
+            let row = &mut stored_values[slot.offset * dim..(slot.offset + 1) * dim];
+            for (stored, &x) in row.iter_mut().zip(value) {
                 *stored = E::from_f32(x);
             }
         }

@@ -50,6 +50,8 @@ pub struct Cpu {
     path: CpuPath,
     /// Buffers of attention, one for each thread.
     scratch: Vec<Mutex<attend::Scratch>>,
+    /// What a call of attention lays out for its threads.
+    plan: Mutex<attend::Plan>,
 }
 
 /// Most threads that can be asked for: beyond it a number is a typing mistake.
@@ -84,13 +86,14 @@ impl Cpu {
             expected: format!("as many as the system starts ({error})"),
         })?;
         let scratch = (0..threads).map(|_| Mutex::default()).collect();
-        Ok(Self { pool, path, scratch })
+        Ok(Self { pool, path, scratch, plan: Mutex::default() })
     }
 
     /// The scalar reference, on the thread that calls it: what other backends are held to.
     #[must_use]
     pub fn reference() -> Self {
-        Self { pool: Pool::callers(), path: CpuPath::Scalar, scratch: vec![Mutex::default()] }
+        let scratch = vec![Mutex::default()];
+        Self { pool: Pool::callers(), path: CpuPath::Scalar, scratch, plan: Mutex::default() }
     }
 
     /// Threads that operations are split over.

@@ -18,9 +18,10 @@ pub(super) struct Choice {
 }
 
 /// What was chosen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) enum Chosen {
     /// Every page, without a look at the boxes.
+    #[default]
     Everything,
     /// Every page, after a look at the boxes.
     EverythingSeen,
@@ -202,11 +203,12 @@ mod tests {
                 let corners = pages.page_box::<E>(0, page, 0);
                 for path in CpuPath::available().filter(|&path| path != CpuPath::Scalar) {
                     let score = dispatch(path, Bound(&query, corners.min, corners.max));
-                    for key in pages.head::<E>(0, page, 0).keys.chunks_exact(head_dim) {
+                    let head = pages.head::<E>(0, page, 0);
+                    for key in (0..page_size).map(|token| head.key(token)) {
                         let terms: Vec<f64> = query
                             .iter()
                             .zip(key)
-                            .map(|(&q, k)| f64::from(q) * f64::from(KvElement::to_f32(*k)))
+                            .map(|(&q, k)| f64::from(q) * f64::from(KvElement::to_f32(k)))
                             .collect();
                         // Sums of f32 in another order differ by their rounding.
                         let slack = 1e-6 * terms.iter().map(|x| x.abs()).sum::<f64>();
