@@ -437,11 +437,16 @@ impl Context<'_> {
                     (list.len(), list.len() * size - missing)
                 }
             };
-            // A box is a minimum and a maximum: as many bytes as one token's key and value.
-            let boxes = if chosen == Chosen::Everything { 0 } else { pages };
+            // A box is a minimum and a maximum: as many bytes as one token's key and value. Of a
+            // query alone, a policy reads one of the two in each channel.
+            let boxes = match self.sequences[unit.sequence].attention {
+                _ if chosen == Chosen::Everything => 0,
+                Attention::Policy(_) if self.heads.group() == 1 => pages * head_bytes / 2,
+                _ => pages * head_bytes,
+            };
             stats.pages_read += seen as u64;
             stats.pages_total += pages as u64;
-            stats.bytes_read += ((read + boxes) * head_bytes) as u64;
+            stats.bytes_read += (read * head_bytes + boxes) as u64;
             stats.bytes_dense += (tokens * head_bytes) as u64;
         }
         stats

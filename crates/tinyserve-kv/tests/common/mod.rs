@@ -45,8 +45,8 @@ pub(crate) fn read(pages: &HostPages, layer: usize, page: PageId, kv_head: usize
                 .flat_map(|token| head.key(token).map(KvElement::to_f32))
                 .collect(),
             values: widen(head.values),
-            min: widen(corners.min),
-            max: widen(corners.max),
+            min: corners.min().map(KvElement::to_f32).collect(),
+            max: corners.max().map(KvElement::to_f32).collect(),
         }
     })
 }

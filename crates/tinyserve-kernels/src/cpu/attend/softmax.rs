@@ -325,7 +325,11 @@ fn four_pages<S: Simd, T: Element, const Q: usize>(
         let columns = a.chunks_exact(size).zip(b.chunks_exact(size));
         let more = c.chunks_exact(size).zip(d.chunks_exact(size));
         for (((a, b), (c, d)), q) in columns.zip(more).zip(q.chunks_exact(Q)) {
-            let keys = [a, b, c, d].map(|keys| T::load(simd, &keys[at..at + S::LANES]));
+            // Not `map`: its closure would be compiled without the vector instructions.
+            let mut keys = [simd.splat(0.0); 4];
+            for (wide, stored) in keys.iter_mut().zip([a, b, c, d]) {
+                *wide = T::load(simd, &stored[at..at + S::LANES]);
+            }
             for (sums, &q) in sums.iter_mut().zip(q) {
                 let q = simd.splat(q);
                 for (sum, &keys) in sums.iter_mut().zip(&keys) {
