@@ -29,7 +29,8 @@ const CHECKERS: &[&str] = &["tinyserve-tests", "xtask"];
 /// External packages that stay in their room. Dev-dependencies are free.
 const ROOMS: &[(&[&str], &[&str])] = &[
     (&["cudarc"], &["tinyserve-kernels"]),
-    (&["safetensors", "memmap2", "tokenizers"], &["tinyserve-model", "tinyserve-tests", "xtask"]),
+    (&["safetensors", "tokenizers"], &["tinyserve-model", "tinyserve-tests", "xtask"]),
+    (&["memmap2"], &["tinyserve-kv", "tinyserve-model", "tinyserve-tests", "xtask"]),
     (&["axum", "tokio", "hyper"], &["tinyserve-server"]),
     (&["clap", "anyhow", "indicatif"], &["tinyserve-cli", "xtask"]),
     (&["proptest", "criterion", "tempfile"], &["tinyserve-tests"]),
@@ -317,7 +318,8 @@ mod tests {
             ("tinyserve-model", "safetensors", None, true),
             ("xtask", "safetensors", None, true),
             ("tinyserve-cli", "safetensors", None, false),
-            ("tinyserve-kv", "memmap2", None, false),
+            ("tinyserve-kv", "memmap2", None, true),
+            ("tinyserve-kernels", "memmap2", None, false),
             ("tinyserve", "tokenizers", Some("build"), false),
             ("tinyserve-server", "axum", None, true),
             ("tinyserve-cli", "tokio", None, false),

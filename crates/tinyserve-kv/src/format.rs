@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::KvError;
@@ -66,7 +67,7 @@ impl FromStr for KvFormat {
 }
 
 /// An element type that pages can hold.
-pub trait KvElement: bytemuck::Pod + Send + Sync {
+pub trait KvElement: bytemuck::Pod + PartialOrd + Send + Sync {
     /// The format whose element this is.
     const FORMAT: KvFormat;
 
@@ -75,7 +76,35 @@ pub trait KvElement: bytemuck::Pod + Send + Sync {
 
     /// The stored value, exactly.
     fn to_f32(self) -> f32;
+
+    /// [`Self::from_f32`] of each element of `x`, with the processor's instructions for it.
+    ///
+    /// # Panics
+    /// When the slices have different lengths.
+    fn store(x: &[f32], out: &mut [Self]);
 }
+
+/// Elements that are rounded at a time, on the stack.
+const ROUNDED: usize = 64;
+
+/// Calls `round` with pieces of `x`, finite numbers clamped to `±largest`.
+#[inline]
+fn saturated<E>(x: &[f32], out: &mut [E], largest: f32, round: impl Fn(&[f32], &mut [E])) {
+    assert_eq!(x.len(), out.len(), "elements to store");
+    let mut buffer = [0.0; ROUNDED];
+    for (x, out) in x.chunks(ROUNDED).zip(out.chunks_mut(ROUNDED)) {
+        let buffer = &mut buffer[..x.len()];
+        for (y, &x) in buffer.iter_mut().zip(x) {
+            *y = if x.is_finite() { x.clamp(-largest, largest) } else { x };
+        }
+        round(buffer, out);
+    }
+}
+
+/// What larger numbers saturate to.
+const F16_MAX: f32 = 65_504.0;
+/// What larger numbers saturate to, once it is rounded.
+const BF16_MAX: f32 = 3.389e38;
 
 impl KvElement for f32 {
     const FORMAT: KvFormat = KvFormat::F32;
@@ -89,6 +118,11 @@ impl KvElement for f32 {
     fn to_f32(self) -> f32 {
         self
     }
+
+    #[inline]
+    fn store(x: &[f32], out: &mut [Self]) {
+        out.copy_from_slice(x);
+    }
 }
 
 impl KvElement for f16 {
@@ -97,12 +131,17 @@ impl KvElement for f16 {
     #[inline]
     fn from_f32(x: f32) -> Self {
         // An infinite key would turn whole rows of attention into NaN: saturate instead.
-        Self::from_f32(if x.is_finite() { x.clamp(-65_504.0, 65_504.0) } else { x })
+        Self::from_f32(if x.is_finite() { x.clamp(-F16_MAX, F16_MAX) } else { x })
     }
 
     #[inline]
     fn to_f32(self) -> f32 {
         f16::to_f32(self)
+    }
+
+    #[inline]
+    fn store(x: &[f32], out: &mut [Self]) {
+        saturated(x, out, F16_MAX, |x, out| out.convert_from_f32_slice(x));
     }
 }
 
@@ -111,12 +150,17 @@ impl KvElement for bf16 {
 
     #[inline]
     fn from_f32(x: f32) -> Self {
-        Self::from_f32(if x.is_finite() { x.clamp(-3.389e38, 3.389e38) } else { x })
+        Self::from_f32(if x.is_finite() { x.clamp(-BF16_MAX, BF16_MAX) } else { x })
     }
 
     #[inline]
     fn to_f32(self) -> f32 {
         bf16::to_f32(self)
+    }
+
+    #[inline]
+    fn store(x: &[f32], out: &mut [Self]) {
+        saturated(x, out, BF16_MAX, |x, out| out.convert_from_f32_slice(x));
     }
 }
 

@@ -19,14 +19,23 @@ pub struct KvShape {
 
 /// A checked [`KvShape`] with the offsets and sizes that follow from it.
 ///
-/// One page holds `page_size` tokens of every layer. In one layer a page is
-/// `[kv_heads][keys [page_size, head_dim], values [page_size, head_dim]]`, so attention of one
-/// head reads one contiguous run. Its boxes lie apart, `[kv_heads][min [head_dim], max [head_dim]]`,
-/// so scoring reads nothing else.
+/// One page holds `page_size` tokens of every layer. In one layer, [`GROUP_PAGES`] neighbouring
+/// pages form a group, `[groups][kv_heads][GROUP_PAGES][keys [head_dim, page_size], values
+/// [page_size, head_dim]]`, so attention of one head over neighbours reads one contiguous run.
+/// Keys lie channel by channel: the scores of neighbouring tokens are then summed up side by side,
+/// and a vector of keys serves a whole group of queries.
+///
+/// The boxes lie apart, `[groups][kv_heads][head_dim][2 (max, min)][GROUP_PAGES]`, so scoring reads
+/// nothing else, scores neighbouring pages side by side, and can leave out the rows that a query's
+/// signs make irrelevant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvLayout {
     shape: KvShape,
 }
+
+/// Pages that lie together, as their index in the pool has it: one row of boxes of 16-bit elements
+/// is then two cache lines.
+pub const GROUP_PAGES: usize = 64;
 
 /// Largest page: beyond it a page is a context, and selection has nothing to choose from.
 pub const MAX_PAGE_SIZE: usize = 4096;
@@ -109,16 +118,24 @@ impl KvLayout {
         2 * self.shape.kv_heads * self.shape.head_dim
     }
 
-    /// Offset, in elements, of head `kv_head` in a page of one layer; its keys start there.
+    /// Offset, in elements, of head `kv_head` of page `page` in a layer's pages; its keys start
+    /// there.
     #[must_use]
-    pub fn head_offset(&self, kv_head: usize) -> usize {
-        2 * kv_head * self.head_elements()
+    pub fn head_offset(&self, page: usize, kv_head: usize) -> usize {
+        let run = page / GROUP_PAGES * self.shape.kv_heads + kv_head;
+        2 * (run * GROUP_PAGES + page % GROUP_PAGES) * self.head_elements()
     }
 
-    /// Offset, in elements, of head `kv_head` in the boxes of a page of one layer.
+    /// Offset, in elements, of the boxes of head `kv_head` of a group in a layer's boxes.
     #[must_use]
-    pub fn box_offset(&self, kv_head: usize) -> usize {
-        2 * kv_head * self.shape.head_dim
+    pub fn box_offset(&self, group: usize, kv_head: usize) -> usize {
+        (group * self.shape.kv_heads + kv_head) * self.group_box_elements()
+    }
+
+    /// Elements of the boxes of one head of a group of pages.
+    #[must_use]
+    pub fn group_box_elements(&self) -> usize {
+        2 * self.shape.head_dim * GROUP_PAGES
     }
 
     /// Bytes of keys and values that one token holds in all layers.

@@ -14,7 +14,7 @@ mod table;
 
 pub use error::KvError;
 pub use format::{KvElement, KvFormat};
-pub use layout::{KvLayout, KvShape, MAX_PAGE_SIZE};
+pub use layout::{GROUP_PAGES, KvLayout, KvShape, MAX_PAGE_SIZE};
 pub use pages::{HeadPage, HostPages, PageBox};
 pub use policy::{Budget, GroupReduce, Scorer, SelectionPolicy};
 pub use pool::{PageId, PagePool};

@@ -8,8 +8,8 @@ use common::{Head, Numbers, layouts, read, stored};
 use proptest::prelude::*;
 use tinyserve_kv::half::{bf16, f16};
 use tinyserve_kv::{
-    HostPages, KvElement, KvFormat, KvLayout, KvShape, PageCopy, PageId, PagePool, PageTable, Slot,
-    with_element,
+    GROUP_PAGES, HostPages, KvElement, KvFormat, KvLayout, KvShape, PageCopy, PageId, PagePool,
+    PageTable, Slot, with_element,
 };
 
 fn all_pages(capacity: usize) -> Vec<PageId> {
@@ -155,7 +155,8 @@ proptest! {
         let shape = layout.shape();
         let pages = HostPages::new(layout, capacity).unwrap();
         prop_assert_eq!(pages.capacity(), capacity);
-        prop_assert_eq!(pages.reserved_bytes(), capacity * layout.bytes_per_page());
+        let whole_groups = capacity.next_multiple_of(GROUP_PAGES);
+        prop_assert_eq!(pages.reserved_bytes(), whole_groups * layout.bytes_per_page());
         let boxes = shape.layers * layout.box_elements() * shape.format.element_bytes();
         let tokens_bytes = shape.page_size * layout.bytes_per_token();
         prop_assert_eq!(layout.bytes_per_page(), tokens_bytes + boxes);

@@ -1,46 +1,105 @@
 //! Paged attention: one kernel over a page list, whether the list is a selection or everything.
+//!
+//! A call works through units: some rows of one sequence and the query heads of one KV head. Each
+//! unit first chooses its pages; then its list is read, by several threads when it is long, each
+//! one a part of it; then the parts are merged. The parts depend on nothing but the list, so that
+//! neither the batch nor the number of threads shows in the result.
 
+mod softmax;
 mod tile;
 
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::{OnceLock, PoisonError};
+use std::sync::{PoisonError, RwLock};
 
-use tinyserve_kv::{HostPages, KvElement, with_element};
+use tinyserve_kv::{HostPages, KvElement, PageId, with_element};
 
 use super::columns::Columns;
 use super::path::CpuPath;
 use super::select::{Choice, Chosen, choose};
-use super::simd::{Element, dispatch};
+use super::simd::{Element, Kernel, Simd, dispatch};
 use super::{Cpu, CpuTensor};
 use crate::reference;
 use crate::{AttendArgs, AttendSequence, AttendStats, Attention, Heads, KernelError};
 
-use tile::{Tile, TileScratch};
+use softmax::{Shape, State};
+use tile::{PageList, Target, Tile, TileScratch, part_pages};
 
 /// Rows of a prefill chunk that share one pass over the pages.
 const ROW_TILE: usize = 16;
 /// Multiply-adds below which waking other threads costs more than it saves.
 const SERIAL_WORK: usize = 32 * 1024;
+/// Units that are worked through together: their page lists are held at the same time.
+const WAVE: usize = 512;
+/// Numbers of a vector of the widest instruction set.
+const MOST_LANES: usize = 16;
 
-/// Rows of one sequence and the query heads of one KV head: what one thread does at a time.
-struct Item<'a> {
-    sequence: &'a AttendSequence<'a>,
+/// Rows of one sequence and the query heads of one KV head.
+pub(super) struct Unit {
+    /// The sequence's number in the call.
+    sequence: usize,
     /// Rows of the batch.
     rows: Range<usize>,
+    /// Tokens that the first row sees; each next row sees one more.
+    first_visible: usize,
     kv_head: usize,
+    /// Whether the pages are chosen.
+    selects: bool,
+    /// The part that is computed first, when several are computed apart, and their number.
+    parts: (usize, usize),
 }
 
-/// What every item of a call needs.
+impl Unit {
+    fn table<'a>(&self, context: &Context<'a>) -> &'a [PageId] {
+        context.sequences[self.sequence].pages
+    }
+
+    /// Tokens that the last row sees.
+    fn tokens(&self) -> usize {
+        self.first_visible + self.rows.len() - 1
+    }
+}
+
+/// What a unit reads.
+#[derive(Debug, Default)]
+struct Pages {
+    chosen: Chosen,
+    list: Vec<u32>,
+    stats: AttendStats,
+    error: Option<KernelError>,
+}
+
+/// What every unit of a call needs.
 pub(super) struct Context<'a> {
     pub(super) path: CpuPath,
     pub(super) layer: usize,
     pub(super) heads: Heads,
     pub(super) pages: &'a HostPages,
     pub(super) scale: f32,
+    sequences: &'a [AttendSequence<'a>],
     qkv: &'a CpuTensor,
     measure_recall: bool,
     columns: Columns<'a>,
+}
+
+/// What a call of attention lays out; the next call reuses its memory.
+#[derive(Default)]
+pub(super) struct Plan {
+    /// Rows that are some sequence's.
+    written: Vec<bool>,
+    units: Vec<Unit>,
+    /// What each unit reads; more than there are units, after a larger call.
+    pages: Vec<RwLock<Pages>>,
+    /// What threads take one by one: a unit, and which of its parts.
+    items: Vec<(usize, usize)>,
+    /// A [`State`] for each part.
+    parts: Vec<f32>,
+}
+
+impl std::fmt::Debug for Plan {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Plan").field("units", &self.units.len()).finish_non_exhaustive()
+    }
 }
 
 pub(super) fn attend(cpu: &Cpu, args: AttendArgs<'_, Cpu>) -> Result<AttendStats, KernelError> {
@@ -54,10 +113,14 @@ pub(super) fn attend(cpu: &Cpu, args: AttendArgs<'_, Cpu>) -> Result<AttendStats
     assert!(heads.q_heads.is_multiple_of(heads.kv_heads), "query heads of one KV head");
     assert_eq!(qkv.columns(), heads.qkv_width(), "width of queries, keys and values");
     assert_eq!(out.columns(), width, "output width of attention");
+    // Only waited for when two callers share a backend; whoever panicked left nothing that is
+    // read before it is written.
+    let mut plan = cpu.plan.lock().unwrap_or_else(PoisonError::into_inner);
     // Threads write rows at the same time: that is sound because each is written for one sequence.
-    let mut written = vec![false; out.rows()];
+    plan.written.clear();
+    plan.written.resize(out.rows(), false);
     for row in sequences.iter().flat_map(|sequence| sequence.rows.clone()) {
-        assert!(!std::mem::replace(&mut written[row], true), "row {row} is in two sequences");
+        assert!(!std::mem::replace(&mut plan.written[row], true), "row {row} is in two sequences");
     }
     let columns = Columns::new(out.values_mut(), width);
     // Heads that do not fill a wide vector waste it: the narrower one has less to waste.
@@ -65,45 +128,47 @@ pub(super) fn attend(cpu: &Cpu, args: AttendArgs<'_, Cpu>) -> Result<AttendStats
         CpuPath::Avx512 if heads.head_dim < 16 => CpuPath::Avx2,
         path => path,
     };
-    let context = Context { path, layer, heads, pages, scale, qkv, measure_recall, columns };
-    let items: Vec<Item<'_>> = sequences
-        .iter()
-        .flat_map(|sequence| tiles(sequence, layer, pages.layout().page_size()))
-        .flat_map(|(sequence, rows)| {
-            (0..heads.kv_heads).map(move |kv_head| Item { sequence, rows: rows.clone(), kv_head })
-        })
-        .collect();
+    let context =
+        Context { path, layer, heads, pages, scale, sequences, qkv, measure_recall, columns };
     let work: usize =
         sequences.iter().map(|s| s.rows.len() * (s.first_position + s.rows.len()) * width).sum();
-    // They belong to the call, not to the threads: a panic or another caller must not reach them.
-    let results: Vec<OnceLock<_>> = items.iter().map(|_| OnceLock::new()).collect();
-    let run = |thread: usize, item: usize| {
-        // Only waited for when two callers share a backend. Whoever panicked left nothing that is
-        // read before it is written.
-        let mut scratch = cpu.scratch[thread].lock().unwrap_or_else(PoisonError::into_inner);
-        // It is empty: each item is run once.
-        let _ = results[item].set(context.run(&items[item], &mut scratch));
-    };
-    if work < SERIAL_WORK {
-        (0..items.len()).for_each(|item| run(0, item));
-    } else {
-        cpu.pool.run(items.len(), &run);
-    }
-    // In the order of the items, so that neither sums nor errors depend on who was faster.
+    let serial = work < SERIAL_WORK;
+    let mut units = sequences
+        .iter()
+        .enumerate()
+        .flat_map(|(index, sequence)| {
+            tiles(sequence, layer, pages.layout().page_size()).map(move |tile| (index, tile))
+        })
+        .flat_map(|(sequence, (rows, selects))| {
+            let skipped = rows.start - sequences[sequence].rows.start;
+            let first_visible = sequences[sequence].first_position + skipped + 1;
+            (0..heads.kv_heads).map(move |kv_head| Unit {
+                sequence,
+                rows: rows.clone(),
+                first_visible,
+                kv_head,
+                selects,
+                parts: (0, 1),
+            })
+        });
     let mut stats = AttendStats::default();
-    for result in results.into_iter().filter_map(OnceLock::into_inner) {
-        stats.add(&result?);
+    loop {
+        plan.units.clear();
+        plan.units.extend(units.by_ref().take(WAVE));
+        if plan.units.is_empty() {
+            return Ok(stats);
+        }
+        context.run(cpu, serial, &mut plan, &mut stats)?;
     }
-    Ok(stats)
 }
 
 /// Splits the rows of a sequence into tiles: up to [`ROW_TILE`] rows that read everything, or one
-/// row that selects.
+/// row that selects; gives the rows, and whether they select.
 fn tiles<'a>(
     sequence: &'a AttendSequence<'a>,
     layer: usize,
     page_size: usize,
-) -> impl Iterator<Item = (&'a AttendSequence<'a>, Range<usize>)> {
+) -> impl Iterator<Item = (Range<usize>, bool)> + 'a {
     let Range { start: first, end } = sequence.rows;
     let selects = move |row: usize| match sequence.attention {
         Attention::Dense => false,
@@ -117,18 +182,17 @@ fn tiles<'a>(
     std::iter::from_fn(move || {
         let start = next;
         next += usize::from(start < end);
-        while next < end && next - start < ROW_TILE && !selects(start) && !selects(next) {
+        let alone = start < end && selects(start);
+        while next < end && next - start < ROW_TILE && !alone && !selects(next) {
             next += 1;
         }
-        (start < next).then_some((sequence, start..next))
+        (start < next).then_some((start..next, alone))
     })
 }
 
-/// Buffers that a thread reuses from item to item.
+/// Buffers that a thread reuses from unit to unit.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
-    /// Page list of the row.
-    list: Vec<u32>,
     /// What choosing pages needs.
     choice: Choice,
     /// What the tile's softmax needs.
@@ -136,64 +200,156 @@ pub(super) struct Scratch {
 }
 
 impl Context<'_> {
-    fn run(&self, item: &Item<'_>, scratch: &mut Scratch) -> Result<AttendStats, KernelError> {
-        with_element!(self.pages.layout().shape().format, E => self.run_as::<E>(item, scratch))
+    /// Works through the units of `plan`.
+    fn run(
+        &self,
+        cpu: &Cpu,
+        serial: bool,
+        plan: &mut Plan,
+        stats: &mut AttendStats,
+    ) -> Result<(), KernelError> {
+        let Plan { units, pages, items, parts, .. } = plan;
+        while pages.len() < units.len() {
+            pages.push(RwLock::default());
+        }
+        let each = |items: usize, one: bool, run: &(dyn Fn(usize, usize) + Sync)| {
+            if serial || one {
+                (0..items).for_each(|item| run(0, item));
+            } else {
+                cpu.pool.run(items, run);
+            }
+        };
+        let scratch = |thread: usize| {
+            // A panic left nothing behind that is read before it is written, here and below.
+            cpu.scratch[thread].lock().unwrap_or_else(PoisonError::into_inner)
+        };
+        let nobody_selects = units.iter().all(|unit| !unit.selects);
+        each(units.len(), nobody_selects, &|thread, index| {
+            let mut chosen = pages[index].write().unwrap_or_else(PoisonError::into_inner);
+            let choice = &mut scratch(thread).choice;
+            with_element!(self.pages.layout().shape().format, E => {
+                self.choose::<E>(&units[index], choice, &mut chosen);
+            });
+        });
+        // In the order of the units, so that neither sums nor errors depend on who was faster.
+        items.clear();
+        let (part, mut first) = (part_pages(self.pages.layout().page_size()), 0);
+        for (index, unit) in units.iter_mut().enumerate() {
+            let chosen = pages[index].get_mut().unwrap_or_else(PoisonError::into_inner);
+            if let Some(error) = chosen.error.take() {
+                return Err(error);
+            }
+            stats.add(&chosen.stats);
+            // Prefill has tiles enough for all threads, and its softmax fills the caches.
+            let apart = unit.rows.len() == 1 && self.path != CpuPath::Scalar;
+            let n = if apart { self.list(unit, chosen).len().div_ceil(part) } else { 1 };
+            unit.parts = (first, n);
+            first += if n > 1 { n } else { 0 };
+            items.extend((0..n).map(|part| (index, part)));
+        }
+        let state = self.shape(1).state();
+        if parts.len() < first * state {
+            parts.resize(first * state, 0.0);
+        }
+        let columns = Columns::new(&mut parts[..first * state], state);
+        each(items.len(), false, &|thread, item| {
+            let (index, part) = items[item];
+            let chosen = pages[index].read().unwrap_or_else(PoisonError::into_inner);
+            let target = if units[index].parts.1 == 1 {
+                Target::Rows
+            } else {
+                // SAFETY: each part is one item's, and nobody reads it before all items are done.
+                Target::Part(unsafe { columns.slice(units[index].parts.0 + part, 0..state) })
+            };
+            let tile = &mut scratch(thread).tile;
+            with_element!(self.pages.layout().shape().format, E => {
+                self.attend::<E>((&units[index], part), &chosen, target, tile);
+            });
+        });
+        for unit in units.iter().filter(|unit| unit.parts.1 > 1) {
+            let (first, n) = unit.parts;
+            let parts = &mut parts[first * state..(first + n) * state];
+            dispatch(self.path, Merge { context: self, unit, parts });
+        }
+        Ok(())
     }
 
-    fn run_as<E: KvElement + Element>(
-        &self,
-        item: &Item<'_>,
-        scratch: &mut Scratch,
-    ) -> Result<AttendStats, KernelError> {
-        let layout = self.pages.layout();
-        let last_row = item.rows.end - 1 - item.sequence.rows.start;
-        let tokens = item.sequence.first_position + last_row + 1;
-        let total = layout.pages_for(tokens);
-        let queries = self.queries(item.rows.start, item.kv_head);
-        let mut list = std::mem::take(&mut scratch.list);
-        let chosen = choose::<E>(
-            self,
-            item.sequence.attention,
-            (item.kv_head, &item.sequence.pages[..total], tokens),
-            queries,
-            &mut scratch.choice,
-            &mut list,
-        )?;
-        if chosen != Chosen::Listed {
-            list.clear();
-            list.extend(0..total as u32);
+    /// Chooses the pages of a unit, and counts what will be read.
+    fn choose<E: KvElement + Element>(&self, unit: &Unit, choice: &mut Choice, pages: &mut Pages) {
+        let tokens = unit.tokens();
+        let total = self.pages.layout().pages_for(tokens);
+        let queries = self.queries(unit.rows.start, unit.kv_head);
+        pages.error = None;
+        pages.chosen = Chosen::Everything;
+        if unit.selects {
+            let chosen = choose::<E>(
+                self,
+                self.sequences[unit.sequence].attention,
+                (unit.kv_head, &unit.table(self)[..total], tokens),
+                queries,
+                choice,
+                &mut pages.list,
+            );
+            match chosen {
+                Ok(chosen) => pages.chosen = chosen,
+                Err(error) => {
+                    pages.error = Some(error);
+                    return;
+                }
+            }
         }
-        if self.path == CpuPath::Scalar {
-            self.reference::<E>(item, &list);
-        } else {
-            let tile = Tile {
-                context: self,
-                item,
-                first_visible: tokens + 1 - item.rows.len(),
-                list: &list,
-                scratch: &mut scratch.tile,
-                element: PhantomData::<E>,
-            };
-            dispatch(self.path, tile);
-        }
-        let mut stats = self.count(item, &list, chosen);
-        if self.measure_recall && chosen == Chosen::Listed && list.len() < total {
+        let list = self.list(unit, pages);
+        let mut stats = self.count(unit, list, pages.chosen);
+        if let PageList::These(list) = list
+            && self.measure_recall
+            && list.len() < total
+        {
             for query in queries.chunks_exact(self.heads.head_dim) {
-                let row = reference::AttendRow {
-                    pages: self.pages,
-                    layer: self.layer,
-                    kv_head: item.kv_head,
-                    table: item.sequence.pages,
-                    tokens,
-                    query,
-                    scale: self.scale,
-                };
-                stats.recall_sum += f64::from(reference::recall::<E>(&row, &list));
+                let row = self.reference_row(unit, tokens, query);
+                stats.recall_sum += f64::from(reference::recall::<E>(&row, list));
                 stats.recall_count += 1;
             }
         }
-        scratch.list = list;
-        Ok(stats)
+        pages.stats = stats;
+    }
+
+    fn list<'a>(&self, unit: &Unit, pages: &'a Pages) -> PageList<'a> {
+        match pages.chosen {
+            Chosen::Listed => PageList::These(&pages.list),
+            _ => PageList::All(self.pages.layout().pages_for(unit.tokens())),
+        }
+    }
+
+    /// Attends to one part of a unit's list, or to all of it.
+    fn attend<E: KvElement + Element>(
+        &self,
+        (unit, part): (&Unit, usize),
+        pages: &Pages,
+        target: Target<'_>,
+        scratch: &mut TileScratch,
+    ) {
+        let list = self.list(unit, pages);
+        if self.path == CpuPath::Scalar {
+            self.reference::<E>(unit, list);
+            return;
+        }
+        let range = match target {
+            Target::Rows => 0..list.len(),
+            Target::Part(_) => {
+                let length = part_pages(self.pages.layout().page_size());
+                part * length..((part + 1) * length).min(list.len())
+            }
+        };
+        let element = PhantomData::<E>;
+        let tile = Tile { context: self, unit, list, range, target, scratch, element };
+        dispatch(self.path, tile);
+    }
+
+    /// The queries of a tile of `rows` rows.
+    fn shape(&self, rows: usize) -> Shape {
+        let (head_dim, group) = (self.heads.head_dim, self.heads.group());
+        let stride = head_dim.next_multiple_of(MOST_LANES);
+        Shape { queries: rows * group, group, head_dim, stride }
     }
 
     /// Queries `[group, head_dim]` of `row` that share `kv_head`.
@@ -209,48 +365,112 @@ impl Context<'_> {
         kv_head * width..(kv_head + 1) * width
     }
 
-    fn reference<E: KvElement>(&self, item: &Item<'_>, list: &[u32]) {
+    /// Writes what `numbers`, a [`State`], comes to into the rows of `unit`.
+    fn finish(&self, unit: &Unit, numbers: &mut [f32]) {
+        let state = State::new(numbers, self.shape(unit.rows.len()));
+        let mut query = 0;
+        for row in unit.rows.clone() {
+            // SAFETY: rows and KV heads of units do not overlap, and the slice ends in this loop.
+            let out = unsafe { self.columns.slice(row, self.columns_of(unit.kv_head)) };
+            for out in out.chunks_exact_mut(self.heads.head_dim) {
+                state.finish(query, out);
+                query += 1;
+            }
+        }
+    }
+
+    fn reference_row<'a>(
+        &'a self,
+        unit: &Unit,
+        tokens: usize,
+        query: &'a [f32],
+    ) -> reference::AttendRow<'a> {
+        reference::AttendRow {
+            pages: self.pages,
+            layer: self.layer,
+            kv_head: unit.kv_head,
+            table: unit.table(self),
+            tokens,
+            query,
+            scale: self.scale,
+        }
+    }
+
+    fn reference<E: KvElement>(&self, unit: &Unit, list: PageList<'_>) {
+        let everything: Vec<u32>;
+        let list = match list {
+            PageList::These(list) => list,
+            PageList::All(pages) => {
+                everything = (0..pages as u32).collect();
+                &everything
+            }
+        };
         let size = self.pages.layout().page_size();
-        for row in item.rows.clone() {
-            let tokens = item.sequence.first_position + row - item.sequence.rows.start + 1;
+        for (i, row) in unit.rows.clone().enumerate() {
+            let tokens = unit.first_visible + i;
             // A later row of the tile may see a page that this one does not.
             let seen = list.partition_point(|&page| (page as usize) * size < tokens);
-            // SAFETY: rows and KV heads of items do not overlap, and the slice ends in this loop.
-            let out = unsafe { self.columns.slice(row, self.columns_of(item.kv_head)) };
-            let queries = self.queries(row, item.kv_head).chunks_exact(self.heads.head_dim);
+            // SAFETY: rows and KV heads of units do not overlap, and the slice ends in this loop.
+            let out = unsafe { self.columns.slice(row, self.columns_of(unit.kv_head)) };
+            let queries = self.queries(row, unit.kv_head).chunks_exact(self.heads.head_dim);
             for (query, out) in queries.zip(out.chunks_exact_mut(self.heads.head_dim)) {
-                let row = reference::AttendRow {
-                    pages: self.pages,
-                    layer: self.layer,
-                    kv_head: item.kv_head,
-                    table: item.sequence.pages,
-                    tokens,
-                    query,
-                    scale: self.scale,
-                };
+                let row = self.reference_row(unit, tokens, query);
                 reference::attend_row::<E>(&row, &list[..seen], out);
             }
         }
     }
 
-    fn count(&self, item: &Item<'_>, list: &[u32], chosen: Chosen) -> AttendStats {
+    fn count(&self, unit: &Unit, list: PageList<'_>, chosen: Chosen) -> AttendStats {
         let layout = self.pages.layout();
         let (size, head_bytes) = (layout.page_size(), 2 * layout.token_head_bytes());
         let mut stats = AttendStats::default();
-        for row in item.rows.clone() {
-            let tokens = item.sequence.first_position + row - item.sequence.rows.start + 1;
+        for i in 0..unit.rows.len() {
+            let tokens = unit.first_visible + i;
             let pages = layout.pages_for(tokens);
-            // What a later row of the tile sees is not counted for this one.
-            let seen = &list[..list.partition_point(|&page| (page as usize) * size < tokens)];
-            let read: usize =
-                seen.iter().map(|&page| (tokens - page as usize * size).min(size)).sum();
-            // A box is a minimum and a maximum: as many bytes as one token's key and value.
-            let boxes = if chosen == Chosen::Everything { 0 } else { pages };
-            stats.pages_read += seen.len() as u64;
+            let (seen, read) = match list {
+                // What a later row of the tile sees is not counted for this one.
+                PageList::All(_) => (pages, tokens),
+                PageList::These(list) => {
+                    // Only the sequence's last page may be partial.
+                    let last = list.last().is_some_and(|&last| last as usize + 1 == pages);
+                    let missing = if last { pages * size - tokens } else { 0 };
+                    (list.len(), list.len() * size - missing)
+                }
+            };
+            // A box is a minimum and a maximum: as many bytes as one token's key and value. Of a
+            // query alone, a policy reads one of the two in each channel.
+            let boxes = match self.sequences[unit.sequence].attention {
+                _ if chosen == Chosen::Everything => 0,
+                Attention::Policy(_) if self.heads.group() == 1 => pages * head_bytes / 2,
+                _ => pages * head_bytes,
+            };
+            stats.pages_read += seen as u64;
             stats.pages_total += pages as u64;
-            stats.bytes_read += ((read + boxes) * head_bytes) as u64;
+            stats.bytes_read += (read * head_bytes + boxes) as u64;
             stats.bytes_dense += (tokens * head_bytes) as u64;
         }
         stats
+    }
+}
+
+/// Puts the parts of a unit together, in their order.
+struct Merge<'a> {
+    context: &'a Context<'a>,
+    unit: &'a Unit,
+    /// [`State`]s, one after the other.
+    parts: &'a mut [f32],
+}
+
+impl Kernel for Merge<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let shape = self.context.shape(1);
+        let (total, rest) = self.parts.split_at_mut(shape.state());
+        for part in rest.chunks_exact_mut(shape.state()) {
+            State::new(total, shape).merge(simd, part);
+        }
+        self.context.finish(self.unit, total);
     }
 }

@@ -55,6 +55,8 @@ pub struct Cpu {
     path: CpuPath,
     /// Buffers of attention, one for each thread.
     scratch: Vec<Mutex<attend::Scratch>>,
+    /// What a call of attention lays out for its threads.
+    plan: Mutex<attend::Plan>,
     /// Input rows of the running product over quantised weights; grows, and is kept.
     quantised: Mutex<Vec<RowGroup>>,
 }
@@ -91,7 +93,7 @@ impl Cpu {
             expected: format!("as many as the system starts ({error})"),
         })?;
         let scratch = (0..threads).map(|_| Mutex::default()).collect();
-        Ok(Self { pool, path, scratch, quantised: Mutex::default() })
+        Ok(Self { pool, path, scratch, plan: Mutex::default(), quantised: Mutex::default() })
     }
 
     /// The scalar reference, on the thread that calls it: what other backends are held to.
@@ -101,6 +103,7 @@ impl Cpu {
             pool: Pool::callers(),
             path: CpuPath::Scalar,
             scratch: vec![Mutex::default()],
+            plan: Mutex::default(),
             quantised: Mutex::default(),
         }
     }

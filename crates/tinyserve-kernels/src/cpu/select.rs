@@ -1,13 +1,17 @@
 //! Choosing pages: scores from the boxes, a budget, a list.
 
+mod best;
+mod score;
+
+use std::marker::PhantomData;
+
 use tinyserve_kv::{
-    KvElement, PageId, PageSelector, Scorer, SelectFields, SelectInput, SelectionPolicy,
-    select_pages,
+    GroupReduce, KvElement, PageId, PageSelector, Scorer, SelectFields, SelectInput, select_pages,
 };
 
 use super::attend::Context;
 use super::path::CpuPath;
-use super::simd::{Element, Kernel, Simd, dispatch};
+use super::simd::{Element, dispatch};
 use crate::{Attention, KernelError};
 
 /// Buffers that choosing reuses.
@@ -18,9 +22,10 @@ pub(super) struct Choice {
 }
 
 /// What was chosen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) enum Chosen {
     /// Every page, without a look at the boxes.
+    #[default]
     Everything,
     /// Every page, after a look at the boxes.
     EverythingSeen,
@@ -47,9 +52,9 @@ pub(super) fn choose<E: KvElement + Element>(
             let Some(budget) = policy.page_budget(context.layer, tokens, size) else {
                 return Ok(Chosen::Everything);
             };
-            choice.scores.clear();
             choice.scores.resize(table.len(), 0.0);
             let scores = choice.scores.as_mut_slice();
+            let (sink, recent) = (policy.sink_pages, policy.recent_pages);
             if context.path == CpuPath::Scalar {
                 context.pages.boxes_f32(context.layer, table, kv_head, &mut choice.boxes);
                 let boxes = choice.boxes.chunks_exact(2 * context.heads.head_dim);
@@ -57,12 +62,15 @@ pub(super) fn choose<E: KvElement + Element>(
                     let (min, max) = corners.split_at(context.heads.head_dim);
                     *score = policy.score(queries.chunks_exact(context.heads.head_dim), min, max);
                 }
+                select_pages(scores, budget, sink, recent, list);
             } else {
-                let element = std::marker::PhantomData::<E>;
-                let scores = Scores { context, policy, table, kv_head, queries, scores, element };
-                dispatch(context.path, scores);
+                let (Scorer::Box, GroupReduce::Max) = (policy.scorer, policy.group_reduce);
+                let element = PhantomData::<E>;
+                let score = score::Scores { context, table, kv_head, queries, scores, element };
+                dispatch(context.path, score);
+                let best = best::Best { scores: &choice.scores, budget, sink, recent, list };
+                dispatch(context.path, best);
             }
-            select_pages(&choice.scores, budget, policy.sink_pages, policy.recent_pages, list);
             Ok(Chosen::Listed)
         }
         Attention::Custom(selector) => {
@@ -105,116 +113,5 @@ fn custom(
             input.layer(),
             input.kv_head()
         ))),
-    }
-}
-
-/// Scores of the boxes of all pages of one KV head.
-struct Scores<'a, E> {
-    context: &'a Context<'a>,
-    policy: &'a SelectionPolicy,
-    table: &'a [PageId],
-    kv_head: usize,
-    queries: &'a [f32],
-    /// `[pages]`.
-    scores: &'a mut [f32],
-    element: std::marker::PhantomData<E>,
-}
-
-impl<E: KvElement + Element> Kernel for Scores<'_, E> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let Context { pages, layer, heads, .. } = *self.context;
-        let Scorer::Box = self.policy.scorer;
-        for (score, &page) in self.scores.iter_mut().zip(self.table) {
-            let corners = pages.page_box::<E>(layer, page, self.kv_head);
-            let mut queries = self.queries.chunks_exact(heads.head_dim);
-            let first =
-                queries.next().map_or(f32::NAN, |q| bound(simd, q, corners.min, corners.max));
-            *score = queries.fold(first, |best, q| {
-                let score = bound(simd, q, corners.min, corners.max);
-                // Not f32::max: a score that is not a number has to reach the choice.
-                if score > best || score.is_nan() { score } else { best }
-            });
-        }
-    }
-}
-
-/// `Σ_d max(q_d·min_d, q_d·max_d)`.
-#[inline(always)]
-fn bound<S: Simd, E: Element>(simd: S, q: &[f32], min: &[E], max: &[E]) -> f32 {
-    let mut sum = simd.splat(0.0);
-    let whole = q.len() - q.len() % S::LANES;
-    let mut d = 0;
-    while d < whole {
-        let q = simd.load(&q[d..d + S::LANES]);
-        let low = simd.mul(q, E::load(simd, &min[d..d + S::LANES]));
-        let high = simd.mul(q, E::load(simd, &max[d..d + S::LANES]));
-        sum = simd.add(sum, simd.max(low, high));
-        d += S::LANES;
-    }
-    if whole < q.len() {
-        let q = simd.load_tail(&q[whole..]);
-        let low = simd.mul(q, simd.load_tail(&min[whole..]));
-        let high = simd.mul(q, simd.load_tail(&max[whole..]));
-        sum = simd.add(sum, simd.max(low, high));
-    }
-    simd.sum(sum)
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-    use tinyserve_kv::{HostPages, KvFormat, KvLayout, KvShape, PagePool, Slot, with_element};
-
-    use super::*;
-
-    struct Bound<'a, E>(&'a [f32], &'a [E], &'a [E]);
-
-    impl<E: Element> Kernel for Bound<'_, E> {
-        type Output = f32;
-        #[inline(always)]
-        fn run<S: Simd>(self, simd: S) -> f32 {
-            bound(simd, self.0, self.1, self.2)
-        }
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(256))]
-
-        #[test]
-        fn a_score_bounds_every_stored_key(
-            format in prop::sample::select(&KvFormat::ALL[..]),
-            (query, keys) in (1usize..70, 1usize..10).prop_flat_map(|(dim, tokens)| (
-                prop::collection::vec(-50f32..50.0, dim),
-                prop::collection::vec(prop::collection::vec(-50f32..50.0, dim), tokens),
-            )),
-        ) {
-            let (head_dim, page_size) = (query.len(), keys.len());
-            let shape = KvShape { layers: 1, kv_heads: 1, head_dim, page_size, format };
-            let mut pages = HostPages::new(KvLayout::new(shape).unwrap(), 1).unwrap();
-            let page = PagePool::new(1).unwrap().allocate().unwrap();
-            for (offset, key) in keys.iter().enumerate() {
-                pages.append(0, Slot { page, offset }, key, key);
-            }
-            with_element!(format, E => {
-                let corners = pages.page_box::<E>(0, page, 0);
-                for path in CpuPath::available().filter(|&path| path != CpuPath::Scalar) {
-                    let score = dispatch(path, Bound(&query, corners.min, corners.max));
-                    for key in pages.head::<E>(0, page, 0).keys.chunks_exact(head_dim) {
-                        let terms: Vec<f64> = query
-                            .iter()
-                            .zip(key)
-                            .map(|(&q, k)| f64::from(q) * f64::from(KvElement::to_f32(*k)))
-                            .collect();
-                        // Sums of f32 in another order differ by their rounding.
-                        let slack = 1e-6 * terms.iter().map(|x| x.abs()).sum::<f64>();
-                        let product: f64 = terms.iter().sum();
-                        prop_assert!(f64::from(score) >= product - slack, "{path}: {score}");
-                    }
-                }
-            });
-        }
     }
 }

@@ -45,8 +45,6 @@ pub(crate) trait Simd: Copy {
     fn scale_by_power(self, x: Self::V, n: Self::V) -> Self::V;
     /// The sum of all elements.
     fn sum(self, x: Self::V) -> f32;
-    /// [`Self::sum`] of each vector, to the last bit.
-    fn sum_four(self, x: [Self::V; 4]) -> [f32; 4];
     /// The largest element.
     fn highest(self, x: Self::V) -> f32;
     /// Asks for the cache line at `address`, which need not be one that may be read.

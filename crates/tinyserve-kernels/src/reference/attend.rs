@@ -25,12 +25,11 @@ impl AttendRow<'_> {
     }
 
     fn scores<E: KvElement>(&self, list: &[u32]) -> Vec<f64> {
-        let dim = self.query.len();
         let mut scores = Vec::new();
         for &index in list {
             let page = self.table[index as usize];
-            let keys = self.pages.head::<E>(self.layer, page, self.kv_head).keys;
-            for key in keys.chunks_exact(dim).take(self.visible(index as usize)) {
+            let head = self.pages.head::<E>(self.layer, page, self.kv_head);
+            for key in (0..self.visible(index as usize)).map(|token| head.key(token)) {
                 let dot: f64 = self
                     .query
                     .iter()

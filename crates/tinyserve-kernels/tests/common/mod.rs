@@ -150,11 +150,9 @@ impl Cache {
         let dim = self.heads.head_dim;
         with_element!(self.pages.layout().shape().format, E => {
             let head = self.pages.head::<E>(LAYER, page, kv_head);
-            let widen = |rows: &[E]| -> Vec<f64> {
-                let row = &rows[offset * dim..(offset + 1) * dim];
-                row.iter().map(|&x| f64::from(KvElement::to_f32(x))).collect()
-            };
-            (widen(head.keys), widen(head.values))
+            let widen = |x: E| f64::from(KvElement::to_f32(x));
+            let value = &head.values[offset * dim..(offset + 1) * dim];
+            (head.key(offset).map(widen).collect(), value.iter().map(|&x| widen(x)).collect())
         })
     }
 

@@ -41,10 +41,12 @@ pub(crate) fn read(pages: &HostPages, layer: usize, page: PageId, kv_head: usize
         let (head, corners) =
             (pages.head::<E>(layer, page, kv_head), pages.page_box::<E>(layer, page, kv_head));
         Head {
-            keys: widen(head.keys),
+            keys: (0..pages.layout().page_size())
+                .flat_map(|token| head.key(token).map(KvElement::to_f32))
+                .collect(),
             values: widen(head.values),
-            min: widen(corners.min),
-            max: widen(corners.max),
+            min: corners.min().map(KvElement::to_f32).collect(),
+            max: corners.max().map(KvElement::to_f32).collect(),
         }
     })
 }

@@ -1,381 +1,327 @@
 //! Online softmax of a tile of rows over a page list (Milakov and Gimelshein, arXiv 1805.02867).
 //!
-//! A row goes through the same additions in the same order whichever rows share its tile, so it
-//! gets bit for bit what it gets alone. Per page: scores of all queries, weights, weighted values.
+//! The list is read in chunks of a fixed number of pages, and cut into parts of a fixed number of
+//! chunks. A row goes through the same additions in the same order whichever rows share its tile
+//! and whoever computes its parts, so it gets bit for bit what it gets alone.
 
 use std::marker::PhantomData;
-use std::ops::Range;
 
-use tinyserve_kv::{KvElement, KvFormat};
+use tinyserve_kv::{HeadPage, KvElement};
 
-use super::{Context, Item};
+use super::softmax::{self, Shape, State};
+use super::{Context, Unit};
 use crate::cpu::simd::{Element, Kernel, Simd};
 
+/// Tokens of a chunk, when its pages are small enough: one softmax update for all of them.
+const CHUNK_TOKENS: usize = 256;
+/// Tokens of a part, when its chunks are small enough: what threads share out among them.
+const PART_TOKENS: usize = 1024;
 /// What the processor fetches at a time.
 const LINE_BYTES: usize = 64;
-/// Keys whose scores are summed up together.
-const KEYS: usize = 4;
-/// Vectors of an output that are added up together.
-const VECTORS: usize = 4;
+/// How far ahead of the arithmetic listed pages are asked for.
+const PREFETCH_BYTES: usize = 16 * 1024;
+/// Most pages ahead.
+const PREFETCH_PAGES: usize = 4;
 
-/// Buffers of a tile, reused from item to item.
+/// Pages of a chunk.
+fn chunk_pages(page_size: usize) -> usize {
+    (CHUNK_TOKENS / page_size).max(1)
+}
+
+/// Pages of a part: whole chunks.
+pub(super) fn part_pages(page_size: usize) -> usize {
+    let chunk = chunk_pages(page_size);
+    (PART_TOKENS / (chunk * page_size)).max(1) * chunk
+}
+
+/// The pages that a tile reads, as indices into its sequence's page table.
+#[derive(Clone, Copy)]
+pub(super) enum PageList<'a> {
+    /// The first so many.
+    All(usize),
+    /// These, ascending.
+    These(&'a [u32]),
+}
+
+impl PageList<'_> {
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Self::All(pages) => *pages,
+            Self::These(list) => list.len(),
+        }
+    }
+
+    #[inline(always)]
+    fn get(&self, i: usize) -> usize {
+        match self {
+            Self::All(_) => i,
+            Self::These(list) => list[i] as usize,
+        }
+    }
+}
+
+/// Buffers of a tile, reused from tile to tile.
 #[derive(Debug, Default)]
 pub(super) struct TileScratch {
-    /// Queries `[queries, stride]`; `stride` is `head_dim` padded with zeros to whole vectors.
+    /// Queries in blocks of [`softmax::block`] queries, each `[head_dim, block]`.
     queries: Vec<f32>,
-    /// Keys and values of one page, widened: `[page_size, stride]`.
+    /// One page of keys, widened `[head_dim, page_size]`, padded to whole vectors.
+    page: Vec<f32>,
+    /// A chunk of keys whose pages are not whole vectors `[head_dim, chunk]`.
     keys: Vec<f32>,
-    values: Vec<f32>,
-    /// Scores, then weights of one page `[queries, page_size]`, padded to whole vectors.
+    /// Scores, then weights `[queries, chunk]`.
     weights: Vec<f32>,
-    /// Highest score so far, per query.
-    peaks: Vec<f32>,
-    /// Sum of weights so far, per query.
-    sums: Vec<f32>,
-    /// What this page's peak makes of earlier sums, per query.
+    /// What the current chunk's peak makes of earlier sums, per query.
     shifts: Vec<f32>,
-    /// Weighted values so far `[queries, stride]`.
-    out: Vec<f32>,
+    /// The softmax of the current part.
+    part: Vec<f32>,
+    /// The softmax of all parts before it.
+    total: Vec<f32>,
+}
+
+/// Where a tile leaves what it computed.
+pub(super) enum Target<'a> {
+    /// In the rows of the output.
+    Rows,
+    /// In a [`State`], to be merged with those of other parts.
+    Part(&'a mut [f32]),
 }
 
 /// Rows of one sequence and the query heads of one KV head, over listed pages.
 pub(super) struct Tile<'a, E> {
     pub(super) context: &'a Context<'a>,
-    pub(super) item: &'a Item<'a>,
-    /// Tokens that the first row sees; each next row sees one more.
-    pub(super) first_visible: usize,
-    /// Indices into the sequence's pages, ascending; each holds a token that the last row sees.
-    pub(super) list: &'a [u32],
+    pub(super) unit: &'a Unit,
+    pub(super) list: PageList<'a>,
+    /// Which pages of the list are read; it begins with a part.
+    pub(super) range: std::ops::Range<usize>,
+    pub(super) target: Target<'a>,
     pub(super) scratch: &'a mut TileScratch,
     pub(super) element: PhantomData<E>,
-}
-
-/// Keys or values of one page: rows of `length` elements, `stride` apart.
-#[derive(Clone, Copy)]
-struct Rows<'a, T> {
-    values: &'a [T],
-    stride: usize,
-    length: usize,
-}
-
-impl<'a, T> Rows<'a, T> {
-    #[inline(always)]
-    fn row(&self, row: usize) -> &'a [T] {
-        &self.values[row * self.stride..row * self.stride + self.length]
-    }
 }
 
 impl<E: KvElement + Element> Kernel for Tile<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let Self { context, item, first_visible, list, scratch, .. } = self;
-        let (dim, group) = (context.heads.head_dim, context.heads.group());
+    fn run<S: Simd>(mut self, simd: S) {
+        let (context, unit) = (self.context, self.unit);
         let size = context.pages.layout().page_size();
-        let queries = item.rows.len() * group;
-        let stride = dim.next_multiple_of(S::LANES);
-        scratch.start(queries, stride, size.next_multiple_of(S::LANES));
-        let rows =
-            item.rows.clone().flat_map(|row| context.queries(row, item.kv_head).chunks_exact(dim));
-        for (query, padded) in rows.zip(scratch.queries.chunks_exact_mut(stride)) {
-            padded[..dim].copy_from_slice(query);
-        }
-        for (i, &index) in list.iter().enumerate() {
-            // One row is through with a page before the processor guesses where the next one is.
-            if let (1, Some(&next)) = (item.rows.len(), list.get(i + 1)) {
-                let page = item.sequence.pages[next as usize];
-                let page = context.pages.head::<E>(context.layer, page, item.kv_head);
-                for rows in [page.keys, page.values] {
-                    for line in rows.chunks(LINE_BYTES / size_of::<E>()) {
-                        simd.prefetch(line.as_ptr());
-                    }
+        let shape = context.shape(unit.rows.len());
+        let chunk = (chunk_pages(size) * size).next_multiple_of(S::LANES);
+        let mut scratch = std::mem::take(self.scratch);
+        scratch.load_queries(context, unit);
+        scratch.weights.resize(shape.queries * chunk, 0.0);
+        scratch.shifts.resize(shape.queries, 0.0);
+        let (chunk_pages, part_pages) = (chunk_pages(size), part_pages(size));
+        let mut first = self.range.start;
+        while first < self.range.end {
+            let end = (first + part_pages).min(self.range.end);
+            State::reset(&mut scratch.part, shape);
+            while first < end {
+                let pages = first..(first + chunk_pages).min(end);
+                first = pages.end;
+                self.add_chunk(simd, pages, (shape, chunk), &mut scratch);
+            }
+            match &mut self.target {
+                Target::Part(part) => part.copy_from_slice(&scratch.part),
+                Target::Rows if end <= part_pages => {
+                    std::mem::swap(&mut scratch.part, &mut scratch.total);
                 }
-            }
-            let first_token = index as usize * size;
-            let visible = |query: usize| {
-                (first_visible + query / group).saturating_sub(first_token).min(size)
-            };
-            let page = item.sequence.pages[index as usize];
-            let page = context.pages.head::<E>(context.layer, page, item.kv_head);
-            // Tokens behind those that the last row sees are garbage: they are never touched.
-            let stored = |values| Rows { values, stride: dim, length: dim };
-            let (keys, values) = (stored(page.keys), stored(page.values));
-            // Widening pays when several queries read the page; the numbers are the same.
-            if queries > 1 && (E::FORMAT != KvFormat::F32 || dim < stride) {
-                let last = visible(queries - 1);
-                let mut wide =
-                    (std::mem::take(&mut scratch.keys), std::mem::take(&mut scratch.values));
-                let keys = widen(simd, &keys, last, stride, &mut wide.0);
-                let values = widen(simd, &values, last, stride, &mut wide.1);
-                scratch.add_page(simd, (keys, values), context.scale, visible);
-                (scratch.keys, scratch.values) = wide;
-            } else {
-                scratch.add_page(simd, (keys, values), context.scale, visible);
-            }
-        }
-        for (r, row) in item.rows.clone().enumerate() {
-            // SAFETY: rows and KV heads of items do not overlap, and the slice ends in this loop.
-            let out = unsafe { context.columns.slice(row, context.columns_of(item.kv_head)) };
-            for (g, out) in out.chunks_exact_mut(dim).enumerate() {
-                let query = r * group + g;
-                let inverse = scratch.sums[query].recip();
-                let sums = &scratch.out[query * stride..][..dim];
-                for (out, &sum) in out.iter_mut().zip(sums) {
-                    *out = sum * inverse;
+                Target::Rows => {
+                    State::new(&mut scratch.total, shape).merge(simd, &mut scratch.part);
                 }
             }
         }
-    }
-}
-
-/// Copies the first `rows` rows into `out`, widened and padded with zeros to `stride`.
-#[inline(always)]
-fn widen<'a, S: Simd, E: Element>(
-    simd: S,
-    stored: &Rows<'_, E>,
-    rows: usize,
-    stride: usize,
-    out: &'a mut Vec<f32>,
-) -> Rows<'a, f32> {
-    out.resize(rows * stride, 0.0);
-    for (row, out) in out.chunks_exact_mut(stride).enumerate() {
-        let x = stored.row(row).chunks(S::LANES);
-        for (x, out) in x.zip(out.chunks_exact_mut(S::LANES)) {
-            simd.store(simd.load_up_to(x), out);
+        if matches!(self.target, Target::Rows) {
+            context.finish(unit, &mut scratch.total);
         }
+        *self.scratch = scratch;
     }
-    Rows { values: out, stride, length: stride }
 }
 
 impl TileScratch {
-    fn start(&mut self, queries: usize, stride: usize, page: usize) {
-        for (buffer, length, value) in [
-            (&mut self.queries, queries * stride, 0.0),
-            (&mut self.weights, queries * page, 0.0),
-            (&mut self.peaks, queries, f32::NEG_INFINITY),
-            (&mut self.sums, queries, 0.0),
-            (&mut self.shifts, queries, 0.0),
-            (&mut self.out, queries * stride, 0.0),
-        ] {
-            buffer.clear();
-            buffer.resize(length, value);
+    /// Turns the queries of `unit` round, block by block.
+    fn load_queries(&mut self, context: &Context<'_>, unit: &Unit) {
+        let (dim, group) = (context.heads.head_dim, context.heads.group());
+        let queries = unit.rows.len() * group;
+        self.queries.resize(queries * dim, 0.0);
+        for (r, row) in unit.rows.clone().enumerate() {
+            let heads = context.queries(row, unit.kv_head).chunks_exact(dim);
+            for (g, query) in heads.enumerate() {
+                let index = r * group + g;
+                let (first, length) = softmax::block_of(index, queries);
+                let block = &mut self.queries[first * dim..(first + length) * dim];
+                for (column, &x) in block.chunks_exact_mut(length).zip(query) {
+                    column[index - first] = x;
+                }
+            }
+        }
+    }
+}
+
+impl<E: KvElement + Element> Tile<'_, E> {
+    #[inline(always)]
+    fn page(&self, i: usize) -> HeadPage<'_, E> {
+        let page = self.unit.table(self.context)[self.list.get(i)];
+        self.context.pages.head::<E>(self.context.layer, page, self.unit.kv_head)
+    }
+
+    /// Tokens of the listed pages `pages` that the tile's row `row` sees. They come first: only
+    /// the last pages of a list hold tokens that some rows do not see, or no token at all.
+    #[inline(always)]
+    fn visible(&self, pages: &std::ops::Range<usize>, row: usize) -> usize {
+        let size = self.context.pages.layout().page_size();
+        let tokens = self.unit.first_visible + row;
+        if (self.list.get(pages.end - 1) + 1) * size <= tokens {
+            return pages.len() * size;
+        }
+        pages.clone().map(|i| tokens.saturating_sub(self.list.get(i) * size).min(size)).sum()
+    }
+
+    /// Asks for the page that the arithmetic reaches in a while. One row is through with a page
+    /// before the processor guesses where the next one is; a tile of many rows is not.
+    #[inline(always)]
+    fn prefetch<S: Simd>(&self, simd: S, i: usize) {
+        let bytes = 2 * self.context.pages.layout().head_elements() * size_of::<E>();
+        let ahead = i + (PREFETCH_BYTES / bytes).min(PREFETCH_PAGES);
+        if self.unit.rows.len() > 1 || ahead == i || ahead >= self.range.end {
+            return;
+        }
+        let page = self.page(ahead);
+        for rows in [page.keys, page.values] {
+            for line in rows.chunks(LINE_BYTES / size_of::<E>()) {
+                simd.prefetch(line.as_ptr());
+            }
         }
     }
 
-    /// Adds one page to the softmax of every query; `visible` tells how many of its tokens a
-    /// query sees.
+    /// Adds listed pages `pages`, one chunk, to the softmax of every query.
     #[inline(always)]
-    fn add_page<S: Simd, T: Element>(
-        &mut self,
+    fn add_chunk<S: Simd>(
+        &self,
         simd: S,
-        (keys, values): (Rows<'_, T>, Rows<'_, T>),
-        scale: f32,
-        visible: impl Fn(usize) -> usize,
+        pages: std::ops::Range<usize>,
+        (shape, chunk): (Shape, usize),
+        scratch: &mut TileScratch,
     ) {
-        let queries = self.peaks.len();
-        let most = if S::LANES == 16 { 4 } else { 2 };
+        let (size, group) = (self.context.pages.layout().page_size(), shape.group);
+        let dim = shape.head_dim;
+        let most = self.visible(&pages, shape.queries / group - 1);
+        let whole_vectors = size.is_multiple_of(S::LANES);
+        if !whole_vectors {
+            self.gather(simd, pages.clone(), chunk, scratch);
+        }
+        let mut state = State::new(&mut scratch.part, shape);
         let mut query = 0;
-        while query < queries {
-            let tokens = visible(query);
-            let same = query..(query + most).min(queries);
-            // Queries that see as many tokens go together; the others have a page to themselves.
-            let together = same.len() == most && visible(same.end - 1) == tokens;
-            match (tokens, together) {
-                (0, _) => query += 1,
-                (_, true) if most == 4 => {
-                    self.add_to::<S, T, 4>(simd, (&keys, &values), scale, query, tokens);
-                    query += 4;
-                }
-                (_, true) => {
-                    self.add_to::<S, T, 2>(simd, (&keys, &values), scale, query, tokens);
-                    query += 2;
-                }
-                (_, false) => {
-                    self.add_to::<S, T, 1>(simd, (&keys, &values), scale, query, tokens);
-                    query += 1;
-                }
-            }
-        }
-    }
-
-    /// Adds the first `tokens` tokens of a page to the softmax of `Q` queries from `query` on.
-    #[inline(always)]
-    fn add_to<S: Simd, T: Element, const Q: usize>(
-        &mut self,
-        simd: S,
-        (keys, values): (&Rows<'_, T>, &Rows<'_, T>),
-        scale: f32,
-        query: usize,
-        tokens: usize,
-    ) {
-        let stride = self.queries.len() / self.peaks.len();
-        let page = self.weights.len() / self.peaks.len();
-        let q = Rows { values: &self.queries[query * stride..], stride, length: stride };
-        let weights = &mut self.weights[query * page..(query + Q) * page];
-        let mut key = 0;
-        while key + KEYS <= tokens {
-            scores::<S, T, Q, KEYS>(simd, &q, keys, key, (weights, page));
-            key += KEYS;
-        }
-        while key < tokens {
-            scores::<S, T, Q, 1>(simd, &q, keys, key, (weights, page));
-            key += 1;
-        }
-        for (i, weights) in weights.chunks_exact_mut(page).enumerate() {
-            let weights = &mut weights[..tokens.next_multiple_of(S::LANES)];
-            let before = self.peaks[query + i];
-            let (peak, sum) = soften(simd, weights, tokens, scale, before);
-            // Usually the peak stays, and what it would scale is not scaled.
-            let shift = if before == peak { 1.0 } else { (before - peak).exp() };
-            self.peaks[query + i] = peak;
-            self.shifts[query + i] = shift;
-            self.sums[query + i] = self.sums[query + i] * shift + sum;
-        }
-        let shifts = std::array::from_fn(|i| self.shifts[query + i]);
-        let weights = Rows { values: weights, stride: page, length: tokens };
-        let out = &mut self.out[query * stride..(query + Q) * stride];
-        let mut at = 0;
-        while at + VECTORS * S::LANES <= values.length {
-            let range = at..at + VECTORS * S::LANES;
-            add_values::<S, T, Q, VECTORS>(simd, &weights, values, range, shifts, (out, stride));
-            at += VECTORS * S::LANES;
-        }
-        while at < values.length {
-            let range = at..(at + S::LANES).min(values.length);
-            add_values::<S, T, Q, 1>(simd, &weights, values, range, shifts, (out, stride));
-            at += S::LANES;
-        }
-    }
-}
-
-/// Dot products of `Q` queries with `K` keys from `key` on, into rows of `out`.
-#[inline(always)]
-fn scores<S: Simd, T: Element, const Q: usize, const K: usize>(
-    simd: S,
-    q: &Rows<'_, f32>,
-    keys: &Rows<'_, T>,
-    key: usize,
-    (out, page): (&mut [f32], usize),
-) {
-    let q: [&[f32]; Q] = std::array::from_fn(|i| q.row(i));
-    let k: [&[T]; K] = std::array::from_fn(|i| keys.row(key + i));
-    let mut sums = [[simd.splat(0.0); K]; Q];
-    let whole = keys.length - keys.length % S::LANES;
-    let mut at = 0;
-    while at < whole {
-        let mut wide = [simd.splat(0.0); K];
-        for (k, wide) in k.iter().zip(&mut wide) {
-            *wide = T::load(simd, &k[at..at + S::LANES]);
-        }
-        for (q, sums) in q.iter().zip(&mut sums) {
-            let q = simd.load(&q[at..at + S::LANES]);
-            for (k, sum) in wide.iter().zip(sums) {
-                *sum = simd.mul_add(q, *k, *sum);
-            }
-        }
-        at += S::LANES;
-    }
-    if whole < keys.length {
-        for (q, sums) in q.iter().zip(&mut sums) {
-            let q = simd.load(&q[whole..whole + S::LANES]);
-            for (k, sum) in k.iter().zip(sums) {
-                *sum = simd.mul_add(q, simd.load_tail(&k[whole..]), *sum);
-            }
-        }
-    }
-    for (i, sums) in sums.iter().enumerate() {
-        let out = &mut out[i * page + key..i * page + key + K];
-        if K == KEYS {
-            let sums = [sums[0], sums[1 % K], sums[2 % K], sums[3 % K]];
-            out.copy_from_slice(&simd.sum_four(sums));
-        } else {
-            for (out, &sum) in out.iter_mut().zip(sums) {
-                *out = simd.sum(sum);
-            }
-        }
-    }
-}
-
-/// Turns scores into weights; gives the highest score, that of earlier pages included, and the
-/// sum of the weights. `scores` is padded to whole vectors, the first `tokens` of it count.
-#[inline(always)]
-fn soften<S: Simd>(
-    simd: S,
-    scores: &mut [f32],
-    tokens: usize,
-    scale: f32,
-    before: f32,
-) -> (f32, f32) {
-    let scale = simd.splat(scale);
-    let mut peak = simd.splat(before);
-    for scores in scores[..tokens].chunks_exact_mut(S::LANES) {
-        let scaled = simd.mul(simd.load(scores), scale);
-        simd.store(scaled, scores);
-        peak = simd.max(peak, scaled);
-    }
-    let whole = tokens - tokens % S::LANES;
-    if whole < tokens {
-        let tail = &mut scores[whole..];
-        let scaled = simd.mul(simd.load(tail), scale);
-        simd.store(scaled, tail);
-        // What lies behind the last token is left over from other pages.
-        tail[tokens - whole..].fill(f32::NEG_INFINITY);
-        peak = simd.max(peak, simd.load(tail));
-    }
-    let highest = simd.highest(peak);
-    let peak = simd.splat(highest);
-    for scores in scores.chunks_exact_mut(S::LANES) {
-        simd.store(simd.exp(simd.sub(simd.load(scores), peak)), scores);
-    }
-    scores[tokens..].fill(0.0);
-    let mut sum = simd.splat(0.0);
-    for weights in scores.chunks_exact(S::LANES) {
-        sum = simd.add(sum, simd.load(weights));
-    }
-    (highest, simd.sum(sum))
-}
-
-/// `out = out·shift + Σ_t weights[t]·values[t]` in columns `range`, which are `V` vectors, the
-/// last of them perhaps partly.
-#[inline(always)]
-fn add_values<S: Simd, T: Element, const Q: usize, const V: usize>(
-    simd: S,
-    weights: &Rows<'_, f32>,
-    values: &Rows<'_, T>,
-    range: Range<usize>,
-    shifts: [f32; Q],
-    (out, stride): (&mut [f32], usize),
-) {
-    let at = |v: usize| range.start + v * S::LANES;
-    let w: [&[f32]; Q] = std::array::from_fn(|i| weights.row(i));
-    let mut sums = [[simd.splat(0.0); V]; Q];
-    for (i, sums) in sums.iter_mut().enumerate() {
-        let shift = simd.splat(shifts[i]);
-        for (v, sum) in sums.iter_mut().enumerate() {
-            *sum = simd.mul(simd.load(&out[i * stride + at(v)..]), shift);
-        }
-    }
-    for token in 0..weights.length {
-        let value = &values.row(token)[range.clone()];
-        let mut wide = [simd.splat(0.0); V];
-        for (v, wide) in wide.iter_mut().enumerate() {
-            *wide = if V == 1 {
-                simd.load_up_to(value)
+        while query < shape.queries {
+            let (_, block) = softmax::block_of(query, shape.queries);
+            let q = &scratch.queries[query * dim..(query + block) * dim];
+            let out = &mut scratch.weights[query * chunk..(query + block) * chunk];
+            let tokens = if shape.queries == group {
+                most
             } else {
-                T::load(simd, &value[v * S::LANES..(v + 1) * S::LANES])
+                self.visible(&pages, (query + block - 1) / group)
             };
-        }
-        for (w, sums) in w.iter().zip(&mut sums) {
-            let w = simd.splat(w[token]);
-            for (value, sum) in wide.iter().zip(sums) {
-                *sum = simd.mul_add(w, *value, *sum);
+            if !whole_vectors {
+                let keys = &scratch.keys[..dim * chunk];
+                softmax::scores(simd, (q, block), (keys, chunk), tokens, (out, chunk));
+            } else if block <= 2 {
+                // One vector of keys at a time would leave the processor waiting for its sum.
+                let mut i = pages.start;
+                while i < pages.end && (i - pages.start) * size < tokens {
+                    let at = (i - pages.start) * size;
+                    if i + 4 <= pages.end {
+                        (i..i + 4).for_each(|i| self.prefetch(simd, i));
+                        let four = [i, i + 1, i + 2, i + 3].map(|i| self.page(i).keys);
+                        softmax::scores_of_four(simd, (q, block), (four, size), (out, chunk, at));
+                        i += 4;
+                    } else {
+                        self.prefetch(simd, i);
+                        let keys = (self.page(i).keys, size);
+                        let tokens = (tokens - at).min(size);
+                        softmax::scores(simd, (q, block), keys, tokens, (&mut out[at..], chunk));
+                        i += 1;
+                    }
+                }
+            } else {
+                for i in pages.clone() {
+                    let at = (i - pages.start) * size;
+                    if at >= tokens {
+                        break;
+                    }
+                    if query == 0 {
+                        self.prefetch(simd, i);
+                    }
+                    let keys = (self.page(i).keys, size);
+                    let tokens = (tokens - at).min(size);
+                    softmax::scores(simd, (q, block), keys, tokens, (&mut out[at..], chunk));
+                }
             }
+            query += block;
+        }
+        for query in 0..shape.queries {
+            let tokens =
+                if shape.queries == group { most } else { self.visible(&pages, query / group) };
+            let weights = &mut scratch.weights[query * chunk..(query + 1) * chunk];
+            scratch.shifts[query] =
+                state.soften(simd, query, &mut weights[..], tokens, self.context.scale);
+        }
+        let together = if S::LANES == 16 { 4 } else { 2 };
+        let mut query = 0;
+        while query < shape.queries {
+            let wanted = together.min(shape.queries - query);
+            let block = if wanted == 3 { 2 } else { wanted };
+            let tokens = |query: usize| {
+                if shape.queries == group { most } else { self.visible(&pages, query / group) }
+            };
+            let weights = &scratch.weights[query * chunk..(query + block) * chunk];
+            let shifts = &scratch.shifts[query..query + block];
+            // What every query of the block sees goes together, the rest query by query: a weight
+            // of nothing would still turn a value that is not a number into one that shows.
+            let common = tokens(query);
+            let values = |i: usize| self.page(pages.start + i).values;
+            state.add_values(simd, query, (weights, chunk), shifts, (values, size), 0..common);
+            for i in 0..block {
+                let own = common..tokens(query + i);
+                if !own.is_empty() {
+                    let weights = &weights[i * chunk..(i + 1) * chunk];
+                    state.add_values(
+                        simd,
+                        query + i,
+                        (weights, chunk),
+                        &[1.0],
+                        (values, size),
+                        own,
+                    );
+                }
+            }
+            query += block;
         }
     }
-    for (i, sums) in sums.iter().enumerate() {
-        for (v, &sum) in sums.iter().enumerate() {
-            simd.store(sum, &mut out[i * stride + at(v)..]);
+
+    /// Puts the keys of pages that are not whole vectors side by side: `[head_dim, chunk]`.
+    #[inline(always)]
+    fn gather<S: Simd>(
+        &self,
+        simd: S,
+        pages: std::ops::Range<usize>,
+        chunk: usize,
+        scratch: &mut TileScratch,
+    ) {
+        let size = self.context.pages.layout().page_size();
+        let (dim, first) = (self.context.heads.head_dim, pages.start);
+        scratch.page.resize((size * dim).next_multiple_of(S::LANES), 0.0);
+        scratch.keys.resize(dim * chunk, 0.0);
+        for i in pages {
+            let keys = self.page(i).keys;
+            for (x, out) in keys.chunks(S::LANES).zip(scratch.page.chunks_exact_mut(S::LANES)) {
+                simd.store(simd.load_up_to(x), out);
+            }
+            let at = (i - first) * size;
+            let columns = scratch.keys.chunks_exact_mut(chunk);
+            for (column, out) in scratch.page.chunks_exact(size).zip(columns) {
+                out[at..at + size].copy_from_slice(column);
+            }
         }
     }
 }

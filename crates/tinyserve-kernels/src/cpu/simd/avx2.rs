@@ -31,22 +31,6 @@ macro_rules! intrinsic {
     };
 }
 
-/// Sums of four vectors of four, added up as `(x0 + x2) + (x1 + x3)`.
-#[inline(always)]
-pub(super) fn sums_of_four([a, b, c, d]: [__m128; 4]) -> [f32; 4] {
-    let mut sums = [0.0; 4];
-    // SAFETY: every x86-64 processor has SSE; the store fills the array.
-    unsafe {
-        let (ab, cd) = (_mm_unpacklo_ps(a, b), _mm_unpacklo_ps(c, d));
-        let (ab_high, cd_high) = (_mm_unpackhi_ps(a, b), _mm_unpackhi_ps(c, d));
-        let (first, second) = (_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
-        let (third, fourth) = (_mm_movelh_ps(ab_high, cd_high), _mm_movehl_ps(cd_high, ab_high));
-        let all = _mm_add_ps(_mm_add_ps(first, third), _mm_add_ps(second, fourth));
-        _mm_storeu_ps(sums.as_mut_ptr(), all);
-    }
-    sums
-}
-
 /// The two halves of a vector added up.
 ///
 /// # Safety
@@ -134,10 +118,6 @@ impl Simd for Avx2 {
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
         })
-    }
-    #[inline(always)]
-    fn sum_four(self, x: [__m256; 4]) -> [f32; 4] {
-        intrinsic!(sums_of_four([halves(x[0]), halves(x[1]), halves(x[2]), halves(x[3])]))
     }
     #[inline(always)]
     fn highest(self, x: __m256) -> f32 {

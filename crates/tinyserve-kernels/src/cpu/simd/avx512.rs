@@ -4,7 +4,6 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::avx2::sums_of_four;
 use super::{Kernel, Simd};
 
 /// Proof that the processor has AVX-512 F, BW, VL and DQ, and VNNI if it says so.
@@ -127,10 +126,6 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
         })
-    }
-    #[inline(always)]
-    fn sum_four(self, x: [__m512; 4]) -> [f32; 4] {
-        intrinsic!(sums_of_four([quarters(x[0]), quarters(x[1]), quarters(x[2]), quarters(x[3])]))
     }
     #[inline(always)]
     fn highest(self, x: __m512) -> f32 {

@@ -146,18 +146,7 @@ impl Simd for Neon {
     }
     #[inline(always)]
     fn sum(self, x: Self::V) -> f32 {
-        // The additions of `vpaddq_f32`, in the same order.
         intrinsic!(vaddvq_f32(vaddq_f32(x[0], x[1])))
-    }
-    #[inline(always)]
-    fn sum_four(self, x: [Self::V; 4]) -> [f32; 4] {
-        intrinsic!({
-            let four = x.map(|x| vaddq_f32(x[0], x[1]));
-            let pairs = [vpaddq_f32(four[0], four[1]), vpaddq_f32(four[2], four[3])];
-            let mut sums = [0.0; 4];
-            vst1q_f32(sums.as_mut_ptr(), vpaddq_f32(pairs[0], pairs[1]));
-            sums
-        })
     }
     #[inline(always)]
     fn highest(self, x: Self::V) -> f32 {

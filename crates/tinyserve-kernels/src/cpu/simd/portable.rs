@@ -85,10 +85,6 @@ impl Simd for Portable {
         x.iter().sum()
     }
     #[inline(always)]
-    fn sum_four(self, x: [Self::V; 4]) -> [f32; 4] {
-        x.map(|x| self.sum(x))
-    }
-    #[inline(always)]
     fn highest(self, x: Self::V) -> f32 {
         x.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }

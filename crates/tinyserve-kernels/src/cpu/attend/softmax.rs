@@ -1,0 +1,368 @@
+//! The arithmetic of a tile: scores, weights, weighted values, and the merging of parts.
+
+use std::ops::Range;
+
+use crate::cpu::simd::{Element, Simd};
+
+/// Queries whose scores are summed up together.
+const BLOCK: usize = 8;
+
+/// First query and length of the block of `query`, of `queries`: blocks of 8, then 4, 2 and 1.
+#[inline(always)]
+pub(super) fn block_of(query: usize, queries: usize) -> (usize, usize) {
+    let mut first = query - query % BLOCK;
+    let mut length = BLOCK;
+    loop {
+        while first + length > queries {
+            length /= 2;
+        }
+        if query < first + length {
+            return (first, length);
+        }
+        first += length;
+    }
+}
+
+/// The queries of a tile.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Shape {
+    pub(super) queries: usize,
+    /// Queries of one row.
+    pub(super) group: usize,
+    pub(super) head_dim: usize,
+    /// `head_dim`, padded to whole vectors of every instruction set.
+    pub(super) stride: usize,
+}
+
+impl Shape {
+    /// Numbers of a [`State`].
+    pub(super) fn state(&self) -> usize {
+        self.queries * (2 + self.stride)
+    }
+}
+
+/// The softmax of each query over the tokens so far.
+pub(super) struct State<'a> {
+    shape: Shape,
+    /// Highest score `[queries]`.
+    peaks: &'a mut [f32],
+    /// Sum of weights `[queries]`.
+    sums: &'a mut [f32],
+    /// Weighted values `[queries, stride]`.
+    out: &'a mut [f32],
+}
+
+impl<'a> State<'a> {
+    /// A view of `numbers`, `[Shape::state]`.
+    #[inline(always)]
+    pub(super) fn new(numbers: &'a mut [f32], shape: Shape) -> Self {
+        let (peaks, rest) = numbers.split_at_mut(shape.queries);
+        let (sums, out) = rest.split_at_mut(shape.queries);
+        Self { shape, peaks, sums, out }
+    }
+
+    /// Makes `numbers` the state before the first token.
+    #[inline(always)]
+    pub(super) fn reset(numbers: &mut Vec<f32>, shape: Shape) {
+        numbers.clear();
+        numbers.resize(shape.queries, f32::NEG_INFINITY);
+        numbers.resize(shape.state(), 0.0);
+    }
+
+    /// Adds the tokens of a later part.
+    #[inline(always)]
+    pub(super) fn merge<S: Simd>(&mut self, simd: S, part: &mut [f32]) {
+        let stride = self.shape.stride;
+        let part = State::new(part, self.shape);
+        for query in 0..self.shape.queries {
+            if part.peaks[query] == f32::NEG_INFINITY && part.sums[query] == 0.0 {
+                // A row of a prefill tile may see nothing of the last part.
+                continue;
+            }
+            let (mine, theirs) = (self.peaks[query], part.peaks[query]);
+            let peak = if theirs > mine || theirs.is_nan() { theirs } else { mine };
+            let keep = if mine == peak { 1.0 } else { (mine - peak).exp() };
+            let add = if theirs == peak { 1.0 } else { (theirs - peak).exp() };
+            self.peaks[query] = peak;
+            self.sums[query] = self.sums[query] * keep + part.sums[query] * add;
+            let (keep, add) = (simd.splat(keep), simd.splat(add));
+            let out = self.out[query * stride..(query + 1) * stride].chunks_exact_mut(S::LANES);
+            let more = part.out[query * stride..(query + 1) * stride].chunks_exact(S::LANES);
+            for (out, more) in out.zip(more) {
+                let sum = simd.mul_add(simd.load(more), add, simd.mul(simd.load(out), keep));
+                simd.store(sum, out);
+            }
+        }
+    }
+
+    /// Writes the weighted mean of the values of `query` into `out` `[head_dim]`.
+    pub(super) fn finish(&self, query: usize, out: &mut [f32]) {
+        let inverse = self.sums[query].recip();
+        for (out, &sum) in out.iter_mut().zip(&self.out[query * self.shape.stride..]) {
+            *out = sum * inverse;
+        }
+    }
+
+    /// Turns the scores of the first `tokens` tokens of a chunk into weights, and adds them up;
+    /// gives the factor that earlier weights shrink by.
+    #[inline(always)]
+    pub(super) fn soften<S: Simd>(
+        &mut self,
+        simd: S,
+        query: usize,
+        scores: &mut [f32],
+        tokens: usize,
+        scale: f32,
+    ) -> f32 {
+        if tokens == 0 {
+            return 1.0;
+        }
+        let before = self.peaks[query];
+        let scores = &mut scores[..tokens.next_multiple_of(S::LANES)];
+        // What lies behind the last token is left over, or belongs to tokens that are not seen.
+        scores[tokens..].fill(f32::NEG_INFINITY);
+        let scale = simd.splat(scale);
+        let mut highest = simd.splat(before);
+        for scores in scores.chunks_exact_mut(S::LANES) {
+            let scaled = simd.mul(simd.load(scores), scale);
+            simd.store(scaled, scores);
+            highest = simd.max(highest, scaled);
+        }
+        let peak = simd.highest(highest);
+        let mut sum = simd.splat(0.0);
+        for scores in scores.chunks_exact_mut(S::LANES) {
+            let weights = simd.exp(simd.sub(simd.load(scores), simd.splat(peak)));
+            simd.store(weights, scores);
+            sum = simd.add(sum, weights);
+        }
+        // Far below zero the exponential is small, not nothing: too small for the sum to notice,
+        // but not to be multiplied by a value that is not a number.
+        scores[tokens..].fill(0.0);
+        // Usually the peak stays, and what it would scale is not scaled.
+        let shift = if before == peak { 1.0 } else { (before - peak).exp() };
+        self.peaks[query] = peak;
+        self.sums[query] = self.sums[query] * shift + simd.sum(sum);
+        shift
+    }
+
+    /// `out = out·shift + Σ_t weights[t]·values[t]` for the queries from `query` on, as many as
+    /// there are `shifts`, and the tokens `range` of a chunk.
+    ///
+    /// `weights` is `[queries, chunk]`; page `i` of the chunk is `values(i)`, `[size, head_dim]`.
+    #[inline(always)]
+    pub(super) fn add_values<'v, S: Simd, T: Element>(
+        &mut self,
+        simd: S,
+        query: usize,
+        weights: (&[f32], usize),
+        shifts: &[f32],
+        values: (impl Fn(usize) -> &'v [T] + Copy, usize),
+        range: Range<usize>,
+    ) {
+        match shifts.len() {
+            4 => self.add_to::<S, T, 4>(simd, query, weights, shifts, values, range),
+            2 => self.add_to::<S, T, 2>(simd, query, weights, shifts, values, range),
+            _ => self.add_to::<S, T, 1>(simd, query, weights, shifts, values, range),
+        }
+    }
+
+    #[inline(always)]
+    fn add_to<'v, S: Simd, T: Element, const Q: usize>(
+        &mut self,
+        simd: S,
+        query: usize,
+        weights: (&[f32], usize),
+        shifts: &[f32],
+        values: (impl Fn(usize) -> &'v [T] + Copy, usize),
+        range: Range<usize>,
+    ) {
+        let (dim, stride) = (self.shape.head_dim, self.shape.stride);
+        let out = (&mut self.out[query * stride..(query + Q) * stride], stride);
+        let rows = Values { values, dim, range };
+        let shifts = std::array::from_fn(|i| shifts[i]);
+        let (mut at, out) = (0, out.0);
+        while at < dim {
+            // As many whole vectors at a time as there are, up to four; then a part of one.
+            let vectors = (dim - at) / S::LANES;
+            match vectors {
+                4.. => rows.add::<S, Q, 4>(simd, weights, at, shifts, (out, stride)),
+                3 => rows.add::<S, Q, 3>(simd, weights, at, shifts, (out, stride)),
+                2 => rows.add::<S, Q, 2>(simd, weights, at, shifts, (out, stride)),
+                _ => rows.add::<S, Q, 1>(simd, weights, at, shifts, (out, stride)),
+            }
+            at += vectors.clamp(1, 4) * S::LANES;
+        }
+    }
+}
+
+/// Values of the tokens `range` of a chunk.
+struct Values<F> {
+    /// Page of the chunk → `[size, dim]`; the page size.
+    values: (F, usize),
+    dim: usize,
+    range: Range<usize>,
+}
+
+impl<'v, T: Element, F: Fn(usize) -> &'v [T]> Values<F> {
+    /// Adds columns `at..` of every value, `V` vectors, the last of them perhaps partly.
+    #[inline(always)]
+    fn add<S: Simd, const Q: usize, const V: usize>(
+        &self,
+        simd: S,
+        (weights, chunk): (&[f32], usize),
+        at: usize,
+        shifts: [f32; Q],
+        (out, stride): (&mut [f32], usize),
+    ) {
+        let mut sums = [[simd.splat(0.0); V]; Q];
+        for (i, sums) in sums.iter_mut().enumerate() {
+            let shift = simd.splat(shifts[i]);
+            for (v, sum) in sums.iter_mut().enumerate() {
+                *sum = simd.mul(simd.load(&out[i * stride + at + v * S::LANES..]), shift);
+            }
+        }
+        let (page, size) = (&self.values.0, self.values.1);
+        let end = (at + V * S::LANES).min(self.dim);
+        let mut token = self.range.start;
+        while token < self.range.end {
+            let (index, first) = (token / size, token % size);
+            let tokens = (size - first).min(self.range.end - token);
+            let rows = page(index)[first * self.dim..].chunks_exact(self.dim).take(tokens);
+            let w: [&[f32]; Q] = std::array::from_fn(|i| &weights[i * chunk + token..][..tokens]);
+            for (t, row) in rows.enumerate() {
+                let row = &row[at..end];
+                let mut wide = [simd.splat(0.0); V];
+                for (v, wide) in wide.iter_mut().enumerate() {
+                    *wide = if V == 1 {
+                        simd.load_up_to(row)
+                    } else {
+                        T::load(simd, &row[v * S::LANES..(v + 1) * S::LANES])
+                    };
+                }
+                for (w, sums) in w.iter().zip(&mut sums) {
+                    let w = simd.splat(w[t]);
+                    for (value, sum) in wide.iter().zip(sums) {
+                        *sum = simd.mul_add(w, *value, *sum);
+                    }
+                }
+            }
+            token += tokens;
+        }
+        for (i, sums) in sums.iter().enumerate() {
+            for (v, &sum) in sums.iter().enumerate() {
+                simd.store(sum, &mut out[i * stride + at + v * S::LANES..]);
+            }
+        }
+    }
+}
+
+/// Dot products of a block of queries `[head_dim, block]` with the first `tokens` keys of
+/// `[head_dim, stride]`, into rows of `out` that are `chunk` apart; whole vectors are written.
+#[inline(always)]
+pub(super) fn scores<S: Simd, T: Element>(
+    simd: S,
+    (q, block): (&[f32], usize),
+    keys: (&[T], usize),
+    tokens: usize,
+    out: (&mut [f32], usize),
+) {
+    match block {
+        8 => scores_of::<S, T, 8>(simd, q, keys, tokens, out),
+        4 => scores_of::<S, T, 4>(simd, q, keys, tokens, out),
+        2 => scores_of::<S, T, 2>(simd, q, keys, tokens, out),
+        _ => scores_of::<S, T, 1>(simd, q, keys, tokens, out),
+    }
+}
+
+#[inline(always)]
+fn scores_of<S: Simd, T: Element, const Q: usize>(
+    simd: S,
+    q: &[f32],
+    (keys, stride): (&[T], usize),
+    tokens: usize,
+    (out, chunk): (&mut [f32], usize),
+) {
+    let mut at = 0;
+    while at < tokens {
+        let mut sums = [simd.splat(0.0); Q];
+        for (keys, q) in keys.chunks_exact(stride).zip(q.chunks_exact(Q)) {
+            let keys = T::load(simd, &keys[at..at + S::LANES]);
+            for (sum, &q) in sums.iter_mut().zip(q) {
+                *sum = simd.mul_add(simd.splat(q), keys, *sum);
+            }
+        }
+        for (i, &sum) in sums.iter().enumerate() {
+            simd.store(sum, &mut out[i * chunk + at..]);
+        }
+        at += S::LANES;
+    }
+}
+
+/// [`scores`] of all keys of four pages at once, from column `at` of `out` on.
+#[inline(always)]
+pub(super) fn scores_of_four<S: Simd, T: Element>(
+    simd: S,
+    (q, block): (&[f32], usize),
+    pages: ([&[T]; 4], usize),
+    out: (&mut [f32], usize, usize),
+) {
+    match block {
+        2 => four_pages::<S, T, 2>(simd, q, pages, out),
+        _ => four_pages::<S, T, 1>(simd, q, pages, out),
+    }
+}
+
+#[inline(always)]
+fn four_pages<S: Simd, T: Element, const Q: usize>(
+    simd: S,
+    q: &[f32],
+    ([a, b, c, d], size): ([&[T]; 4], usize),
+    (out, chunk, first): (&mut [f32], usize, usize),
+) {
+    let mut at = 0;
+    while at < size {
+        let mut sums = [[simd.splat(0.0); 4]; Q];
+        let columns = a.chunks_exact(size).zip(b.chunks_exact(size));
+        let more = c.chunks_exact(size).zip(d.chunks_exact(size));
+        for (((a, b), (c, d)), q) in columns.zip(more).zip(q.chunks_exact(Q)) {
+            // Not `map`: its closure would be compiled without the vector instructions.
+            let mut keys = [simd.splat(0.0); 4];
+            for (wide, stored) in keys.iter_mut().zip([a, b, c, d]) {
+                *wide = T::load(simd, &stored[at..at + S::LANES]);
+            }
+            for (sums, &q) in sums.iter_mut().zip(q) {
+                let q = simd.splat(q);
+                for (sum, &keys) in sums.iter_mut().zip(&keys) {
+                    *sum = simd.mul_add(q, keys, *sum);
+                }
+            }
+        }
+        for (i, sums) in sums.iter().enumerate() {
+            for (page, &sum) in sums.iter().enumerate() {
+                simd.store(sum, &mut out[i * chunk + first + page * size + at..]);
+            }
+        }
+        at += S::LANES;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_cover_every_query_once_in_order() {
+        for queries in 1..40 {
+            let mut next = 0;
+            while next < queries {
+                let (first, length) = block_of(next, queries);
+                assert_eq!(first, next, "of {queries}");
+                assert!(matches!(length, 1 | 2 | 4 | 8) && first + length <= queries);
+                for query in first..first + length {
+                    assert_eq!(block_of(query, queries), (first, length));
+                }
+                next += length;
+            }
+        }
+    }
+}
