@@ -56,6 +56,8 @@ pub struct Cpu {
     scratch: Vec<Mutex<attend::Scratch>>,
     /// Input rows of the running product over quantised weights; grows, and is kept.
     quantised: Mutex<Vec<RowGroup>>,
+    /// Sums of products over stored weights, one for each thread.
+    sums: Vec<Mutex<Vec<f32>>>,
 }
 
 /// Most threads that can be asked for: beyond it a number is a typing mistake.
@@ -90,7 +92,8 @@ impl Cpu {
             expected: format!("as many as the system starts ({error})"),
         })?;
         let scratch = (0..threads).map(|_| Mutex::default()).collect();
-        Ok(Self { pool, path, scratch, quantised: Mutex::default() })
+        let sums = (0..threads).map(|_| Mutex::default()).collect();
+        Ok(Self { pool, path, scratch, quantised: Mutex::default(), sums })
     }
 
     /// The scalar reference, on the thread that calls it: what other backends are held to.
@@ -101,6 +104,7 @@ impl Cpu {
             path: CpuPath::Scalar,
             scratch: vec![Mutex::default()],
             quantised: Mutex::default(),
+            sums: vec![Mutex::default()],
         }
     }
 
