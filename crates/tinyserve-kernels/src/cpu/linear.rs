@@ -4,6 +4,7 @@
 //! each sequence bit for bit what it gets alone.
 
 use std::ops::Range;
+use std::sync::PoisonError;
 
 use super::Cpu;
 use super::columns::Columns;
@@ -31,41 +32,29 @@ const ROW_BLOCK_BYTES: usize = 384 * 1024;
 pub(super) fn linear(
     cpu: &Cpu,
     x: &CpuTensor,
-    (all, layout): (&[CpuMatrix], MatrixLayout),
+    (parts, layout): (&[CpuMatrix], MatrixLayout),
     store: Store,
     out: &mut CpuTensor,
 ) {
     let (path, threads) = (cpu.path(), cpu.threads());
     let (rows, inputs, width) = (x.rows(), x.columns(), out.columns());
     let columns = Columns::new(out.values_mut(), width);
-    let mut first = 0;
-    let parts: Vec<(&CpuMatrix, usize)> = all
-        .iter()
-        .map(|part| {
-            let start = first;
-            first += part.outputs;
-            (part, start)
-        })
-        .collect();
-    let run = |part: &CpuMatrix, start: usize, strip: Range<usize>| {
-        let strip = StripArgs {
-            x: x.values(),
-            rows,
-            part,
-            strip,
-            start,
-            columns,
-            add: store == Store::Add,
-        };
+    let run = |thread: usize, part: &CpuMatrix, start: usize, strip: Range<usize>| {
+        let (x, add) = (x.values(), store == Store::Add);
+        let strip = StripArgs { x, rows, part, strip, start, columns, add };
+        // Waited for only where callers share a backend of one thread.
+        let mut sums = cpu.sums[thread].lock().unwrap_or_else(PoisonError::into_inner);
         match part.elements() {
-            Elements::F32(w) => run_strip(path, layout, strip, w),
-            Elements::F16(w) => run_strip(path, layout, strip, w),
-            Elements::Bf16(w) => run_strip(path, layout, strip, w),
+            Elements::F32(w) => run_strip(path, layout, (strip, &mut sums), w),
+            Elements::F16(w) => run_strip(path, layout, (strip, &mut sums), w),
+            Elements::Bf16(w) => run_strip(path, layout, (strip, &mut sums), w),
         }
     };
     if threads == 1 || rows * inputs * width < SERIAL_WORK {
-        for (part, start) in parts {
-            run(part, start, 0..part.outputs);
+        let mut start = 0;
+        for part in parts {
+            run(0, part, start, 0..part.outputs);
+            start += part.outputs;
         }
         return;
     }
@@ -76,17 +65,18 @@ pub(super) fn linear(
         _ => 4,
     };
     let target = width.div_ceil(threads * strips_per_thread).next_multiple_of(STRIP);
-    let strips: Vec<(&CpuMatrix, usize, Range<usize>)> = parts
-        .into_iter()
-        .flat_map(|(part, start)| {
-            (0..part.outputs)
-                .step_by(target)
-                .map(move |s| (part, start, s..(s + target).min(part.outputs)))
-        })
-        .collect();
-    cpu.pool.run(strips.len(), &|_, i| {
-        let (part, start, strip) = &strips[i];
-        run(part, *start, strip.clone());
+    let strips = parts.iter().map(|part| part.outputs.div_ceil(target)).sum();
+    cpu.pool.run(strips, &|thread, mut strip| {
+        let mut start = 0;
+        for part in parts {
+            let of_part = part.outputs.div_ceil(target);
+            if strip < of_part {
+                let outputs = strip * target..((strip + 1) * target).min(part.outputs);
+                return run(thread, part, start, outputs);
+            }
+            strip -= of_part;
+            start += part.outputs;
+        }
     });
 }
 
@@ -103,10 +93,17 @@ struct StripArgs<'a> {
     add: bool,
 }
 
-fn run_strip<E: Element>(path: CpuPath, layout: MatrixLayout, args: StripArgs<'_>, w: &[E]) {
+fn run_strip<E: Element>(
+    path: CpuPath,
+    layout: MatrixLayout,
+    (args, sums): (StripArgs<'_>, &mut Vec<f32>),
+    w: &[E],
+) {
     match layout {
         MatrixLayout::OutIn => dispatch(path, OutIn { args, w }),
-        MatrixLayout::InOut if args.rows <= STREAMED_ROWS => dispatch(path, InOutFew { args, w }),
+        MatrixLayout::InOut if args.rows <= STREAMED_ROWS => {
+            dispatch(path, InOutFew { strip: InOutRows { args, w }, sums });
+        }
         MatrixLayout::InOut => dispatch(path, InOut { args, w }),
     }
 }
@@ -251,6 +248,13 @@ impl<E: Element> OutIn<'_, E> {
 
 /// `[in, out]`, few rows: weight rows are added up as they stream by, several at a time.
 struct InOutFew<'a, E> {
+    strip: InOutRows<'a, E>,
+    /// Holds the sums of the strip while they grow, and is kept by its thread.
+    sums: &'a mut Vec<f32>,
+}
+
+/// A strip of `[in, out]` weights.
+struct InOutRows<'a, E> {
     args: StripArgs<'a>,
     w: &'a [E],
 }
@@ -261,28 +265,30 @@ impl<E: Element> Kernel for InOutFew<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         // As many weight rows at a time as registers hold their factors.
-        match self.args.rows {
-            1 => self.stream::<S, 1, 8>(simd),
-            2 => self.stream::<S, 2, 4>(simd),
-            3 => self.stream::<S, 3, 4>(simd),
-            4 => self.stream::<S, 4, 4>(simd),
+        let Self { strip, sums } = self;
+        sums.clear();
+        sums.resize(strip.args.rows * strip.args.strip.len(), 0.0);
+        match strip.args.rows {
+            1 => strip.stream::<S, 1, 8>(simd, sums),
+            2 => strip.stream::<S, 2, 4>(simd, sums),
+            3 => strip.stream::<S, 3, 4>(simd, sums),
+            4 => strip.stream::<S, 4, 4>(simd, sums),
             rows => assert_eq!(rows, 0, "at most {STREAMED_ROWS} rows are streamed"),
         }
     }
 }
 
-impl<E: Element> InOutFew<'_, E> {
+impl<E: Element> InOutRows<'_, E> {
     #[inline(always)]
-    fn stream<S: Simd, const R: usize, const K: usize>(&self, simd: S) {
+    fn stream<S: Simd, const R: usize, const K: usize>(&self, simd: S, sums: &mut [f32]) {
         let (inputs, strip) = (self.args.part.inputs, self.args.strip.len());
-        let mut sums = vec![0.0; R * strip];
         let mut i = 0;
         while i + K <= inputs {
-            self.add_rows::<S, R, K>(simd, i, &mut sums);
+            self.add_rows::<S, R, K>(simd, i, sums);
             i += K;
         }
         while i < inputs {
-            self.add_rows::<S, R, 1>(simd, i, &mut sums);
+            self.add_rows::<S, R, 1>(simd, i, sums);
             i += 1;
         }
         for (row, sums) in sums.chunks_exact(strip).enumerate() {

@@ -59,6 +59,8 @@ pub struct Cpu {
     plan: Mutex<attend::Plan>,
     /// Input rows of the running product over quantised weights; grows, and is kept.
     quantised: Mutex<Vec<RowGroup>>,
+    /// Sums of products over stored weights, one for each thread.
+    sums: Vec<Mutex<Vec<f32>>>,
 }
 
 /// Most threads that can be asked for: beyond it a number is a typing mistake.
@@ -93,7 +95,9 @@ impl Cpu {
             expected: format!("as many as the system starts ({error})"),
         })?;
         let scratch = (0..threads).map(|_| Mutex::default()).collect();
-        Ok(Self { pool, path, scratch, plan: Mutex::default(), quantised: Mutex::default() })
+        let sums = (0..threads).map(|_| Mutex::default()).collect();
+        let (plan, quantised) = Default::default();
+        Ok(Self { pool, path, scratch, plan, quantised, sums })
     }
 
     /// The scalar reference, on the thread that calls it: what other backends are held to.
@@ -105,6 +109,7 @@ impl Cpu {
             scratch: vec![Mutex::default()],
             plan: Mutex::default(),
             quantised: Mutex::default(),
+            sums: vec![Mutex::default()],
         }
     }
 
