@@ -30,7 +30,10 @@ const CHECKERS: &[&str] = &["tinyserve-tests", "xtask"];
 const ROOMS: &[(&[&str], &[&str])] = &[
     (&["cudarc"], &["tinyserve-kernels"]),
     (&["safetensors", "tokenizers"], &["tinyserve-model", "tinyserve-tests", "xtask"]),
-    (&["memmap2"], &["tinyserve-kv", "tinyserve-model", "tinyserve-tests", "xtask"]),
+    (
+        &["memmap2"],
+        &["tinyserve-kv", "tinyserve-kernels", "tinyserve-model", "tinyserve-tests", "xtask"],
+    ),
     (&["axum", "tokio", "hyper"], &["tinyserve-server"]),
     (&["clap", "anyhow", "indicatif"], &["tinyserve-cli", "xtask"]),
     (&["proptest", "criterion", "tempfile"], &["tinyserve-tests"]),
@@ -319,7 +322,7 @@ mod tests {
             ("xtask", "safetensors", None, true),
             ("tinyserve-cli", "safetensors", None, false),
             ("tinyserve-kv", "memmap2", None, true),
-            ("tinyserve-kernels", "memmap2", None, false),
+            ("tinyserve-kernels", "memmap2", None, true),
             ("tinyserve", "tokenizers", Some("build"), false),
             ("tinyserve-server", "axum", None, true),
             ("tinyserve-cli", "tokio", None, false),

@@ -8,6 +8,7 @@ use tinyserve_kernels::{DType, HostTensor};
 
 use crate::files::Files;
 use crate::json::Fields;
+use crate::mmap::MappedFile;
 use crate::tokenizer::token_text;
 use crate::weights::{Stored, WeightFiles};
 use crate::{Architecture, ModelConfig, ModelError, Tokenizer};
@@ -154,6 +155,16 @@ impl Checkpoint {
     /// Every weight file: its name and its bytes.
     pub fn weight_files(&self) -> impl ExactSizeIterator<Item = (&str, usize)> {
         self.weights.files.iter().map(|file| (file.name.as_str(), file.bytes.len()))
+    }
+
+    /// Takes what was read of the weight files out of this process's memory: a backend that keeps
+    /// weights in another form has no use for it. Tensors stay valid, and are read again.
+    pub(crate) fn release_memory(&self) {
+        self.weights
+            .files
+            .iter()
+            .filter_map(|file| file.map.as_ref())
+            .for_each(MappedFile::release);
     }
 
     /// The tensor `name`, which must have `shape`; its bytes are shared with its file.

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 
-use crate::{BUILTIN_MODEL, ModelError, builtin, mmap};
+use crate::mmap::MappedFile;
+use crate::{BUILTIN_MODEL, ModelError, builtin};
 
 /// Largest file that is read whole: above any tokenizer there is.
 const MOST_TEXT_BYTES: u64 = 256 << 20;
@@ -94,21 +95,26 @@ impl Files {
         Ok(Some(bytes.into()))
     }
 
-    /// A large file as memory that is read when it is used; `None` when there is none.
-    pub(crate) fn map(&self, name: &str) -> Result<Option<Bytes>, ModelError> {
+    /// A large file as memory that is read when it is used, and the map behind it where there is
+    /// one; `None` when there is no such file.
+    pub(crate) fn map(
+        &self,
+        name: &str,
+    ) -> Result<Option<(Bytes, Option<MappedFile>)>, ModelError> {
         let folder = match self {
             Self::Folder(folder) => folder,
-            Self::Builtin => return Ok(builtin::file(name)),
+            Self::Builtin => return Ok(builtin::file(name).map(|bytes| (bytes, None))),
             Self::None(_) => return Ok(None),
         };
         let path = folder.join(name);
         let Some(metadata) = self.metadata(&path, name)? else { return Ok(None) };
         if metadata.len() == 0 {
             // Not every system maps nothing.
-            return Ok(Some(Bytes::new()));
+            return Ok(Some((Bytes::new(), None)));
         }
-        let map = File::open(&path).and_then(|file| mmap::map(&file));
-        map.map(Some).map_err(|error| self.unreadable(name, &error))
+        let map = File::open(&path).and_then(|file| MappedFile::new(&file));
+        let map = map.map_err(|error| self.unreadable(name, &error))?;
+        Ok(Some((map.bytes(), Some(map))))
     }
 
     /// `None` when there is no such file.

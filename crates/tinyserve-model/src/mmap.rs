@@ -2,16 +2,44 @@
 
 use std::fs::File;
 use std::io;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use memmap2::Mmap;
 
-/// Maps a file into memory; the pages are read when they are first used.
-pub(crate) fn map(file: &File) -> io::Result<Bytes> {
-    // SAFETY: the map is read-only and private to this process, and the file stays open behind it.
-    // What remains is another process that truncates or rewrites the file while a model runs: no
-    // program can rule that out for a file it maps, and every loader of weights accepts it.
-    // Replacing the file by renaming a new one over it, as downloads do, is harmless.
-    let map = unsafe { Mmap::map(file)? };
-    Ok(Bytes::from_owner(map))
+/// A file that is mapped into memory; the pages are read when they are first used.
+#[derive(Debug, Clone)]
+pub(crate) struct MappedFile(Arc<Mmap>);
+
+impl MappedFile {
+    pub(crate) fn new(file: &File) -> io::Result<Self> {
+        // SAFETY: the map is read-only and shared, and the file stays open behind it. What remains
+        // is another process that truncates or rewrites the file while a model runs: no program
+        // can rule that out for a file it maps, and every loader of weights accepts it. Replacing
+        // the file by renaming a new one over it, as downloads do, is harmless.
+        let map = unsafe { Mmap::map(file)? };
+        Ok(Self(Arc::new(map)))
+    }
+
+    /// Its content.
+    pub(crate) fn bytes(&self) -> Bytes {
+        Bytes::from_owner(self.clone())
+    }
+
+    /// Takes what was read out of this process's memory; what is used again is read again.
+    pub(crate) fn release(&self) {
+        #[cfg(target_os = "linux")]
+        // SAFETY: the map is shared and read-only, so that its pages hold what the file holds, and
+        // a page that is used after this is filled from the file as it was the first time.
+        unsafe {
+            // Only memory is at stake: a system that refuses keeps it.
+            let _ = self.0.unchecked_advise(memmap2::UncheckedAdvice::DontNeed);
+        }
+    }
+}
+
+impl AsRef<[u8]> for MappedFile {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
 }

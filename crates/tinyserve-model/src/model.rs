@@ -93,6 +93,8 @@ impl<B: Backend> Model<B> {
             WeightFormat::Int4 => WeightFormat::Int8,
             format => format,
         };
+        // Quantised weights are copies, and so are matrices that a backend turns.
+        let copies = format != WeightFormat::Stored || config.architecture == Architecture::Gpt2;
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
         let names = Names::of(config.architecture);
         let token_embedding = weights.table(outer, names.token_embedding, vocab)?;
@@ -107,6 +109,9 @@ impl<B: Backend> Model<B> {
                 Architecture::Gpt2 => weights.gpt2_block(layer)?,
                 Architecture::Llama => weights.llama_block(layer)?,
             });
+            if copies {
+                checkpoint.release_memory();
+            }
         }
         let final_norm = weights.norm(names.final_norm)?;
         let head = (!config.tie_word_embeddings)

@@ -12,6 +12,7 @@ use tinyserve_kernels::DType;
 use crate::ModelError;
 use crate::files::Files;
 use crate::json::Fields;
+use crate::mmap::MappedFile;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -27,6 +28,8 @@ pub(crate) struct WeightFile {
     /// The name with its place, for error messages.
     pub(crate) path: String,
     pub(crate) bytes: Bytes,
+    /// Where the bytes are a file's.
+    pub(crate) map: Option<MappedFile>,
 }
 
 /// Where a tensor lies.
@@ -62,8 +65,8 @@ pub(crate) struct WeightFiles {
 impl WeightFiles {
     /// Maps the files and reads their headers; the weights themselves are not touched.
     pub(crate) fn open(files: &Files) -> Result<Self, ModelError> {
-        if let Some(bytes) = files.map(SINGLE)? {
-            let file = WeightFile { name: SINGLE.to_owned(), path: files.path(SINGLE), bytes };
+        if let Some((bytes, map)) = files.map(SINGLE)? {
+            let file = WeightFile { name: SINGLE.to_owned(), path: files.path(SINGLE), bytes, map };
             let tensors = header(&file, 0)?;
             return Ok(Self { files: vec![file], tensors });
         }
@@ -95,7 +98,7 @@ impl WeightFiles {
         for (name, shape, bytes) in tensors {
             let stored = Stored { file: all.files.len(), dtype, shape, range: 0..bytes.len() };
             let path = format!("{place}/{name}");
-            all.files.push(WeightFile { name: name.clone(), path, bytes });
+            all.files.push(WeightFile { name: name.clone(), path, bytes, map: None });
             all.tensors.insert(name, stored);
         }
         all
@@ -124,14 +127,14 @@ impl WeightFiles {
             let number = match numbers.get(shard) {
                 Some(&number) => number,
                 None => {
-                    let bytes = folder.map(shard)?.ok_or_else(|| ModelError::File {
+                    let (bytes, map) = folder.map(shard)?.ok_or_else(|| ModelError::File {
                         file: folder.path(shard),
                         found: "no such file".to_owned(),
                         expected: format!("the shard that {INDEX} names for tensor {tensor}"),
                     })?;
                     let number: usize = files.len();
                     let (name, path) = (shard.to_owned(), folder.path(shard));
-                    let file = WeightFile { name, path, bytes };
+                    let file = WeightFile { name, path, bytes, map };
                     headers.push(header(&file, number)?);
                     files.push(file);
                     numbers.insert(shard, number);

@@ -4,21 +4,19 @@
 //! each sequence bit for bit what it gets alone.
 
 use std::ops::Range;
-use std::sync::PoisonError;
 
 use super::Cpu;
 use super::columns::Columns;
-use super::path::CpuPath;
 use super::simd::{Element, Kernel, Simd, dispatch};
 use super::tensor::{CpuMatrix, CpuTensor, Elements};
-use crate::{MatrixLayout, Store};
+use crate::Store;
 
 /// Multiply-adds below which waking other threads costs more than it saves.
 const SERIAL_WORK: usize = 64 * 1024;
 /// Outputs of a strip are a multiple of this, so that strips end at whole vectors.
 const STRIP: usize = 64;
-/// Rows up to which `[in, out]` weights are streamed as they lie.
-const STREAMED_ROWS: usize = 4;
+/// Strips that each thread gets on average.
+const STRIPS_PER_THREAD: usize = 4;
 /// Bytes of a weight row from which on one row after the other is faster than several at a time.
 const STREAM_BYTES: usize = 1024;
 /// Sums that are stored together.
@@ -32,47 +30,40 @@ const ROW_BLOCK_BYTES: usize = 384 * 1024;
 pub(super) fn linear(
     cpu: &Cpu,
     x: &CpuTensor,
-    (parts, layout): (&[CpuMatrix], MatrixLayout),
+    parts: &[CpuMatrix],
     store: Store,
     out: &mut CpuTensor,
 ) {
     let (path, threads) = (cpu.path(), cpu.threads());
     let (rows, inputs, width) = (x.rows(), x.columns(), out.columns());
     let columns = Columns::new(out.values_mut(), width);
-    let run = |thread: usize, part: &CpuMatrix, start: usize, strip: Range<usize>| {
+    let run = |part: &CpuMatrix, start: usize, strip: Range<usize>| {
         let (x, add) = (x.values(), store == Store::Add);
-        let strip = StripArgs { x, rows, part, strip, start, columns, add };
-        // Waited for only where callers share a backend of one thread.
-        let mut sums = cpu.sums[thread].lock().unwrap_or_else(PoisonError::into_inner);
+        let args = StripArgs { x, rows, part, strip, start, columns, add };
         match part.elements() {
-            Elements::F32(w) => run_strip(path, layout, (strip, &mut sums), w),
-            Elements::F16(w) => run_strip(path, layout, (strip, &mut sums), w),
-            Elements::Bf16(w) => run_strip(path, layout, (strip, &mut sums), w),
+            Elements::F32(w) => dispatch(path, OutIn { args, w }),
+            Elements::F16(w) => dispatch(path, OutIn { args, w }),
+            Elements::Bf16(w) => dispatch(path, OutIn { args, w }),
         }
     };
     if threads == 1 || rows * inputs * width < SERIAL_WORK {
         let mut start = 0;
         for part in parts {
-            run(0, part, start, 0..part.outputs);
+            run(part, start, 0..part.outputs);
             start += part.outputs;
         }
         return;
     }
-    // Several strips per thread, so that a thread that is held up does not hold up all. A row of
-    // stored [in, out] weights streams best in long runs.
-    let strips_per_thread = match layout {
-        MatrixLayout::InOut if rows <= STREAMED_ROWS => 1,
-        _ => 4,
-    };
-    let target = width.div_ceil(threads * strips_per_thread).next_multiple_of(STRIP);
+    // Several strips per thread, so that a thread that is held up does not hold up all.
+    let target = width.div_ceil(threads * STRIPS_PER_THREAD).next_multiple_of(STRIP);
     let strips = parts.iter().map(|part| part.outputs.div_ceil(target)).sum();
-    cpu.pool.run(strips, &|thread, mut strip| {
+    cpu.pool.run(strips, &|_, mut strip| {
         let mut start = 0;
         for part in parts {
             let of_part = part.outputs.div_ceil(target);
             if strip < of_part {
                 let outputs = strip * target..((strip + 1) * target).min(part.outputs);
-                return run(thread, part, start, outputs);
+                return run(part, start, outputs);
             }
             strip -= of_part;
             start += part.outputs;
@@ -91,21 +82,6 @@ struct StripArgs<'a> {
     start: usize,
     columns: Columns<'a>,
     add: bool,
-}
-
-fn run_strip<E: Element>(
-    path: CpuPath,
-    layout: MatrixLayout,
-    (args, sums): (StripArgs<'_>, &mut Vec<f32>),
-    w: &[E],
-) {
-    match layout {
-        MatrixLayout::OutIn => dispatch(path, OutIn { args, w }),
-        MatrixLayout::InOut if args.rows <= STREAMED_ROWS => {
-            dispatch(path, InOutFew { strip: InOutRows { args, w }, sums });
-        }
-        MatrixLayout::InOut => dispatch(path, InOut { args, w }),
-    }
 }
 
 impl StripArgs<'_> {
@@ -242,185 +218,6 @@ impl<E: Element> OutIn<'_, E> {
         for (r, sums) in sums.iter().enumerate() {
             let sums: [f32; O] = std::array::from_fn(|o| simd.sum(sums[o]));
             self.args.finish(row + r, output, &sums);
-        }
-    }
-}
-
-/// `[in, out]`, few rows: weight rows are added up as they stream by, several at a time.
-struct InOutFew<'a, E> {
-    strip: InOutRows<'a, E>,
-    /// Holds the sums of the strip while they grow, and is kept by its thread.
-    sums: &'a mut Vec<f32>,
-}
-
-/// A strip of `[in, out]` weights.
-struct InOutRows<'a, E> {
-    args: StripArgs<'a>,
-    w: &'a [E],
-}
-
-impl<E: Element> Kernel for InOutFew<'_, E> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        // As many weight rows at a time as registers hold their factors.
-        let Self { strip, sums } = self;
-        sums.clear();
-        sums.resize(strip.args.rows * strip.args.strip.len(), 0.0);
-        match strip.args.rows {
-            1 => strip.stream::<S, 1, 8>(simd, sums),
-            2 => strip.stream::<S, 2, 4>(simd, sums),
-            3 => strip.stream::<S, 3, 4>(simd, sums),
-            4 => strip.stream::<S, 4, 4>(simd, sums),
-            rows => assert_eq!(rows, 0, "at most {STREAMED_ROWS} rows are streamed"),
-        }
-    }
-}
-
-impl<E: Element> InOutRows<'_, E> {
-    #[inline(always)]
-    fn stream<S: Simd, const R: usize, const K: usize>(&self, simd: S, sums: &mut [f32]) {
-        let (inputs, strip) = (self.args.part.inputs, self.args.strip.len());
-        let mut i = 0;
-        while i + K <= inputs {
-            self.add_rows::<S, R, K>(simd, i, sums);
-            i += K;
-        }
-        while i < inputs {
-            self.add_rows::<S, R, 1>(simd, i, sums);
-            i += 1;
-        }
-        for (row, sums) in sums.chunks_exact(strip).enumerate() {
-            self.args.finish(row, self.args.strip.start, sums);
-        }
-    }
-
-    #[inline(always)]
-    fn add_rows<S: Simd, const R: usize, const K: usize>(
-        &self,
-        simd: S,
-        i: usize,
-        sums: &mut [f32],
-    ) {
-        let StripArgs { part, strip, .. } = &self.args;
-        let (inputs, outputs) = (part.inputs, part.outputs);
-        let w: [&[E]; K] = std::array::from_fn(|k| {
-            &self.w[(i + k) * outputs + strip.start..(i + k) * outputs + strip.end]
-        });
-        let mut x = [[simd.splat(0.0); K]; R];
-        for (r, x) in x.iter_mut().enumerate() {
-            for (x, &value) in x.iter_mut().zip(&self.args.x[r * inputs + i..][..K]) {
-                *x = simd.splat(value);
-            }
-        }
-        let whole = strip.len() - strip.len() % S::LANES;
-        // Slices of one known length let the compiler drop the checks inside the loop.
-        let mut rows = sums.chunks_exact_mut(strip.len());
-        let mut sums: [&mut [f32]; R] = std::array::from_fn(|_| rows.next().unwrap_or_default());
-        let heads: [&[E]; K] = std::array::from_fn(|k| &w[k][..whole]);
-        let mut o = 0;
-        while o < whole {
-            let mut w = [simd.splat(0.0); K];
-            for (w, head) in w.iter_mut().zip(&heads) {
-                // The rows lie apart: the processor does not guess where the next ones start.
-                simd.prefetch(head.as_ptr().wrapping_add(o + K * outputs));
-                *w = E::load(simd, &head[o..o + S::LANES]);
-            }
-            for (x, sums) in x.iter().zip(&mut sums) {
-                let mut sum = simd.load(&sums[o..o + S::LANES]);
-                for (w, x) in w.iter().zip(x) {
-                    sum = simd.mul_add(*w, *x, sum);
-                }
-                simd.store(sum, &mut sums[o..o + S::LANES]);
-            }
-            o += S::LANES;
-        }
-        if whole < strip.len() {
-            for (x, sums) in x.iter().zip(&mut sums) {
-                let tail = &mut sums[whole..];
-                let mut sum = simd.load_tail(tail);
-                for (w, x) in w.iter().zip(x) {
-                    sum = simd.mul_add(simd.load_tail(&w[whole..]), *x, sum);
-                }
-                simd.store_tail(sum, tail);
-            }
-        }
-    }
-}
-
-/// `[in, out]`, many rows: panels of weights are widened once and used for every row.
-struct InOut<'a, E> {
-    args: StripArgs<'a>,
-    w: &'a [E],
-}
-
-/// Vectors of outputs in a panel.
-const PANEL_VECTORS: usize = 4;
-
-impl<E: Element> Kernel for InOut<'_, E> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let (inputs, outputs) = (self.args.part.inputs, self.args.part.outputs);
-        let wide = PANEL_VECTORS * S::LANES;
-        let mut panel = vec![0.0; inputs * wide];
-        for output in self.args.strip.clone().step_by(wide) {
-            let n = wide.min(self.args.strip.end - output);
-            for (i, panel) in panel.chunks_exact_mut(wide).enumerate() {
-                let w = &self.w[i * outputs + output..i * outputs + output + n];
-                for (w, panel) in w.chunks(S::LANES).zip(panel.chunks_exact_mut(S::LANES)) {
-                    simd.store(simd.load_up_to(w), panel);
-                }
-            }
-            let mut row = 0;
-            if S::LANES == 16 {
-                while row + 6 <= self.args.rows {
-                    self.tile::<S, 6>(simd, &panel, (row, output, n));
-                    row += 6;
-                }
-            }
-            while row + 2 <= self.args.rows {
-                self.tile::<S, 2>(simd, &panel, (row, output, n));
-                row += 2;
-            }
-            while row < self.args.rows {
-                self.tile::<S, 1>(simd, &panel, (row, output, n));
-                row += 1;
-            }
-        }
-    }
-}
-
-impl<E: Element> InOut<'_, E> {
-    #[inline(always)]
-    fn tile<S: Simd, const R: usize>(
-        &self,
-        simd: S,
-        panel: &[f32],
-        (row, output, n): (usize, usize, usize),
-    ) {
-        let inputs = self.args.part.inputs;
-        let x: [&[f32]; R] =
-            std::array::from_fn(|r| &self.args.x[(row + r) * inputs..(row + r + 1) * inputs]);
-        let mut sums = [[simd.splat(0.0); PANEL_VECTORS]; R];
-        for (i, panel) in panel.chunks_exact(PANEL_VECTORS * S::LANES).enumerate() {
-            let w: [S::V; PANEL_VECTORS] =
-                std::array::from_fn(|v| simd.load(&panel[v * S::LANES..(v + 1) * S::LANES]));
-            for r in 0..R {
-                let x = simd.splat(x[r][i]);
-                for v in 0..PANEL_VECTORS {
-                    sums[r][v] = simd.mul_add(w[v], x, sums[r][v]);
-                }
-            }
-        }
-        let mut plain = [0.0; 16 * PANEL_VECTORS];
-        for (r, sums) in sums.iter().enumerate() {
-            for (v, &sum) in sums.iter().enumerate() {
-                simd.store(sum, &mut plain[v * S::LANES..]);
-            }
-            self.args.finish(row + r, output, &plain[..n]);
         }
     }
 }

@@ -5,6 +5,7 @@ mod attend;
 mod columns;
 mod embed;
 mod linear;
+mod memory;
 mod norm;
 mod packed;
 mod path;
@@ -15,6 +16,7 @@ mod rotary;
 mod select;
 mod simd;
 mod tensor;
+mod turned;
 
 use std::sync::{Mutex, PoisonError};
 
@@ -59,8 +61,6 @@ pub struct Cpu {
     plan: Mutex<attend::Plan>,
     /// Input rows of the running product over quantised weights; grows, and is kept.
     quantised: Mutex<Vec<RowGroup>>,
-    /// Sums of products over stored weights, one for each thread.
-    sums: Vec<Mutex<Vec<f32>>>,
 }
 
 /// Most threads that can be asked for: beyond it a number is a typing mistake.
@@ -95,9 +95,8 @@ impl Cpu {
             expected: format!("as many as the system starts ({error})"),
         })?;
         let scratch = (0..threads).map(|_| Mutex::default()).collect();
-        let sums = (0..threads).map(|_| Mutex::default()).collect();
         let (plan, quantised) = Default::default();
-        Ok(Self { pool, path, scratch, plan, quantised, sums })
+        Ok(Self { pool, path, scratch, plan, quantised })
     }
 
     /// The scalar reference, on the thread that calls it: what other backends are held to.
@@ -109,7 +108,6 @@ impl Cpu {
             scratch: vec![Mutex::default()],
             plan: Mutex::default(),
             quantised: Mutex::default(),
-            sums: vec![Mutex::default()],
         }
     }
 
@@ -246,7 +244,7 @@ impl Backend for Cpu {
             CpuWeights::Packed(packed) => return quantised::linear(self, x, packed, store, out),
         };
         if !scalar {
-            linear::linear(self, x, (parts, layout), store, out);
+            linear::linear(self, x, parts, store, out);
             return;
         }
         let mut start = 0;

@@ -13,8 +13,10 @@
 use std::sync::{Mutex, PoisonError};
 
 use half::f16;
+use memmap2::MmapMut;
 
 use super::Cpu;
+use super::memory::zeroed;
 use super::path::CpuPath;
 use super::simd::{Kernel, Simd, dispatch};
 use super::tensor::{CpuMatrix, Elements};
@@ -63,7 +65,7 @@ pub(crate) struct Packed {
     pub(crate) inputs: usize,
     pub(crate) outputs: usize,
     /// Records `[blocks, groups]`.
-    records: Vec<u8>,
+    records: MmapMut,
     /// `[blocks·16]`; zeros where there is no bias.
     pub(crate) bias: Vec<f32>,
 }
@@ -84,13 +86,7 @@ impl Packed {
         let outputs: usize = parts.iter().map(|part| part.outputs).sum();
         let (blocks, groups) = (outputs.div_ceil(BLOCK), inputs.div_ceil(GROUP));
         let block_bytes = groups * bits.record_bytes();
-        let mut records = Vec::new();
-        records.try_reserve_exact(blocks * block_bytes).map_err(|_| KernelError::Invalid {
-            what: "memory for quantised weights",
-            found: format!("less than {} bytes", blocks * block_bytes),
-            expected: "as much as a matrix takes".to_owned(),
-        })?;
-        records.resize(blocks * block_bytes, 0);
+        let mut records = zeroed(blocks * block_bytes)?;
         let mut bias = vec![0.0; blocks * BLOCK];
         let mut first = 0;
         for part in parts {
@@ -99,7 +95,8 @@ impl Packed {
             }
             first += part.outputs;
         }
-        let chunks: Vec<_> = records.chunks_exact_mut(block_bytes).map(Mutex::new).collect();
+        let chunks: Vec<_> =
+            records[..blocks * block_bytes].chunks_exact_mut(block_bytes).map(Mutex::new).collect();
         cpu.pool.run(blocks, &|_, block| {
             // Never waited for: each block is taken once.
             let records = &mut **chunks[block].lock().unwrap_or_else(PoisonError::into_inner);

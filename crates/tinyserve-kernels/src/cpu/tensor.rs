@@ -4,6 +4,8 @@ use half::{bf16, f16};
 
 use super::Cpu;
 use super::packed::Packed;
+use super::path::CpuPath;
+use super::turned::turned;
 use crate::{DType, HostTensor, KernelError, LinearSpec, MatrixLayout, WeightFormat};
 
 /// Activations `[rows, columns]`, f32, row-major.
@@ -70,7 +72,7 @@ pub struct CpuLinear {
 /// The weights of a linear layer.
 #[derive(Debug)]
 pub(crate) enum CpuWeights {
-    /// In their stored type.
+    /// In their stored type; on vector paths always `[out, in]`.
     Stored { parts: Vec<CpuMatrix>, layout: MatrixLayout },
     /// Quantised.
     Packed(Packed),
@@ -137,10 +139,25 @@ impl CpuLinear {
         };
         let outputs = parts.iter().map(|part| part.outputs).sum();
         let weights = match spec.format {
-            WeightFormat::Stored => CpuWeights::Stored { parts, layout: spec.layout },
+            WeightFormat::Stored => Self::stored(cpu, parts, spec.layout)?,
             format => CpuWeights::Packed(Packed::new(cpu, format, spec.layout, &parts)?),
         };
         Ok(Self { weights, inputs, outputs })
+    }
+
+    /// Keeps weights where their file is mapped, or turns those that lie the slow way round.
+    fn stored(
+        cpu: &Cpu,
+        mut parts: Vec<CpuMatrix>,
+        layout: MatrixLayout,
+    ) -> Result<CpuWeights, KernelError> {
+        if layout == MatrixLayout::OutIn || cpu.path() == CpuPath::Scalar {
+            return Ok(CpuWeights::Stored { parts, layout });
+        }
+        for part in &mut parts {
+            part.weight = turned(cpu, &part.weight)?;
+        }
+        Ok(CpuWeights::Stored { parts, layout: MatrixLayout::OutIn })
     }
 
     /// Width of the input.
