@@ -21,8 +21,6 @@ const STRIPS_PER_THREAD: usize = 4;
 const STREAM_BYTES: usize = 1024;
 /// Sums that are stored together.
 const STREAM_OUTPUTS: usize = 16;
-/// How far ahead of its use a stream is asked for.
-const STREAM_AHEAD: usize = 2048;
 /// Bytes of input rows that are reused from the second-level cache while weights stream past.
 const ROW_BLOCK_BYTES: usize = 384 * 1024;
 
@@ -154,7 +152,6 @@ impl<E: Element> OutIn<'_, E> {
                 let mut sum = simd.splat(0.0);
                 let vectors = w[..whole].chunks_exact(S::LANES);
                 for (w, x) in vectors.zip(x[..whole].chunks_exact(S::LANES)) {
-                    simd.prefetch(w.as_ptr().wrapping_add(STREAM_AHEAD / size_of::<E>()));
                     sum = simd.mul_add(E::load(simd, w), simd.load(x), sum);
                 }
                 if whole < inputs {
