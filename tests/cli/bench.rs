@@ -142,9 +142,16 @@ fn shapes_need_no_files_and_no_limit() {
     assert!(bytes(&found[1]) < 0.9 * bytes(&found[0]) && bytes(&found[1]) > 0.3 * bytes(&found[0]));
     let real = of("-p 0 -d 64 --real-prefill --dtype f32");
     assert_eq!((&real[0]["depth_fill"], &real[0]["weights"]), (&"prefill".into(), &"f32".into()));
+    // Matrices double; biases and norms are f32 beside weights of every type; the shorter context
+    // needs fewer positions.
+    let (hidden, layers, inner) = (64.0, 2.0, 256.0);
+    let biases = layers * (3.0 * hidden + hidden + inner + hidden);
+    let norms = (2.0 * layers + 1.0) * 2.0 * hidden;
     assert_eq!(
         number(&real[0], "model_size"),
-        2.0 * number(&found[0], "model_size") - 4.0 * 64.0 * (1004.0 - 256.0)
+        2.0 * number(&found[0], "model_size")
+            - 4.0 * (biases + norms)
+            - 4.0 * hidden * (1004.0 - 256.0)
     );
     let default = of("");
     assert_eq!((&default[0]["n_prompt"], &default[1]["n_gen"]), (&512.into(), &4.into()));
