@@ -257,6 +257,9 @@ pub struct AttendArgs<'a, B: Backend> {
     pub pages: &'a B::KvPages,
     /// Whether to measure recall too, which reads every key of the sequences that select.
     pub measure_recall: bool,
+    /// What each sequence read `[sequences]`, added to what is there: requests that share a step
+    /// are told apart.
+    pub sequence_stats: Option<&'a mut [AttendStats]>,
     /// `[rows, q_heads·head_dim]`.
     pub out: &'a mut B::Tensor,
 }

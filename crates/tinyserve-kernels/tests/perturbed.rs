@@ -105,7 +105,17 @@ impl Backend for Perturbed {
         }
     }
     fn attend(&self, args: AttendArgs<'_, Self>) -> Result<AttendStats, KernelError> {
-        let AttendArgs { layer, heads, qkv, scale, sequences, pages, measure_recall, out } = args;
+        let AttendArgs {
+            layer,
+            heads,
+            qkv,
+            scale,
+            sequences,
+            pages,
+            measure_recall,
+            sequence_stats,
+            out,
+        } = args;
         let mut stats = self.cpu.attend(AttendArgs {
             layer,
             heads,
@@ -114,6 +124,7 @@ impl Backend for Perturbed {
             sequences,
             pages,
             measure_recall,
+            sequence_stats,
             out: &mut *out,
         })?;
         self.spoil("attend", out);

@@ -254,6 +254,7 @@ fn attend<B: Backend>(backend: &B, case: &Case) -> Result<(Vec<f32>, AttendStats
         sequences: &sequences,
         pages: &pages,
         measure_recall: true,
+        sequence_stats: None,
         out: &mut out,
     })?;
     Ok((values(backend, &out), stats))
