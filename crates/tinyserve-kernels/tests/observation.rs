@@ -198,7 +198,8 @@ fn equal_scores_have_the_entropy_of_their_number_and_one_far_ahead_has_none() {
             let mut keys = vec![-1e4; 700];
             keys[ahead] = 1e4;
             let told = one_head(&cpu, &keys);
-            assert_eq!((told.entropy[0], told.mass[ahead]), (0.0, 1.0), "{}", cpu.path());
+            assert!(told.entropy[0] < 1e-30, "{}: {}", cpu.path(), told.entropy[0]);
+            assert_eq!(told.mass[ahead], 1.0, "{}", cpu.path());
         }
     }
 }

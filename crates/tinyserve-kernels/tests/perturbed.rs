@@ -170,7 +170,7 @@ fn failing(op: &'static str, fault: Fault) -> Vec<&'static str> {
 
 #[test]
 fn a_wrong_result_fails_its_operation_and_no_other() {
-    let pages = ["append_kv and attend", "observe attention", "select and attend"];
+    let pages = ["append_kv and attend", "select and attend"];
     for fault in [Fault::Nudge, Fault::Nan] {
         for op in ["embed", "norm", "linear", "rotary", "activate", "gather_rows"] {
             assert_eq!(failing(op, fault), [op], "{fault:?}");
@@ -182,9 +182,8 @@ fn a_wrong_result_fails_its_operation_and_no_other() {
             let mut failed = failing(op, fault);
             failed.sort_unstable();
             failed.dedup();
-            // What is told about the weights does not depend on the result.
-            let expected = pages.iter().filter(|it| op == "append_kv" || !it.contains("observe"));
-            assert_eq!(failed, expected.copied().collect::<Vec<_>>(), "{op} {fault:?}");
+            // The last number of a row is a value: what is told about the weights does not see it.
+            assert_eq!(failed, pages, "{op} {fault:?}");
         }
         for told in ["lse", "entropy", "mass"] {
             assert_eq!(failing(told, fault), ["observe attention"], "{told} {fault:?}");
