@@ -88,6 +88,7 @@ impl Backend for Recorder {
             pages,
             measure_recall,
             sequence_stats,
+            observe,
             out,
         } = args;
         let stats = self.cpu.attend(AttendArgs {
@@ -99,6 +100,7 @@ impl Backend for Recorder {
             pages,
             measure_recall,
             sequence_stats,
+            observe,
             out: &mut *out,
         });
         self.record("attend", out);

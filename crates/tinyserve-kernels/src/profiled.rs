@@ -131,6 +131,7 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
             pages,
             measure_recall,
             sequence_stats,
+            observe,
             out,
         } = args;
         let args = AttendArgs {
@@ -142,6 +143,7 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
             pages,
             measure_recall,
             sequence_stats,
+            observe,
             out,
         };
         self.timed(&self.attend, || self.inner.attend(args))

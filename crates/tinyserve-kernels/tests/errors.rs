@@ -150,6 +150,7 @@ fn rows_that_two_sequences_claim_are_refused() {
                 pages: &cache.pages,
                 measure_recall: false,
                 sequence_stats: None,
+                observe: None,
                 out: &mut out,
             };
             catch_unwind(AssertUnwindSafe(|| cpu.attend(args)))

@@ -207,6 +207,7 @@ impl<B: Backend> Model<B> {
             pages: &cache.pages,
             measure_recall,
             sequence_stats: Some(sequence_stats),
+            observe: None,
             out: &mut a.attended,
         })?;
         backend.linear(LinearArgs {

@@ -292,6 +292,7 @@ impl Bench {
                 pages: &self.pages,
                 measure_recall: false,
                 sequence_stats: None,
+                observe: None,
                 out: &mut out,
             };
             stats.add(&self.backend.attend(args).map_err(TinyServeError::from)?);

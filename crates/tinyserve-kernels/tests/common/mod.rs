@@ -138,6 +138,7 @@ impl Cache {
             pages: &self.pages,
             measure_recall,
             sequence_stats: Some(&mut of_sequences),
+            observe: None,
             out: &mut out,
         })?;
         let mut sum = AttendStats::default();
