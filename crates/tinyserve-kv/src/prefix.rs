@@ -391,3 +391,45 @@ fn reusable(prompt: Prefix<'_>, page_size: usize) -> Prefix<'_> {
     let pages = prompt.tokens.len().saturating_sub(1) / page_size;
     Prefix { tokens: &prompt.tokens[..pages * page_size], ..prompt }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{KvFormat, KvShape};
+
+    #[test]
+    fn a_hash_that_two_prefixes_share_costs_a_miss_and_no_more() {
+        let (layers, kv_heads, head_dim, page_size) = (1, 1, 8, 2);
+        let shape = KvShape { layers, kv_heads, head_dim, page_size, format: KvFormat::F16 };
+        let layout = KvLayout::new(shape).unwrap();
+        let (identity, policy, max_pages) = ("", EvictionPolicy::Lru, 100);
+        let mut index = PrefixIndex::new(PrefixOptions { identity, layout, policy, max_pages });
+        let mut pool = PagePool::new(64).unwrap();
+        let of = |tokens| Prefix { salt: "", tokens };
+        let mut fill = |index: &mut PrefixIndex, prefix: Prefix<'_>| {
+            let mut table = PageTable::new(page_size);
+            assert_eq!(table.extend(&mut pool, prefix.tokens.len()), Ok(None));
+            let inserted = index.insert(&mut pool, prefix, &mut table);
+            table.release(&mut pool);
+            inserted
+        };
+        assert_eq!(fill(&mut index, of(&[1, 2, 3, 4])), 2);
+        // Other tokens, another predecessor, another salt: as if their hashes were those of known
+        // pages.
+        for (stranger, known) in [
+            (of(&[5, 6, 9]), of(&[1, 2])),
+            (of(&[3, 4, 9]), of(&[1, 2, 3, 4])),
+            (Prefix { salt: "tenant", tokens: &[1, 2, 9] }, of(&[1, 2])),
+        ] {
+            let hash = index.hashes(stranger).last().unwrap();
+            let id = index.by_hash[&index.hashes(known).last().unwrap()];
+            index.by_hash.insert(hash, id);
+            assert_eq!(index.peek(stranger), 0, "{stranger:?}");
+            assert_eq!(fill(&mut index, stranger), 0, "{stranger:?}");
+            index.by_hash.remove(&hash);
+            assert_eq!(fill(&mut index, stranger), 1, "{stranger:?}");
+            assert_eq!(index.peek(stranger), 2, "{stranger:?}");
+        }
+        assert_eq!(index.peek(of(&[1, 2, 3, 4, 9])), 4);
+    }
+}
