@@ -56,6 +56,7 @@ fn attend(
         sequences: &[sequence],
         pages,
         measure_recall: true,
+        observe: None,
         out: &mut out,
     });
     assert!(stats.unwrap().recall().is_none_or(f64::is_finite), "recall of a recycled page");

@@ -203,6 +203,7 @@ impl<B: Backend> Model<B> {
             sequences,
             pages: &cache.pages,
             measure_recall,
+            observe: None,
             out: &mut a.attended,
         })?;
         backend.linear(LinearArgs {

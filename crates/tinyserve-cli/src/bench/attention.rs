@@ -291,6 +291,7 @@ impl Bench {
                 sequences: &sequences,
                 pages: &self.pages,
                 measure_recall: false,
+                observe: None,
                 out: &mut out,
             };
             stats.add(&self.backend.attend(args).map_err(TinyServeError::from)?);

@@ -136,6 +136,7 @@ impl Cache {
             sequences: &sequences,
             pages: &self.pages,
             measure_recall,
+            observe: None,
             out: &mut out,
         })?;
         Ok((out.values().to_vec(), stats))
