@@ -89,6 +89,11 @@ impl EngineConfig {
 }
 
 /// A setting that is out of its range.
-pub(crate) fn setting(name: &'static str, found: impl ToString, expected: &str) -> AdmissionError {
+#[allow(clippy::needless_pass_by_value)]
+pub(crate) fn setting(
+    name: &'static str,
+    found: impl std::fmt::Display,
+    expected: &str,
+) -> AdmissionError {
     AdmissionError::Setting { name, found: found.to_string(), expected: expected.to_owned() }
 }

@@ -157,7 +157,8 @@ impl Sessions {
         let ids: Vec<_> = self
             .by_id
             .iter()
-            .filter_map(|(id, session)| expired(session).then(|| id.clone()))
+            .filter(|(_, session)| expired(session))
+            .map(|(id, _)| id.clone())
             .collect();
         for id in &ids {
             self.delete(runner, id);

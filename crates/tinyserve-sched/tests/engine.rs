@@ -309,13 +309,13 @@ fn a_request_that_fails_or_panics_fails_alone() {
     let engine = engine(64, EngineConfig::default());
     let expected = answer(&engine, greedy("Once upon a time", 100)).0;
     let mut bystander = engine.submit(greedy("Once upon a time", 100)).unwrap();
-    let ways: [(fn(&mut Vec<u32>), FailureKind); 2] = [
-        (|selected| selected.push(9999), FailureKind::Model),
-        (|_| panic!("a user's mistake"), FailureKind::Panic),
+    let ways = [
+        (Broken(|selected| selected.push(9999)), FailureKind::Model),
+        (Broken(|_| panic!("a user's mistake")), FailureKind::Panic),
     ];
     for (way, kind) in ways {
         let mut request = greedy("Once upon a time", 20);
-        request.attention = Some(AttentionChoice::Custom(Arc::new(Broken(way))));
+        request.attention = Some(AttentionChoice::Custom(Arc::new(way)));
         match engine.submit(request).unwrap().last() {
             Some(Event::Failed(failure)) => assert_eq!(failure.kind, kind, "{failure}"),
             other => panic!("{other:?}"),
