@@ -39,7 +39,7 @@ pub use incremental::IncrementalDecoder;
 pub use model::Model;
 pub use perplexity::Perplexity;
 pub use rope::{RopeConfig, RopeScaling};
-pub use sampler::{SampledToken, Sampler, SamplingParams, logprob, top_logprobs};
+pub use sampler::{SampleContext, SampledToken, Sampler, SamplingParams, logprob, top_logprobs};
 pub use stop::StopMatcher;
 pub use synthetic::{SyntheticModel, SyntheticNormal, SyntheticShape, SyntheticTensor};
 pub use tokenizer::Tokenizer;
