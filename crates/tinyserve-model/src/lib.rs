@@ -16,6 +16,7 @@ mod json;
 mod mmap;
 mod model;
 mod perplexity;
+mod plan;
 mod rope;
 mod sampler;
 mod stop;
@@ -34,6 +35,7 @@ pub use generate::{FinishReason, Generation, GenerationEvent, GenerationOutcome,
 pub use incremental::IncrementalDecoder;
 pub use model::Model;
 pub use perplexity::Perplexity;
+pub use plan::{LargestStep, MemoryPlan};
 pub use rope::{RopeConfig, RopeScaling};
 pub use sampler::{SampledToken, Sampler, SamplingParams, logprob, top_logprobs};
 pub use stop::StopMatcher;
