@@ -291,6 +291,9 @@ pub struct AttendArgs<'a, B: Backend> {
     pub pages: &'a B::KvPages,
     /// Whether to measure recall too, which reads every key of the sequences that select.
     pub measure_recall: bool,
+    /// What each sequence read `[sequences]`, added to what is there: requests that share a step
+    /// are told apart.
+    pub sequence_stats: Option<&'a mut [AttendStats]>,
     /// What to tell about the weights; nothing of it is computed unless it is asked for.
     pub observe: Option<ObserveArgs<'a, B::Tensor>>,
     /// `[rows, q_heads·head_dim]`.

@@ -105,8 +105,18 @@ impl Backend for Perturbed {
         }
     }
     fn attend(&self, args: AttendArgs<'_, Self>) -> Result<AttendStats, KernelError> {
-        let AttendArgs { layer, heads, qkv, scale, sequences, pages, measure_recall, observe, out } =
-            args;
+        let AttendArgs {
+            layer,
+            heads,
+            qkv,
+            scale,
+            sequences,
+            pages,
+            measure_recall,
+            sequence_stats,
+            observe,
+            out,
+        } = args;
         let mut observe = observe;
         let mut stats = self.cpu.attend(AttendArgs {
             layer,
@@ -116,6 +126,7 @@ impl Backend for Perturbed {
             sequences,
             pages,
             measure_recall,
+            sequence_stats,
             observe: observe.as_mut().map(reborrow),
             out: &mut *out,
         })?;

@@ -56,6 +56,7 @@ fn attend(
         sequences: &[sequence],
         pages,
         measure_recall: true,
+        sequence_stats: None,
         observe: None,
         out: &mut out,
     });

@@ -348,6 +348,7 @@ impl Bench {
                 sequences: &sequences,
                 pages: &self.pages,
                 measure_recall: false,
+                sequence_stats: None,
                 observe: None,
                 out: &mut out,
             };

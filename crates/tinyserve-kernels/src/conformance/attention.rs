@@ -273,6 +273,7 @@ fn attend<B: Backend>(backend: &B, case: &Case) -> Result<Attended, KernelError>
             sequences: &sequences,
             pages: &pages,
             measure_recall: observe.is_none(),
+            sequence_stats: None,
             observe,
             out,
         })

@@ -108,8 +108,21 @@ impl std::fmt::Debug for Plan {
 }
 
 pub(super) fn attend(cpu: &Cpu, args: AttendArgs<'_, Cpu>) -> Result<AttendStats, KernelError> {
-    let AttendArgs { layer, heads, qkv, scale, sequences, pages, measure_recall, observe, out } =
-        args;
+    let AttendArgs {
+        layer,
+        heads,
+        qkv,
+        scale,
+        sequences,
+        pages,
+        measure_recall,
+        mut sequence_stats,
+        observe,
+        out,
+    } = args;
+    if let Some(stats) = &sequence_stats {
+        assert_eq!(stats.len(), sequences.len(), "one count of what was read for each sequence");
+    }
     let (width, shape) = (heads.q_columns().len(), pages.layout().shape());
     assert_eq!(
         (heads.kv_heads, heads.head_dim),
@@ -175,7 +188,7 @@ pub(super) fn attend(cpu: &Cpu, args: AttendArgs<'_, Cpu>) -> Result<AttendStats
         if plan.units.is_empty() {
             return Ok(stats);
         }
-        context.run(cpu, serial, &mut plan, &mut stats)?;
+        context.run(cpu, serial, &mut plan, (&mut stats, sequence_stats.as_deref_mut()))?;
         if let Some(mass) = &mut mass {
             context.add_mass(&plan, mass);
         }
@@ -226,7 +239,7 @@ impl Context<'_> {
         cpu: &Cpu,
         serial: bool,
         plan: &mut Plan,
-        stats: &mut AttendStats,
+        (stats, mut sequence_stats): (&mut AttendStats, Option<&mut [AttendStats]>),
     ) -> Result<(), KernelError> {
         let Plan { units, pages, items, parts, .. } = plan;
         while pages.len() < units.len() {
@@ -260,6 +273,9 @@ impl Context<'_> {
                 return Err(error);
             }
             stats.add(&chosen.stats);
+            if let Some(of_sequences) = &mut sequence_stats {
+                of_sequences[unit.sequence].add(&chosen.stats);
+            }
             // Prefill has tiles enough for all threads, and its softmax fills the caches.
             let apart = unit.rows.len() == 1 && self.path != CpuPath::Scalar;
             let n = if apart { self.list(unit, chosen).len().div_ceil(part) } else { 1 };
