@@ -174,6 +174,7 @@ fn run_keeps_to_its_plan() {
     let [planned, resident] =
         ["planned_bytes", "resident_bytes"].map(|name| memory[name].as_u64().unwrap());
     assert!(resident as f64 <= 1.05 * planned as f64, "{memory}");
-    words("run -p Once --target-memory-gb 0.001").refused_with(1, &["target_memory_gb", "expected"]);
+    words("run -p Once --target-memory-gb 0.001")
+        .refused_with(1, &["target_memory_gb", "expected"]);
     words("run -p Once --target-memory-gb 0").refused_with(1, &["target_memory_gb", "expected"]);
 }
