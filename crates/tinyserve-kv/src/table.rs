@@ -48,9 +48,11 @@ pub struct PageTable {
     pages: Vec<PageId>,
     tokens: usize,
     page_size: usize,
-    /// Positions of the first tokens, up to the last one that was there when tokens were pruned;
-    /// those that follow have the positions that follow. Empty while nothing is pruned.
+    /// Positions of the first tokens, up to the last one that was there when tokens were pruned.
+    /// Empty while nothing is pruned.
     positions: Vec<u32>,
+    /// Position of the token after those.
+    resumes_at: usize,
 }
 
 impl PageTable {
@@ -61,7 +63,7 @@ impl PageTable {
     #[must_use]
     pub fn new(page_size: usize) -> Self {
         assert!(page_size > 0, "page_size is 0");
-        Self { pages: Vec::new(), tokens: 0, page_size, positions: Vec::new() }
+        Self { pages: Vec::new(), tokens: 0, page_size, positions: Vec::new(), resumes_at: 0 }
     }
 
     /// Tokens that the table holds; pruned ones are not counted.
@@ -101,10 +103,9 @@ impl PageTable {
     /// Position in the text of the token at `place`, or of the one that will come there.
     #[must_use]
     pub fn position(&self, place: usize) -> usize {
-        match (self.positions.get(place), self.positions.last()) {
-            (Some(&position), _) => position as usize,
-            (None, Some(&last)) => last as usize + 1 + place - self.positions.len(),
-            (None, None) => place,
+        match self.positions.get(place) {
+            Some(&position) => position as usize,
+            None => self.resumes_at + place - self.positions.len(),
         }
     }
 
@@ -118,8 +119,8 @@ impl PageTable {
     #[must_use]
     pub fn intact(&self) -> usize {
         let kept = self.positions.iter().enumerate();
-        let moved = kept.take_while(|(place, position)| *place == **position as usize).count();
-        if moved == self.positions.len() { self.tokens } else { moved }
+        let intact = kept.take_while(|(place, position)| *place == **position as usize).count();
+        if intact == self.resumes_at { self.tokens } else { intact }
     }
 
     /// Removes the tokens at `places`, which are ascending; those that are left move together in
@@ -176,7 +177,9 @@ impl PageTable {
         let moves = (to..left)
             .map(|to| TokenMove { from: slot(&from, stays[to]), to: slot(&self.pages, to) })
             .collect();
+        let next = self.next_position();
         self.positions = stays.iter().map(|&place| self.position(place) as u32).collect();
+        self.resumes_at = next;
         self.tokens = left;
         self.pages.truncate(used);
         for (i, page) in from.into_iter().enumerate().rev() {
@@ -194,6 +197,7 @@ impl PageTable {
     pub fn copy_positions(&mut self, other: &Self) {
         assert_eq!(self.tokens, other.tokens, "tokens of a copied table");
         self.positions.clone_from(&other.positions);
+        self.resumes_at = other.resumes_at;
     }
 
     /// Makes room for `tokens` more tokens, all or nothing; the caller then writes all of them.
@@ -242,7 +246,7 @@ impl PageTable {
     pub(crate) fn sharing(pool: &mut PagePool, pages: Vec<PageId>, page_size: usize) -> Self {
         pages.iter().for_each(|&page| pool.retain(page));
         let positions = Vec::new();
-        Self { tokens: pages.len() * page_size, pages, page_size, positions }
+        Self { tokens: pages.len() * page_size, pages, page_size, positions, resumes_at: 0 }
     }
 
     /// Shares `page`, which holds the same, in place of the table's own page `index`.
@@ -265,6 +269,7 @@ impl PageTable {
             tokens: self.tokens,
             page_size: self.page_size,
             positions: self.positions.clone(),
+            resumes_at: self.resumes_at,
         }
     }
 
@@ -280,7 +285,10 @@ impl PageTable {
             pool.release(page);
         }
         self.tokens = tokens;
-        self.positions.truncate(tokens);
+        if tokens < self.positions.len() {
+            self.resumes_at = tokens.checked_sub(1).map_or(0, |last| self.position(last) + 1);
+            self.positions.truncate(tokens);
+        }
     }
 
     /// Gives all pages back.
