@@ -60,7 +60,6 @@ fn a_pruned_sequence_goes_on_without_the_tokens_at_their_true_positions() {
             let mut other = prefilled(&mut whole, &prompt);
             // Positions that go, in three prunings; places differ from the second on.
             let gone: Vec<u32> = vec![0, 3, 4, 5, 6, 7, 8, 20, 33, 41];
-            let held = pruned.cache.pool().used_pages();
             let mut done: Vec<u32> = Vec::new();
             let mut token = 9;
             for part in [&gone[..4], &gone[4..9], &gone[9..]] {
@@ -83,7 +82,6 @@ fn a_pruned_sequence_goes_on_without_the_tokens_at_their_true_positions() {
             assert_eq!(one.table.next_position(), other.table.next_position());
             let pages = pruned.cache.layout().pages_for(one.table.len());
             assert_eq!(pruned.cache.pool().used_pages(), pages);
-            assert!(pages <= held || page_size > 1, "tokens gave their pages back");
             pruned.cache.release(one.table);
             assert_eq!(pruned.cache.pool().used_pages(), 0);
         }
