@@ -3,7 +3,7 @@
 use std::fmt;
 use std::ops::Range;
 
-use tinyserve_kv::{KvLayout, PageCopy, PageId, PageSelector, SelectionPolicy, Slot};
+use tinyserve_kv::{KvLayout, PageCopy, PageId, PageSelector, SelectionPolicy, Slot, TokenMove};
 
 use crate::cpu::packed_bytes;
 use crate::{DType, HostTensor, KernelError};
@@ -266,7 +266,8 @@ impl fmt::Debug for Attention<'_> {
 pub struct AttendSequence<'a> {
     /// Rows of the batch that are this sequence's, in order of position; no other sequence's.
     pub rows: Range<usize>,
-    /// Position of the first row; row `i` sees tokens `0..=first_position + i`.
+    /// Position of the first row among the tokens in the cache; row `i` sees tokens
+    /// `0..=first_position + i`. Pruned tokens are not counted.
     pub first_position: usize,
     /// The sequence's pages; they hold the rows' own keys already.
     pub pages: &'a [PageId],
@@ -423,6 +424,17 @@ pub trait Backend: Send + Sized {
 
     /// Copies a page, for copy on write.
     fn copy_page(&self, pages: &mut Self::KvPages, copy: PageCopy);
+
+    /// Moves tokens within pages, in order, after some were pruned, and rebuilds the boxes of the
+    /// pages that they reach, up to the last token that came: keys, values and boxes of all layers.
+    ///
+    /// # Errors
+    /// When pages of this format cannot be taken apart.
+    fn move_tokens(
+        &self,
+        pages: &mut Self::KvPages,
+        moves: &[TokenMove],
+    ) -> Result<(), KernelError>;
 
     /// Looks rows up in an embedding table.
     fn embed(&self, args: EmbedArgs<'_, Self>);

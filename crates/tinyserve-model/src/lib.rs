@@ -16,6 +16,7 @@ mod json;
 #[allow(unsafe_code)]
 mod mmap;
 mod model;
+mod observe;
 mod perplexity;
 mod plan;
 mod rope;
@@ -25,7 +26,7 @@ mod synthetic;
 mod tokenizer;
 mod weights;
 
-pub use batch::{Batch, LogitRows, SequenceStep, StepOutput};
+pub use batch::{Batch, LogitRows, Observe, SequenceStep, StepOutput};
 pub use builtin::BUILTIN_MODEL;
 pub use cache::KvCache;
 pub use chat_template::{
