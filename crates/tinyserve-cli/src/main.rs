@@ -3,6 +3,7 @@
 
 mod args;
 mod bench;
+mod chat;
 mod cli;
 mod doctor;
 mod eval;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let result = match &cli.command {
         Command::Run(args) => run::run(args, sources),
+        Command::Chat(args) => chat::chat(args, sources),
         Command::Tokenize(args) => tokenize::tokenize(args),
         Command::Inspect(args) => inspect::inspect(args),
         Command::Doctor(args) => doctor::doctor(args),
