@@ -65,6 +65,9 @@ pub(crate) enum BenchCommand {
     /// Speed of many sequences together, from prompt to last token, at each batch size.
     #[command(after_help = NOTES)]
     Throughput(bench::ThroughputArgs),
+    /// Throughput and latencies of requests that arrive over time, in the words of vllm bench serve.
+    #[command(after_help = NOTES)]
+    Serve(bench::ServeArgs),
     /// Speed of one attention step alone, sparse beside dense.
     #[command(after_help = NOTES)]
     Attention(bench::AttentionArgs),

@@ -42,6 +42,7 @@ fn main() -> ExitCode {
             BenchCommand::Latency(args) => bench::latency(args, sources),
             BenchCommand::Throughput(args) => bench::throughput(args, sources),
             BenchCommand::Attention(args) => bench::attention(args),
+            BenchCommand::Serve(args) => bench::serve(args, sources),
         },
         Command::Completions { shell } => cli::completions(*shell),
     };
