@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use tinyserve_kv::{KvLayout, PageCopy, PageId, PageSelector, SelectionPolicy, Slot, TokenMove};
 
-use crate::{HostTensor, KernelError};
+use crate::cpu::packed_bytes;
+use crate::{DType, HostTensor, KernelError};
 
 /// Pointwise function of a feed-forward layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -47,6 +48,39 @@ pub enum WeightFormat {
     Int8,
     /// Four bits each, with an f16 scale and minimum for every 32 inputs of an output: 5 bits.
     Int4,
+}
+
+/// The size of a linear layer, known before its weights are loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinearSize {
+    /// Width of the input.
+    pub inputs: usize,
+    /// Width of the output, all parts together.
+    pub outputs: usize,
+    /// Whether it has biases.
+    pub biased: bool,
+    /// Element type of the stored weights.
+    pub stored: DType,
+    /// How they are kept.
+    pub format: WeightFormat,
+}
+
+impl LinearSize {
+    /// Bytes that the CPU backend takes for it; what [`Backend::linear_bytes`] says afterwards.
+    ///
+    /// Sizes that no machine can hold are saturated.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        let (inputs, outputs) = (self.inputs as u64, self.outputs as u64);
+        match self.format {
+            WeightFormat::Stored => {
+                let biases = if self.biased { 4 * outputs } else { 0 };
+                let elements = inputs.saturating_mul(outputs);
+                elements.saturating_mul(self.stored.size() as u64).saturating_add(biases)
+            }
+            format => packed_bytes(format, inputs, outputs),
+        }
+    }
 }
 
 /// One of the matrices that a linear layer puts side by side.

@@ -18,6 +18,7 @@ mod mmap;
 mod model;
 mod observe;
 mod perplexity;
+mod plan;
 mod rope;
 mod sampler;
 mod stop;
@@ -39,6 +40,7 @@ pub use generate::{FinishReason, Generation, GenerationEvent, GenerationOutcome,
 pub use incremental::IncrementalDecoder;
 pub use model::Model;
 pub use perplexity::Perplexity;
+pub use plan::{LargestStep, MemoryPlan};
 pub use rope::{RopeConfig, RopeScaling};
 pub use sampler::{SampleContext, SampledToken, Sampler, SamplingParams, logprob, top_logprobs};
 pub use stop::StopMatcher;

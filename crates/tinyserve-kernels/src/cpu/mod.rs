@@ -22,7 +22,7 @@ use std::sync::{Mutex, PoisonError};
 
 use tinyserve_kv::{HostPages, KvLayout, PageCopy, TokenMove};
 
-pub(crate) use packed::{GROUP, Packed};
+pub(crate) use packed::{GROUP, Packed, packed_bytes};
 pub use path::CpuPath;
 pub(crate) use quantised::RowGroup;
 pub use tensor::{CpuLinear, CpuTensor, CpuVector};
