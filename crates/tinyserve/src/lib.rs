@@ -7,7 +7,8 @@ mod error;
 mod request;
 
 pub use config::{
-    AttentionMode, Device, KvCacheDtype, RopeFrequencyDtype, ScorerName, TinyServeConfig, Weights,
+    AttentionMode, Device, GroupReduceName, KvCacheDtype, RopeFrequencyDtype, ScorerName,
+    TinyServeConfig, Weights,
 };
 pub use engine::{TinyServe, TinyServeBuilder};
 pub use error::TinyServeError;
