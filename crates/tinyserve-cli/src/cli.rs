@@ -31,7 +31,7 @@ pub(crate) enum Command {
     Inspect(inspect::InspectArgs),
     /// Shows what this machine has and what is used of it.
     Doctor(doctor::DoctorArgs),
-    /// Measures how good a model is.
+    /// Measures how good a model is, and what page selections do to it.
     Eval {
         #[command(subcommand)]
         command: EvalCommand,
@@ -51,7 +51,17 @@ pub(crate) enum Command {
 #[derive(Debug, Subcommand)]
 pub(crate) enum EvalCommand {
     /// How well the model predicts a text.
+    #[command(after_help = NOTES)]
     Perplexity(eval::PerplexityArgs),
+    /// How far the predictions through a policy are from those of dense attention.
+    #[command(after_help = NOTES)]
+    Kl(eval::KlArgs),
+    /// Whether facts that were planted far back are found, by policy, length and depth.
+    #[command(after_help = NOTES)]
+    Needle(eval::NeedleArgs),
+    /// How much of the attention the pages that a policy reads hold, by layer and head.
+    #[command(after_help = NOTES)]
+    Recall(eval::RecallArgs),
 }
 
 #[derive(Debug, Subcommand)]

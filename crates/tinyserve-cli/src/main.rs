@@ -35,7 +35,12 @@ fn main() -> ExitCode {
         Command::Tokenize(args) => tokenize::tokenize(args),
         Command::Inspect(args) => inspect::inspect(args),
         Command::Doctor(args) => doctor::doctor(args),
-        Command::Eval { command: EvalCommand::Perplexity(args) } => eval::perplexity(args),
+        Command::Eval { command } => match command {
+            EvalCommand::Perplexity(args) => eval::perplexity(args),
+            EvalCommand::Kl(args) => eval::kl(args),
+            EvalCommand::Needle(args) => eval::needle(args),
+            EvalCommand::Recall(args) => eval::recall(args),
+        },
         Command::Bench { command } => match command {
             BenchCommand::Latency(args) => bench::latency(args, sources),
             BenchCommand::Throughput(args) => bench::throughput(args, sources),

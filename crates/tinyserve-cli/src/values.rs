@@ -3,7 +3,7 @@
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tinyserve::kernels::CpuPath;
-use tinyserve::kv::KvError;
+use tinyserve::kv::{KvError, Method};
 use tinyserve::{Device, GroupReduceName, KvCacheDtype, ScorerName, Weights};
 
 /// A number of tokens: `512`, `4k` (4096), `1M`.
@@ -41,6 +41,14 @@ pub(crate) fn kv_cache_dtype(text: &str) -> Result<KvCacheDtype, String> {
 pub(crate) fn scorer(text: &str) -> Result<ScorerName, String> {
     ScorerName::try_from(text.to_owned()).map_err(|error| match error {
         KvError::Invalid { expected, .. } => format!("expected one of {expected}"),
+        error => error.to_string(),
+    })
+}
+
+/// The name of a method.
+pub(crate) fn method(text: &str) -> Result<Method, String> {
+    Method::named(text).map_err(|error| match error {
+        KvError::Invalid { expected, .. } => format!("expected some of {expected}"),
         error => error.to_string(),
     })
 }

@@ -22,7 +22,7 @@ pub use keys::{HostKeys, PageKeys};
 pub use layout::{GROUP_PAGES, KvLayout, KvShape, MAX_PAGE_SIZE};
 pub use methods::{
     AttentionObserver, Evictor, HeadAttention, METHODS, Method, PageScorer, PromptAttention,
-    ScoreCost, Scorer, score_box,
+    ScoreCost, Scorer, attention_weights, score_box,
 };
 pub use pages::{HeadPage, HostPages, PageBox};
 pub use policy::{Budget, GroupReduce, SelectionPolicy};

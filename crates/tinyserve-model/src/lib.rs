@@ -37,5 +37,8 @@ pub use perplexity::Perplexity;
 pub use rope::{RopeConfig, RopeScaling};
 pub use sampler::{SampledToken, Sampler, SamplingParams, logprob, top_logprobs};
 pub use stop::StopMatcher;
-pub use synthetic::{SyntheticModel, SyntheticNormal, SyntheticShape, SyntheticTensor};
+pub use synthetic::{
+    InductionGeometry, InductionModel, LookupTokens, SyntheticModel, SyntheticNormal,
+    SyntheticShape, SyntheticTensor,
+};
 pub use tokenizer::Tokenizer;

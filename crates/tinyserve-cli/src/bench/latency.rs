@@ -59,7 +59,7 @@ pub(crate) struct LatencyArgs {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(super) enum Format {
+pub(crate) enum Format {
     Md,
     Csv,
     Json,

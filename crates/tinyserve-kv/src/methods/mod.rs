@@ -23,7 +23,7 @@ use crate::{KvError, PageSelector, SelectInput, SelectionPolicy};
 
 pub use boxes::score_box;
 pub(crate) use mean_std::Moments;
-pub use observe::{AttentionObserver, HeadAttention, PromptAttention};
+pub use observe::{AttentionObserver, HeadAttention, PromptAttention, attention_weights};
 pub(crate) use oracle_mass::log_sum_exp;
 
 /// Every method by name.

@@ -72,7 +72,8 @@ impl PageSelector for AttentionObserver {
 }
 
 /// For each query, the softmax weights over the tokens of the pages of `list`, in their order.
-pub(super) fn attention_weights(input: &SelectInput<'_>, list: &[u32]) -> Vec<Vec<f32>> {
+#[must_use]
+pub fn attention_weights(input: &SelectInput<'_>, list: &[u32]) -> Vec<Vec<f32>> {
     let mut logits = vec![Vec::new(); input.group()];
     let mut keys = Vec::new();
     for &page in list {
