@@ -11,5 +11,3 @@ pub(crate) use kl::{KlArgs, kl};
 pub(crate) use needle::{NeedleArgs, needle};
 pub(crate) use perplexity::{PerplexityArgs, perplexity};
 pub(crate) use recall::{RecallArgs, recall};
-
-pub(crate) use options::{Lab, Watched, lab_error};

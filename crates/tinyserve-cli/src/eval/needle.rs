@@ -87,14 +87,15 @@ pub(crate) fn needle(args: &NeedleArgs) -> Result<()> {
     for &context in &args.context {
         let pairs = args.pairs.unwrap_or(task.pairs());
         let test = NeedleTest { context, pairs, samples: args.samples, seed: args.seed };
-        let control = &mut watched.control();
-        let of_length = match &task {
-            Task::Lookup(task) => ask(&mut probe, task, &test, &trials, control),
+        let passkey;
+        let of_context: &dyn NeedleTask = match &task {
+            Task::Lookup(task) => task,
             Task::Passkey { tokenizer, filler } => {
-                let task = PasskeyTask { tokenizer, filler };
-                ask(&mut probe, &task as &dyn NeedleTask, &test, &trials, control)
+                passkey = PasskeyTask { tokenizer, filler };
+                &passkey
             }
         };
+        let of_length = ask(&mut probe, of_context, &test, &trials, &mut watched.control());
         // A length that was interrupted before its first answer has nothing to say.
         rows.extend(of_length.map_err(lab_error)?.into_iter().filter(|row| row.samples > 0));
         if watched.stopped() {
