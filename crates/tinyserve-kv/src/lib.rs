@@ -10,6 +10,7 @@ mod methods;
 mod pages;
 mod policy;
 mod pool;
+mod prefix;
 mod reselect;
 mod select;
 mod selector;
@@ -27,6 +28,9 @@ pub use methods::{
 pub use pages::{HeadPage, HostPages, PageBox};
 pub use policy::{Budget, GroupReduce, SelectionPolicy};
 pub use pool::{PageId, PagePool};
+pub use prefix::{
+    EvictionCause, EvictionPolicy, PageHash, Prefix, PrefixIndex, PrefixOptions, PrefixStats,
+};
 pub use reselect::{Reselect, Reselecting};
 pub use select::{attention_mass, select_pages};
 pub use selector::{PageSelector, SelectFields, SelectInput};
