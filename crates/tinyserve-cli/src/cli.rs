@@ -3,7 +3,7 @@
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
-use crate::{bench, doctor, eval, inspect, output, run, tokenize};
+use crate::{analyze, bench, doctor, eval, inspect, output, run, tokenize};
 
 const NOTES: &str = "\
 Numbers of tokens take suffixes: k or K is 1024, m or M is 1024², g or G is 1024³.
@@ -36,6 +36,9 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: EvalCommand,
     },
+    /// Shows which pages each layer and head of a run reads, as one HTML file with pictures.
+    #[command(after_help = NOTES)]
+    Analyze(analyze::AnalyzeArgs),
     /// Measures how fast a model is.
     Bench {
         #[command(subcommand)]

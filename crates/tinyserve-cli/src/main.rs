@@ -1,6 +1,7 @@
 //! The `tinyserve` command: what it can do, and how it ends.
 #![forbid(unsafe_code)]
 
+mod analyze;
 mod args;
 mod bench;
 mod cli;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
             BenchCommand::Throughput(args) => bench::throughput(args, sources),
             BenchCommand::Attention(args) => bench::attention(args),
         },
+        Command::Analyze(args) => analyze::analyze(args),
         Command::Completions { shell } => cli::completions(*shell),
     };
     exit::code(result)

@@ -11,3 +11,5 @@ pub(crate) use kl::{KlArgs, kl};
 pub(crate) use needle::{NeedleArgs, needle};
 pub(crate) use perplexity::{PerplexityArgs, perplexity};
 pub(crate) use recall::{RecallArgs, recall};
+
+pub(crate) use options::{Lab, TrialArgs, Watched, lab_error};

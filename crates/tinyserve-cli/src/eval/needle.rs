@@ -73,7 +73,7 @@ pub(crate) fn needle(args: &NeedleArgs) -> Result<()> {
         return Err(out_of_range("--samples", 0, "at least 1"));
     }
     let lab = Lab::open(&args.forward)?;
-    let trials = args.trials.trials(lab.model.config().layers)?;
+    let trials = args.trials.trials(lab.model.config().layers, None)?;
     let observed = args.trials.observed(&trials)?;
     let longest = args.context.iter().copied().max().unwrap_or(0);
     if longest > lab.limit() {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Error, Result, anyhow};
 use clap::Args;
 use serde::Serialize;
-use tinyserve::kernels::Cpu;
+use tinyserve::kernels::{Backend, Cpu};
 use tinyserve::kv::{Budget, KvFormat, METHODS, Method, Reselect, SelectionPolicy};
 use tinyserve::model::{Checkpoint, Model, ModelError, Tokenizer};
 use tinyserve::{GroupReduceName, RopeFrequencyDtype, TinyServeConfig, TinyServeError};
@@ -69,12 +69,12 @@ const OBSERVE: usize = 32;
 
 impl TrialArgs {
     /// Whether any method is named.
-    pub(super) fn given(&self) -> bool {
+    pub(crate) fn given(&self) -> bool {
         !self.policies.is_empty()
     }
 
     /// A flag that would change nothing because no method is named.
-    pub(super) fn idle_flag(&self) -> Option<&'static str> {
+    pub(crate) fn idle_flag(&self) -> Option<&'static str> {
         [
             (!self.token_budget.is_empty(), "--token-budget"),
             (!self.selection_ratio.is_empty(), "--selection-ratio"),
@@ -91,9 +91,12 @@ impl TrialArgs {
         .find_map(|(given, flag)| given.then_some(flag))
     }
 
-    /// Every method with every budget; dense attention, which has none, once.
-    pub(super) fn trials(&self, layers: usize) -> Result<Vec<Trial>> {
-        if self.policies.is_empty() {
+    /// Every method with every budget; dense attention, which has none, once. Without a name,
+    /// `default` is tried.
+    pub(crate) fn trials(&self, layers: usize, default: Option<Method>) -> Result<Vec<Trial>> {
+        let mut policies = self.policies.clone();
+        policies.extend(default.filter(|_| self.policies.is_empty()));
+        if policies.is_empty() {
             let names: Vec<_> = METHODS.iter().map(|method| method.name()).collect();
             let sentence = format!("--policies is missing, expected some of {}", names.join(", "));
             return Err(Usage(sentence).into());
@@ -107,7 +110,7 @@ impl TrialArgs {
             budgets.push(of_defaults.budget);
         }
         let dense_layers = self.dense_layers.unwrap_or(of_defaults.dense_layers);
-        let selects = self.policies.iter().any(|method| !matches!(method, Method::Dense));
+        let selects = policies.iter().any(|method| !matches!(method, Method::Dense));
         if selects && dense_layers >= layers {
             let expected = format!(
                 "fewer than the model's {layers} layers: otherwise nothing is ever selected"
@@ -123,7 +126,7 @@ impl TrialArgs {
             (None, similarity) => similarity.map(Reselect::Below),
         };
         let mut trials = Vec::new();
-        for &method in &self.policies {
+        for &method in &policies {
             for (i, &budget) in budgets.iter().enumerate() {
                 if matches!(method, Method::Dense) && i > 0 {
                     continue;
@@ -149,7 +152,7 @@ impl TrialArgs {
     }
 
     /// Tokens to observe, when a trial needs that.
-    pub(super) fn observed(&self, trials: &[Trial]) -> Result<usize> {
+    pub(crate) fn observed(&self, trials: &[Trial]) -> Result<usize> {
         match (trials.iter().any(Trial::evicts), self.observe) {
             (true, observe) => Ok(observe.unwrap_or(OBSERVE)),
             (false, None) => Ok(0),
@@ -219,16 +222,23 @@ pub(super) fn draw(file: &Path, svg: Result<String, LabError>) -> Result<()> {
 }
 
 /// A model to test, and what belongs to it.
-pub(crate) struct Lab {
+pub(crate) struct Lab<B: Backend = Cpu> {
     pub(crate) config: TinyServeConfig,
     pub(crate) checkpoint: Checkpoint,
-    pub(crate) model: Model<Cpu>,
+    pub(crate) model: Model<B>,
     pub(crate) format: KvFormat,
 }
 
 impl Lab {
     /// Loads the model that the flags name.
     pub(crate) fn open(forward: &ForwardArgs) -> Result<Self> {
+        Self::open_on(forward, |cpu| cpu)
+    }
+}
+
+impl<B: Backend> Lab<B> {
+    /// Loads the model that the flags name onto what `wrap` makes of the CPU.
+    pub(crate) fn open_on(forward: &ForwardArgs, wrap: impl FnOnce(Cpu) -> B) -> Result<Self> {
         let config = forward.config()?;
         let mut checkpoint = Checkpoint::load(&config.model).map_err(TinyServeError::from)?;
         if config.rope_frequency_dtype == RopeFrequencyDtype::Weights {
@@ -238,14 +248,13 @@ impl Lab {
         let format = config.kv_cache_dtype.resolve(checkpoint.dtype());
         let weights = config.weights.resolve(checkpoint.dtype())?;
         let backend = forward.device.backend(&config)?;
+        let name = format!("CPU, {}, {} threads", backend.path(), backend.threads());
         let mut progress = Progress::new("loading");
-        let model = Model::load_as(backend, &checkpoint, weights, |done, total| {
+        let model = Model::load_as(wrap(backend), &checkpoint, weights, |done, total| {
             progress.update(done, total);
         })
         .map_err(TinyServeError::from)?;
         progress.finish();
-        let backend = model.backend();
-        let name = format!("CPU, {}, {} threads", backend.path(), backend.threads());
         forward.device.tell(&config, &name);
         Ok(Self { config, checkpoint, model, format })
     }
@@ -267,7 +276,7 @@ impl Lab {
     }
 
     /// Room for sequences of `tokens` tokens.
-    pub(crate) fn probe(self, tokens: usize, observed: usize) -> Result<Probe<Cpu>> {
+    pub(crate) fn probe(self, tokens: usize, observed: usize) -> Result<Probe<B>> {
         let page_size = self.config.page_size;
         let mut probe =
             Probe::new(self.model, page_size, self.format, tokens).map_err(lab_error)?;

@@ -143,7 +143,7 @@ pub(super) fn compare(
     check_svg("--plot", output.plot.as_ref())?;
     let content = read(file)?;
     let lab = Lab::open(forward)?;
-    let chosen = trials.trials(lab.model.config().layers)?;
+    let chosen = trials.trials(lab.model.config().layers, None)?;
     let observed = trials.observed(&chosen)?;
     let tokens =
         lab.tokenizer()?.encode(&content, true).map_err(tinyserve::TinyServeError::from)?;

@@ -41,7 +41,7 @@ pub(crate) fn recall(args: &RecallArgs) -> Result<()> {
     check_svg("--plot", args.output.plot.as_ref())?;
     let text = read(&args.text_file)?;
     let lab = Lab::open(&args.forward)?;
-    let trials = args.trials.trials(lab.model.config().layers)?;
+    let trials = args.trials.trials(lab.model.config().layers, None)?;
     let observed = args.trials.observed(&trials)?;
     let tokens = lab.tokenizer()?.encode(&text, true).map_err(TinyServeError::from)?;
     let most = lab.limit().min(tokens.len()).saturating_sub(args.steps);
