@@ -55,7 +55,7 @@ fn needles_are_found_by_policy_and_drawn() {
     }
     assert_eq!(rows[0]["bytes_read_ratio"], 1.0);
     assert!(number(&rows[4], "bytes_read_ratio") < 0.2);
-    for picture in [plot, map] {
+    for picture in [&plot, &map] {
         let svg = std::fs::read_to_string(picture).unwrap();
         assert!(
             svg.starts_with("<svg")

@@ -29,7 +29,7 @@ pub struct TracedRun<'a> {
 ///
 /// # Errors
 /// When the prompt is empty or does not fit, or the model fails.
-pub fn traced<B: Backend>(
+pub fn traced<B: Backend + Sync>(
     probe: &mut Probe<Profiled<B>>,
     run: &TracedRun<'_>,
     trial: &Trial,
@@ -112,7 +112,7 @@ pub fn traced<B: Backend>(
 }
 
 /// Where the time of a step goes, and the share of the bytes that each step reads, unwatched.
-fn time<B: Backend>(
+fn time<B: Backend + Sync>(
     probe: &mut Probe<Profiled<B>>,
     table: &tinyserve_kv::PageTable,
     mut token: u32,
