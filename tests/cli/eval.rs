@@ -72,9 +72,10 @@ fn needles_are_found_by_policy_and_drawn() {
 
 #[test]
 fn pass_keys_can_hide_in_running_text() {
-    let flags = "eval needle --context 300 --pairs 2 --samples 4 --policies dense,box --json";
-    let rows = words(flags).refused(2);
-    assert!(rows.contains("--pairs") || rows.contains("--context"), "{rows}");
+    let few = words("eval needle --context 400 --pairs 17 --policies dense").refused(2);
+    assert!(few.contains("--pairs is 17") && few.contains("1 to 16 names"), "{few}");
+    let short = words("eval needle --context 40 --pairs 2 --policies dense").refused(2);
+    assert!(short.contains("--context is 40"), "{short}");
     let flags = "eval needle --context 400 --pairs 2 --samples 4 --policies dense,random \
                  --dense-layers 0 --json";
     let rows = words(flags).json();
