@@ -189,7 +189,7 @@ impl ForwardArgs {
         selection.apply(&mut config, sources)?;
         config.check()?;
         if config.attention != AttentionMode::Dense && !config.selection_policy().has_kernels() {
-            eprintln!("note: {}", HOST_IS_SLOW);
+            eprintln!("note: {HOST_IS_SLOW}");
         }
         Ok(config)
     }

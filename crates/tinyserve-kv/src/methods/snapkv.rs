@@ -44,9 +44,12 @@ impl Evictor for SnapKv {
 struct Sequence {
     policy: SelectionPolicy,
     prompt: Arc<PromptAttention>,
-    /// For each layer and KV head, the pages that are kept and how many there were then.
-    kept: Mutex<HashMap<(usize, usize), (Vec<u32>, usize)>>,
+    /// For each layer and KV head.
+    kept: Mutex<HashMap<(usize, usize), Kept>>,
 }
+
+/// The pages that are kept, and how many there were then.
+type Kept = (Vec<u32>, usize);
 
 impl PageSelector for Sequence {
     fn select(&self, input: &SelectInput<'_>, selected: &mut Vec<u32>) -> bool {
