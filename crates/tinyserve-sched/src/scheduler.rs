@@ -7,7 +7,7 @@ use std::time::Duration;
 use smallvec::SmallVec;
 use tinyserve_kernels::Attention;
 use tinyserve_kv::PageTable;
-use tinyserve_model::{Batch, LogitRows, ModelError, SequenceStep};
+use tinyserve_model::{Batch, LogitRows, ModelError, Observe, SequenceStep};
 
 use crate::intake::{Intake, Submission};
 use crate::metrics::{Metrics, count, gauge};
@@ -493,7 +493,13 @@ fn step(sequence: &Sequence) -> SequenceStep<'_> {
         LogitRows::None
     };
     let attention = if in_prompt { Attention::Dense } else { sequence.attention.as_kernel() };
-    SequenceStep { tokens: &sequence.tokens[start..end], table: &sequence.table, attention, logits }
+    SequenceStep {
+        tokens: &sequence.tokens[start..end],
+        table: &sequence.table,
+        attention,
+        logits,
+        observe: Observe::NOTHING,
+    }
 }
 
 fn model_failure(error: &ModelError) -> Failure {
