@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use tinyserve_kernels::{Attention, Backend};
 use tinyserve_kv::{AttentionObserver, KvFormat, PageTable, PromptAttention};
-use tinyserve_model::{Activations, Batch, KvCache, LogitRows, Model, SequenceStep, StepOutput};
+use tinyserve_model::{
+    Activations, Batch, KvCache, LogitRows, Model, Observe, SequenceStep, StepOutput,
+};
 
 use crate::{Control, LabError};
 
@@ -115,7 +117,8 @@ impl<B: Backend> Probe<B> {
         measure_recall: bool,
     ) -> Result<&StepOutput, LabError> {
         self.cache.extend(self.model.backend(), table, tokens.len())?;
-        let step = SequenceStep { tokens, table, attention, logits };
+        let observe = Observe::default();
+        let step = SequenceStep { tokens, table, attention, logits, observe };
         let batch = Batch { sequences: &[step], measure_recall };
         self.model.forward(&mut self.activations, &mut self.cache, &batch, &mut self.output)?;
         Ok(&self.output)
