@@ -148,6 +148,8 @@ impl Intake {
             table: PageTable::new(self.limits.page_size),
             planned: 0,
             fresh: true,
+            dense: usize::MAX,
+            remembered: false,
             place: Some(place),
             cached_tokens: 0,
             kv: KvUse::default(),

@@ -5,7 +5,10 @@ use std::task::{Context, Poll, Wake};
 use std::time::Duration;
 
 use tinyserve_kernels::{Cpu, CpuOptions};
-use tinyserve_kv::{KvFormat, PageSelector, SelectInput};
+use tinyserve_kv::{
+    Budget, EvictionPolicy, KvFormat, PageSelector, PrefixIndex, PrefixOptions, SelectInput,
+    SelectionPolicy,
+};
 use tinyserve_model::{Checkpoint, KvCache, Model, SamplingParams};
 use tinyserve_sched::{
     AdmissionError, AttentionChoice, Engine, EngineConfig, EngineState, Event, FailureKind,
@@ -18,7 +21,14 @@ fn engine(pages: usize, config: EngineConfig) -> Engine {
     let cpu = Cpu::new(CpuOptions { threads: Some(2), path: None }).unwrap();
     let model = Model::load(cpu, &checkpoint, |_, _| {}).unwrap();
     let layout = model.config().kv_layout(16, KvFormat::F32).unwrap();
+    let options = PrefixOptions {
+        identity: "stories",
+        layout,
+        policy: EvictionPolicy::Lru,
+        max_pages: pages,
+    };
     let cache = KvCache::new(model.backend(), layout, pages).unwrap();
+    let cache = cache.with_prefix_index(PrefixIndex::new(options));
     let eos = model.config().eos.clone();
     let tokenizer = Some(checkpoint.tokenizer().unwrap());
     let config = EngineConfig { tokenizer, eos, ..config };
@@ -166,6 +176,40 @@ fn a_session_computes_only_what_is_new() {
     assert_eq!(engine.delete_session("a").wait(), Some(true));
     assert_eq!(engine.delete_session("a").wait(), Some(false));
     assert_eq!(engine.stats().pages_used, 0);
+}
+
+#[test]
+fn requests_that_begin_alike_share_pages() {
+    let engine = engine(64, EngineConfig::default());
+    let long =
+        "Once upon a time there was a little girl named Lily who had a big red ball. ".repeat(2);
+    let (first, _, end) = answer(&engine, greedy(&long, 20));
+    assert_eq!(end.summary.usage.cached_tokens, 0);
+    let prompt = end.summary.usage.prompt_tokens;
+    let (again, _, end) = answer(&engine, greedy(&long, 20));
+    // Whole pages, and not the last token.
+    assert_eq!(end.summary.usage.cached_tokens, (prompt - 1) / 16 * 16);
+    assert_eq!(again, first);
+    // Pages that are kept are in nobody's use.
+    let stats = engine.stats();
+    assert_eq!((stats.pages_used, stats.prefix_hits), (0, 1));
+    assert!(stats.pages_idle > 0);
+    // What a selecting step has computed is not what another request would compute.
+    let select = SelectionPolicy {
+        budget: Budget::Tokens(16),
+        dense_layers: 0,
+        min_context: 0,
+        ..SelectionPolicy::default()
+    };
+    let sparse = || {
+        let mut request = greedy("The dog", 80);
+        request.attention = Some(AttentionChoice::Policy(select.clone()));
+        request
+    };
+    let (_, tokens, _) = answer(&engine, sparse());
+    let mut continued = sparse();
+    continued.prompt.extend(tokens.iter().map(|token| token.id));
+    assert_eq!(answer(&engine, continued).2.summary.usage.cached_tokens, 0);
 }
 
 #[test]

@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tinyserve_kernels::{DType, WeightFormat};
-use tinyserve_kv::{Budget, GroupReduce, KvError, KvFormat, Scorer, SelectionPolicy};
+use tinyserve_kv::{
+    Budget, EvictionPolicy, GroupReduce, KvError, KvFormat, Scorer, SelectionPolicy,
+};
+use tinyserve_model::Checkpoint;
 use tinyserve_sched::EngineConfig;
 
 use crate::TinyServeError;
@@ -172,6 +175,35 @@ impl From<GroupReduceName> for GroupReduce {
     }
 }
 
+/// Which kept pages are given up first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EvictionName {
+    /// Those that were used least recently.
+    #[default]
+    Lru,
+    /// Those that are both old and cheap to compute again.
+    Cost,
+}
+
+impl EvictionName {
+    /// The policy for the model of `checkpoint`.
+    #[must_use]
+    pub fn resolve(self, checkpoint: &Checkpoint) -> EvictionPolicy {
+        match self {
+            Self::Lru => EvictionPolicy::Lru,
+            Self::Cost => {
+                // A token takes two operations for each parameter, and to attend to a token of
+                // context takes four for each channel of a query.
+                let config = checkpoint.config();
+                let of_context = 2 * config.layers * config.q_heads * config.head_dim;
+                let dense_tokens = (checkpoint.parameters() / of_context.max(1)) as u64;
+                EvictionPolicy::RecomputeCost { dense_tokens }
+            }
+        }
+    }
+}
+
 /// Settings of an engine.
 ///
 /// The same names are keys of a JSON or TOML file, flags (`--selection-ratio`) and environment
@@ -237,6 +269,10 @@ pub struct TinyServeConfig {
     /// Most prompt tokens of the requests that wait for their first step; no limit unless set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_num_queued_tokens: Option<usize>,
+    /// Whether the pages of prompts are kept for requests that begin alike.
+    pub enable_prefix_caching: bool,
+    /// Which kept pages are given up first when their room is needed.
+    pub eviction_policy: EvictionName,
     /// Seconds of waiting that count as much as one step of priority.
     pub priority_ageing: f64,
     /// Seconds without a request after which a session is deleted.
@@ -273,6 +309,8 @@ impl Default for TinyServeConfig {
             max_num_batched_tokens: None,
             max_num_queued_reqs: None,
             max_num_queued_tokens: None,
+            enable_prefix_caching: true,
+            eviction_policy: EvictionName::Lru,
             priority_ageing: 10.0,
             session_timeout: 300.0,
             target_memory_gb: None,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tinyserve_kernels::{Cpu, CpuOptions};
-use tinyserve_kv::PageSelector;
+use tinyserve_kv::{PageSelector, PrefixIndex, PrefixOptions};
 use tinyserve_model::{
     ChatTemplate, Checkpoint, KvCache, MemoryPlan, Model, ModelConfig, ModelError, Perplexity,
     PerplexityWindow, Tokenizer, perplexity_windows,
@@ -174,7 +174,19 @@ impl TinyServeBuilder {
         let model = Model::load_as(backend, &checkpoint, weights, progress)?;
         let weight_bytes = model.weight_bytes();
         let MemoryPlan { layout, pages, .. } = memory.plan;
-        let cache = KvCache::new(model.backend(), layout, pages)?;
+        let mut cache = KvCache::new(model.backend(), layout, pages)?;
+        if config.enable_prefix_caching {
+            // What keys and values depend on beside tokens and layout.
+            let identity = format!(
+                "{} {} {:?}",
+                config.model,
+                config.weights.name(checkpoint.dtype()),
+                config.rope_frequency_dtype
+            );
+            let policy = config.eviction_policy.resolve(&checkpoint);
+            let options = PrefixOptions { identity: &identity, layout, policy, max_pages: pages };
+            cache = cache.with_prefix_index(PrefixIndex::new(options));
+        }
         let attention = match (config.attention, self.selector) {
             (_, Some(selector)) => AttentionChoice::Custom(selector),
             (AttentionMode::Dense, None) => AttentionChoice::Dense,

@@ -211,9 +211,11 @@ impl World {
         for page in self.scheduler.held_pages() {
             *held.entry(page).or_insert(0) += 1;
         }
-        assert_eq!(held.len(), pool.used_pages(), "pages that somebody holds, and pages in use");
+        let used = pool.used_pages() - pool.idle_pages();
+        assert_eq!(held.len(), used, "pages that somebody holds, and pages in use");
         for (page, count) in held {
-            assert_eq!((pool.holders(page), count), (1, 1), "{page:?}");
+            // The index of prefixes may be one more holder.
+            assert!([count, count + 1].contains(&pool.holders(page)), "{page:?}: {count}");
         }
     }
 
@@ -355,7 +357,8 @@ proptest! {
         // After all sessions have timed out, nobody holds anything.
         world.clock.advance(Duration::from_secs(1));
         world.scheduler.expire_sessions();
-        prop_assert_eq!(world.scheduler.runner().pool().used_pages(), 0);
+        let pool = world.scheduler.runner().pool();
+        prop_assert_eq!(pool.used_pages(), pool.idle_pages());
         let stats = world.scheduler.stats();
         prop_assert_eq!((stats.running, stats.waiting, stats.queued_requests), (0, 0, 0));
         prop_assert_eq!((stats.queued_tokens, stats.sessions, stats.pages_used), (0, 0, 0));
