@@ -91,7 +91,11 @@ impl MemoryArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Scheduling")]
 pub(crate) struct ScheduleArgs {
-    /// Most sequences that run together [default: 16].
+    /// Copies of the model that share the work; threads and memory are divided among them
+    /// [default: 1].
+    #[arg(long, value_name = "N", env = "TINYSERVE_REPLICAS", value_parser = values::size)]
+    replicas: Option<usize>,
+    /// Most sequences that run together in a replica [default: 16].
     #[arg(long, value_name = "N", env = "TINYSERVE_MAX_NUM_SEQS", value_parser = values::size)]
     max_num_seqs: Option<usize>,
     /// Most tokens of one step, decodes and prefill chunks together [default: 512, or more where
@@ -111,6 +115,7 @@ pub(crate) struct ScheduleArgs {
 
 impl ScheduleArgs {
     pub(crate) fn apply(&self, config: &mut TinyServeConfig) {
+        set(&mut config.replicas, self.replicas);
         set(&mut config.max_num_seqs, self.max_num_seqs);
         set_some(&mut config.max_num_batched_tokens, self.max_num_batched_tokens);
         set(&mut config.enable_prefix_caching, self.enable_prefix_caching);

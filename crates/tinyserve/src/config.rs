@@ -257,7 +257,11 @@ pub struct TinyServeConfig {
     /// or fewer where memory holds fewer.
     #[serde(alias = "max_model_len", skip_serializing_if = "Option::is_none")]
     pub max_sequence_length: Option<usize>,
-    /// Most sequences that run together.
+    /// Copies of the model, each with threads, weights and pages of its own, that share the work.
+    pub replicas: usize,
+    /// Devices that one model is split over; only 1 is implemented.
+    pub tensor_parallel_size: usize,
+    /// Most sequences that run together in a replica.
     pub max_num_seqs: usize,
     /// Most tokens of one step, decodes and prefill chunks together; unless set, 512, or more where
     /// `attention_chunk_size` or `max_num_seqs` are more.
@@ -305,6 +309,8 @@ impl Default for TinyServeConfig {
             rope_frequency_dtype: RopeFrequencyDtype::F32,
             attention_chunk_size: 256,
             max_sequence_length: None,
+            replicas: 1,
+            tensor_parallel_size: 1,
             max_num_seqs: 16,
             max_num_batched_tokens: None,
             max_num_queued_reqs: None,
@@ -372,6 +378,7 @@ impl TinyServeConfig {
             ("attention_chunk_size", Some(self.attention_chunk_size)),
             ("threads", self.threads),
             ("max_sequence_length", self.max_sequence_length),
+            ("replicas", Some(self.replicas)),
             ("max_num_seqs", Some(self.max_num_seqs)),
             ("max_num_batched_tokens", self.max_num_batched_tokens),
         ];
@@ -383,6 +390,21 @@ impl TinyServeConfig {
                     expected: "at least 1".to_owned(),
                 });
             }
+        }
+        if self.tensor_parallel_size != 1 {
+            return Err(TinyServeError::Setting {
+                field: "tensor_parallel_size",
+                found: self.tensor_parallel_size.to_string(),
+                expected: "1: splitting one model over several devices is not implemented"
+                    .to_owned(),
+            });
+        }
+        if let Some(threads) = self.threads.filter(|&threads| threads < self.replicas) {
+            return Err(TinyServeError::Setting {
+                field: "replicas",
+                found: self.replicas.to_string(),
+                expected: format!("at most {threads}, the value of threads: each needs one"),
+            });
         }
         for (field, seconds) in
             [("priority_ageing", self.priority_ageing), ("session_timeout", self.session_timeout)]
@@ -523,6 +545,8 @@ mod tests {
             ("d.toml", "page_size = 0", "page_size is 0"),
             ("e.toml", "num_gpus = 2", "num_gpus"),
             ("l.toml", "max_num_seqs = 0", "max_num_seqs is 0"),
+            ("o.toml", "tensor_parallel_size = 2", "tensor_parallel_size is 2, expected 1"),
+            ("p.toml", "replicas = 3\nthreads = 2", "replicas is 3, expected at most 2"),
             (
                 "m.toml",
                 "max_num_batched_tokens = 3",

@@ -10,8 +10,8 @@ use std::time::Duration;
 use proptest::prelude::*;
 use tinyserve_model::SamplingParams;
 use tinyserve_sched::{
-    AdmissionError, Clock, EngineConfig, Event, EventStream, FailureKind, Finished, Request,
-    RequestId, Runner, Scheduler,
+    AdmissionError, Clock, Engine, EngineConfig, EngineState, Event, EventStream, FailureKind,
+    Finished, Request, RequestId, Runner, Scheduler,
 };
 use toy::{DRAWN, FAILS, PANIC, PANICS, Toy, next};
 
@@ -474,4 +474,36 @@ fn ten_thousand_requests_leave_nothing_behind() {
     world.scheduler.clear_sessions();
     assert_eq!(world.scheduler.stats().pages_used, 0);
     assert!(world.scheduler.stats().preemptions > 0);
+}
+
+#[test]
+fn what_a_dead_replica_had_fails_and_others_go_on() {
+    quiet_about_the_toy();
+    let mut broken = Toy::new(20, 4);
+    broken.dies_at = Some(3);
+    let config = EngineConfig { max_sequence_length: 60, ..EngineConfig::default() };
+    let engine = Engine::start_replicas("toy", vec![broken, Toy::new(20, 4)], config).unwrap();
+    let plan = simple(4, 20, 0);
+    let mut failed = 0;
+    for session in 0..20 {
+        let request = plan.request().session(session.to_string());
+        match engine.submit(request).unwrap().last().unwrap() {
+            Event::Finished(_) => {}
+            Event::Failed(failure) => {
+                assert_eq!(failure.kind, FailureKind::EngineStopped, "{failure}");
+                failed += 1;
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(failed, 1, "the request that the replica died of");
+    let states = engine.replica_states();
+    assert_eq!(states, [EngineState::Stopped, EngineState::Running]);
+    assert_eq!(engine.state(), EngineState::Running);
+    // Its sessions start again elsewhere.
+    for session in 0..20 {
+        let request = plan.request().session(session.to_string());
+        assert!(matches!(engine.submit(request).unwrap().last(), Some(Event::Finished(_))));
+    }
+    assert_eq!(engine.list_sessions().wait().unwrap().len(), 20);
 }

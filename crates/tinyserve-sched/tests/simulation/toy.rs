@@ -27,6 +27,8 @@ pub(crate) struct Toy {
     pages: Vec<Vec<u32>>,
     /// Rows of logits, sequence by sequence.
     logits: Vec<Vec<Vec<f32>>>,
+    /// Extending dies, outside of what a step may, after so many times.
+    pub(crate) dies_at: Option<usize>,
     /// Most tokens of a step so far.
     pub(crate) largest_step: usize,
     /// Most sequences of a step so far.
@@ -49,6 +51,7 @@ impl Toy {
             page_size,
             pages: vec![vec![u32::MAX; page_size]; pages],
             logits: Vec::new(),
+            dies_at: None,
             largest_step: 0,
             widest_step: 0,
         }
@@ -101,6 +104,9 @@ impl Runner for Toy {
     }
 
     fn extend(&mut self, table: &mut PageTable, tokens: usize) -> Result<(), KvError> {
+        if let Some(left) = &mut self.dies_at {
+            *left = left.checked_sub(1).expect(PANIC);
+        }
         let copy = match table.extend(&mut self.pool, tokens) {
             Err(KvError::OutOfPages { needed, free, .. })
                 if needed <= free + self.pool.idle_pages() =>
