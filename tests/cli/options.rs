@@ -39,13 +39,15 @@ fn every_flag_of_run_has_an_effect() {
     // Each case: a base, the option, and what it must change.
     let select = ["--attention", "sparse", "--dense-layers", "0"];
     let none: [&str; 0] = [];
-    let cases: [(&[&str], &[&str], &str); 21] = [
+    let cases: [(&[&str], &[&str], &str); 23] = [
         (&none, &["-n", "3"], "/tokens"),
         (&none, &["--temperature", "0"], "/tokens"),
         (&none, &["--top-p", "0.05"], "/tokens"),
         (&none, &["--top-k", "1"], "/tokens"),
         (&none, &["--min-p", "0.99"], "/tokens"),
         (&none, &["--repetition-penalty", "5"], "/tokens"),
+        (&none, &["--presence-penalty", "2"], "/tokens"),
+        (&none, &["--frequency-penalty", "2"], "/tokens"),
         (&none, &["--seed", "4"], "/tokens"),
         (&none, &["--stop", "e"], "/finish_reason"),
         (&none, &["--page-size", "4"], "/kv/pages"),

@@ -18,7 +18,7 @@ const FORBIDDEN: &[(&str, &str)] = &[
 ];
 
 /// Text of PTX that depends on where it was made.
-const PLACE_DEPENDENT: &[&str] = &["_INTERNAL_", "_GLOBAL__N", ".loc", ".file"];
+const PLACE_DEPENDENT: &[&str] = &["_INTERNAL_", "_GLOBAL__N", ".loc ", ".loc\t", ".file"];
 
 /// Every rule that is broken, one line each.
 pub(super) fn broken(root: &Path, units: &[Unit]) -> Result<Vec<String>> {

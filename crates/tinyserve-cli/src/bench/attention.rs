@@ -291,6 +291,8 @@ impl Bench {
                 sequences: &sequences,
                 pages: &self.pages,
                 measure_recall: false,
+                sequence_stats: None,
+                observe: None,
                 out: &mut out,
             };
             stats.add(&self.backend.attend(args).map_err(TinyServeError::from)?);
