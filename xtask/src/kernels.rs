@@ -105,7 +105,8 @@ fn with_toolkit(toolkit: &Toolkit, root: &Path, units: &[Unit]) -> Result<Vec<St
         let path = relative(root, &unit.ptx);
         let expected = compile(toolkit, unit, root)?;
         if fs::read_to_string(&unit.ptx).ok().as_deref() != Some(&expected) {
-            broken.push(format!("{path}: not what its source gives; run cargo xtask build-kernels"));
+            broken
+                .push(format!("{path}: not what its source gives; run cargo xtask build-kernels"));
         }
     }
     println!("rebuilt with {}: {} differ", toolkit.describe(), broken.len());

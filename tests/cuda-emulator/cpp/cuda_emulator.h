@@ -231,6 +231,8 @@ EMU_INL float __logf(float x) { return logf(x); }
 EMU_INL float __fdividef(float a, float b) { return a / b; }
 EMU_INL float rsqrtf(float x) { return 1.f / sqrtf(x); }
 EMU_INL float __fmul_rn(float a, float b) { return a * b; }
+EMU_INL float __fadd_rn(float a, float b) { return a + b; }
+EMU_INL float __fdiv_rn(float a, float b) { return a / b; }
 EMU_INL float __frcp_rn(float x) { return 1.f / x; }
 EMU_INL float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 EMU_INL float __int_as_float(int v) { return emu::unbits<float>(emu::bits(v)); }

@@ -171,7 +171,9 @@ impl Sources {
 /// Names of the kernels in `ptx`.
 fn entries(ptx: &str) -> Vec<&str> {
     let after = ptx.split(".entry ").skip(1);
-    after.filter_map(|rest| rest.split(|c: char| !(c.is_alphanumeric() || c == '_')).next()).collect()
+    after
+        .filter_map(|rest| rest.split(|c: char| !(c.is_alphanumeric() || c == '_')).next())
+        .collect()
 }
 
 fn kernels() -> PathBuf {

@@ -97,7 +97,11 @@ fn usages(text: &str) -> Vec<Usage> {
             };
             let kernel = kernel.clone();
             let registers = number(" registers").unwrap_or_default();
-            all.push(Usage { kernel, registers, shared: number(" bytes smem").unwrap_or_default() });
+            all.push(Usage {
+                kernel,
+                registers,
+                shared: number(" bytes smem").unwrap_or_default(),
+            });
         }
     }
     all
@@ -202,7 +206,8 @@ mod tests {
 
     #[test]
     fn a_source_says_what_it_is_and_what_it_moves() {
-        let source = "// Adds.\n//\n// Grid 1.\n// Must move 8 bytes,\n// at once.\n\n// Not this.\n";
+        let source =
+            "// Adds.\n//\n// Grid 1.\n// Must move 8 bytes,\n// at once.\n\n// Not this.\n";
         assert_eq!(summary(source), "Adds.\nMust move 8 bytes,\nat once.");
     }
 }
