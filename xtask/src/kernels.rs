@@ -84,7 +84,7 @@ pub(crate) fn check(root: &Path, args: &CheckArgs) -> Result<()> {
     }
     for (build, seeds) in [("emulator", "0-7"), ("checker", "0-0")] {
         let status = crate::cargo()
-            .args(["test", "--locked", "-p", "tinyserve-tests", "--test", "cuda"])
+            .args(["test", "--locked", "-p", "tinyserve-cuda-emulator"])
             .env("TINYSERVE_TEST_CUDA", build)
             .env("TINYSERVE_TEST_CUDA_SEEDS", seeds)
             .current_dir(root)

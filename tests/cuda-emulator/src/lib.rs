@@ -11,7 +11,7 @@ mod build;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Once, OnceLock};
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW, Symbol};
 
@@ -116,6 +116,58 @@ impl Emulator {
 pub fn install(build: Build) -> Result<&'static Emulator, &'static Unavailable> {
     static INSTALLED: OnceLock<Result<Emulator, Unavailable>> = OnceLock::new();
     INSTALLED.get_or_init(|| load(build)).as_ref()
+}
+
+/// Says which orders of threads the emulator runs.
+const SEEDS_VARIABLE: &str = "TINYSERVE_TEST_CUDA_SEEDS";
+
+/// What a test runs on.
+#[derive(Debug, Clone, Copy)]
+pub struct Ready {
+    /// The emulator, if it is one.
+    pub emulator: Option<&'static Emulator>,
+}
+
+impl Ready {
+    /// Calls `test` once for each order of threads: those that `TINYSERVE_TEST_CUDA_SEEDS` names
+    /// (as `0-7`), unless it is set the fixed one and a random one; on a GPU, which has an order of
+    /// its own, once.
+    ///
+    /// # Panics
+    /// When the variable says something else.
+    pub fn orders(&self, mut test: impl FnMut(u64)) {
+        let Some(emulator) = self.emulator else { return test(0) };
+        let text = std::env::var(SEEDS_VARIABLE).unwrap_or_else(|_| "0-1".to_owned());
+        let range = text
+            .split_once('-')
+            .and_then(|(first, last)| Some(first.parse::<u64>().ok()?..=last.parse().ok()?));
+        let expected = "expected two numbers as in 0-7";
+        for seed in range.unwrap_or_else(|| panic!("{SEEDS_VARIABLE} is {text:?}, {expected}")) {
+            emulator.seed(seed);
+            test(seed);
+        }
+        emulator.seed(0);
+    }
+}
+
+/// Makes a CUDA device available to this process, and says on stderr which driver it has; `None`,
+/// with the reason on stderr, where there is neither a GPU nor a C++ compiler.
+#[must_use]
+pub fn ready() -> Option<Ready> {
+    static TOLD: Once = Once::new();
+    let driver = asked_for();
+    let emulator = match driver {
+        Driver::Real => None,
+        Driver::Emulator(build) => match install(build) {
+            Ok(emulator) => Some(emulator),
+            Err(reason) => {
+                TOLD.call_once(|| eprintln!("skipped: {reason}"));
+                return None;
+            }
+        },
+    };
+    TOLD.call_once(|| eprintln!("CUDA tests run on {driver}"));
+    Some(Ready { emulator })
 }
 
 fn load(build: Build) -> Result<Emulator, Unavailable> {
