@@ -99,7 +99,8 @@ impl Compiler {
 
     /// Instructions that the emulated conversions and fused products are fast with.
     fn machine_flags() -> Vec<&'static str> {
-        let mut flags = Vec::new();
+        // What a kernel rounds twice stays rounded twice.
+        let mut flags = vec!["-ffp-contract=off"];
         #[cfg(target_arch = "x86_64")]
         {
             if is_x86_feature_detected!("f16c") {
