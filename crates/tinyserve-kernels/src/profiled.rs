@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tinyserve_kv::{KvLayout, PageCopy};
+use tinyserve_kv::{KvLayout, PageCopy, TokenMove};
 
 use crate::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
@@ -91,6 +91,10 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
         self.inner.copy_page(pages, copy);
     }
 
+    fn move_tokens(&self, pages: &mut B::KvPages, moves: &[TokenMove]) -> Result<(), KernelError> {
+        self.inner.move_tokens(pages, moves)
+    }
+
     fn embed(&self, args: EmbedArgs<'_, Self>) {
         let EmbedArgs { table, ids, store, out } = args;
         self.inner.embed(EmbedArgs { table, ids, store, out });
@@ -165,6 +169,7 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
     fn upload(&self, values: &[f32], out: &mut B::Tensor) {
         self.inner.upload(values, out);
     }
+
     fn check(&self) -> Result<(), KernelError> {
         self.inner.check()
     }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use tinyserve_kernels::{DType, WeightFormat};
-use tinyserve_kv::{Budget, KvFormat, SelectionPolicy};
+use tinyserve_kv::{Budget, GroupReduce, KvError, KvFormat, Scorer, SelectionPolicy};
 
 use crate::TinyServeError;
 
@@ -131,13 +131,43 @@ pub enum RopeFrequencyDtype {
     Weights,
 }
 
-/// What a page is scored by.
+/// What a page is scored by: the name of a scorer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ScorerName(pub Scorer);
+
+impl TryFrom<String> for ScorerName {
+    type Error = KvError;
+
+    fn try_from(name: String) -> Result<Self, KvError> {
+        Scorer::named(&name).map(Self)
+    }
+}
+
+impl From<ScorerName> for String {
+    fn from(name: ScorerName) -> Self {
+        name.0.name().to_owned()
+    }
+}
+
+/// How the scores of the query heads that share a KV head become one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum ScorerName {
-    /// The upper bound over the page's bounding box.
+pub enum GroupReduceName {
+    /// The largest.
     #[default]
-    Box,
+    Max,
+    /// Each query's scores become shares by a softmax over the pages, which are added up.
+    SoftmaxVote,
+}
+
+impl From<GroupReduceName> for GroupReduce {
+    fn from(name: GroupReduceName) -> Self {
+        match name {
+            GroupReduceName::Max => Self::Max,
+            GroupReduceName::SoftmaxVote => Self::SoftmaxVote,
+        }
+    }
 }
 
 /// Settings of an engine.
@@ -166,8 +196,14 @@ pub struct TinyServeConfig {
     /// Tokens that a selecting step reads, instead of a share.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token_budget: Option<usize>,
+    /// Share of the estimated attention mass that a selecting step reads, instead of a share of
+    /// the pages.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top_p_pages: Option<f64>,
     /// What a page is scored by.
     pub scorer: ScorerName,
+    /// How the scores of the query heads that share a KV head become one.
+    pub group_reduce: GroupReduceName,
     /// First pages that are always read.
     pub sink_pages: usize,
     /// Last pages that are always read.
@@ -183,9 +219,13 @@ pub struct TinyServeConfig {
     pub rope_frequency_dtype: RopeFrequencyDtype,
     /// Most prompt tokens of one prefill step.
     pub attention_chunk_size: usize,
-    /// Most tokens of a sequence, prompt included; unless set, the model's context, at most 8192.
+    /// Most tokens of a sequence, prompt included; unless set, the model's context, at most 8192,
+    /// or fewer where memory holds fewer.
     #[serde(alias = "max_model_len", skip_serializing_if = "Option::is_none")]
     pub max_sequence_length: Option<usize>,
+    /// Most memory of the process, in units of 10⁹ bytes; unless set, 80 % of what is available.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_memory_gb: Option<f64>,
 }
 
 impl Default for TinyServeConfig {
@@ -200,7 +240,9 @@ impl Default for TinyServeConfig {
             attention: AttentionMode::Auto,
             selection_ratio: 0.3,
             token_budget: None,
-            scorer: ScorerName::Box,
+            top_p_pages: None,
+            scorer: ScorerName::default(),
+            group_reduce: GroupReduceName::Max,
             sink_pages: policy.sink_pages,
             recent_pages: policy.recent_pages,
             dense_layers: policy.dense_layers,
@@ -209,6 +251,7 @@ impl Default for TinyServeConfig {
             rope_frequency_dtype: RopeFrequencyDtype::F32,
             attention_chunk_size: 256,
             max_sequence_length: None,
+            target_memory_gb: None,
         }
     }
 }
@@ -274,6 +317,15 @@ impl TinyServeConfig {
                 });
             }
         }
+        if let Some(gigabytes) = self.target_memory_gb
+            && !(gigabytes > 0.0 && gigabytes.is_finite())
+        {
+            return Err(TinyServeError::Setting {
+                field: "target_memory_gb",
+                found: gigabytes.to_string(),
+                expected: "a number above 0".to_owned(),
+            });
+        }
         Ok(self.selection_policy().check()?)
     }
 
@@ -284,13 +336,15 @@ impl TinyServeConfig {
             AttentionMode::Sparse => 0,
             AttentionMode::Auto | AttentionMode::Dense => SelectionPolicy::default().min_context,
         };
+        let ratio = self.top_p_pages.map_or(Budget::Ratio(self.selection_ratio), Budget::TopP);
         SelectionPolicy {
-            budget: self.token_budget.map_or(Budget::Ratio(self.selection_ratio), Budget::Tokens),
+            scorer: self.scorer.0,
+            budget: self.token_budget.map_or(ratio, Budget::Tokens),
             sink_pages: self.sink_pages,
             recent_pages: self.recent_pages,
             dense_layers: self.dense_layers,
             min_context: self.sparse_min_context.unwrap_or(min_context),
-            ..SelectionPolicy::default()
+            group_reduce: self.group_reduce.into(),
         }
     }
 
@@ -345,6 +399,8 @@ mod tests {
             page_size: 32,
             token_budget: Some(512),
             attention: AttentionMode::Sparse,
+            scorer: "mean-std".to_owned().try_into().unwrap(),
+            group_reduce: GroupReduceName::SoftmaxVote,
             kv_cache_dtype: KvCacheDtype::Bf16,
             ..TinyServeConfig::default()
         };
@@ -369,10 +425,14 @@ mod tests {
             ("c.json", r#"{"selection_ratio": 1.5}"#, "selection_ratio is 1.5"),
             ("d.toml", "page_size = 0", "page_size is 0"),
             ("e.toml", "num_gpus = 2", "num_gpus"),
+            ("j.toml", "target_memory_gb = 0.0", "target_memory_gb is 0"),
+            ("k.toml", "target_memory_gb = inf", "target_memory_gb is inf"),
             ("i.toml", "weights = \"int3\"", "int3"),
             ("f.toml", "kv_cache_dtype = \"int3\"", "int3"),
             ("g.json", "{", "EOF"),
             ("h.yaml", "", ".json or .toml"),
+            ("j.toml", "scorer = \"bocks\"", "cuboid-mean"),
+            ("k.json", r#"{"top_p_pages": 1.5}"#, "top_p_pages is 1.5"),
         ];
         for (name, text, expected) in cases {
             let path = dir.path().join(name);

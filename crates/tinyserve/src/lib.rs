@@ -4,13 +4,17 @@
 mod config;
 mod engine;
 mod error;
+pub mod memory;
+mod plan;
 mod request;
 
 pub use config::{
-    AttentionMode, Device, KvCacheDtype, RopeFrequencyDtype, ScorerName, TinyServeConfig, Weights,
+    AttentionMode, Device, GroupReduceName, KvCacheDtype, RopeFrequencyDtype, ScorerName,
+    TinyServeConfig, Weights,
 };
 pub use engine::{TinyServe, TinyServeBuilder};
 pub use error::TinyServeError;
+pub use plan::PlannedMemory;
 pub use request::{
     KvUsage, Prompt, Stats, StreamEvent, Timings, TinyServeRequest, TinyServeResponse,
 };

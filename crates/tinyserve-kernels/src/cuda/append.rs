@@ -1,12 +1,12 @@
 //! Writing keys and values into pages, and copying pages.
 
-use tinyserve_kv::{PageCopy, Slot};
+use tinyserve_kv::{PageCopy, Slot, TokenMove};
 
 use super::Cuda;
 use super::error::CudaError;
 use super::launch::{Arg, Launcher, Shape};
 use super::memory::Upload;
-use super::pages::{CudaPages, by_format};
+use super::pages::CudaPages;
 use crate::AppendKvArgs;
 
 /// Where the rows of a step go; the same for all layers, so it is sent once.
@@ -90,7 +90,7 @@ pub(super) fn append_kv(
         Arg::count(heads.k_columns().start),
         Arg::count(heads.v_columns().start),
     ];
-    let kernel = by_format(shape.format, ["append_kv_f32", "append_kv_f16", "append_kv_bf16"]);
+    let kernel = pages.element().kernel(["append_kv_f32", "append_kv_f16", "append_kv_bf16"]);
     let grid = (plan.starts.len() - 1, heads.kv_heads, 1);
     // SAFETY: every slot is inside the pages, and every row inside `qkv`.
     unsafe { device.launch(kernel, Shape::new(grid, 128), &args) }
@@ -105,7 +105,7 @@ pub(super) fn copy_page(
         assert!(page.index() < pages.capacity(), "page {} of {}", page.index(), pages.capacity());
     }
     let shape = pages.layout().shape();
-    let kernel = by_format(shape.format, ["copy_page_32", "copy_page_16", "copy_page_16"]);
+    let kernel = pages.element().kernel(["copy_page_32", "copy_page_16", "copy_page_16"]);
     for layer in 0..shape.layers {
         let args = [
             pages.layer(layer),
@@ -117,6 +117,37 @@ pub(super) fn copy_page(
         let grid = (shape.kv_heads, 1, 1);
         // SAFETY: both pages are inside the pool.
         unsafe { device.launch(kernel, Shape::new(grid, 256), &args)? };
+    }
+    Ok(())
+}
+
+/// Moves tokens and rebuilds the boxes of the pages that they reach, in every layer.
+pub(super) fn move_tokens(
+    device: &Launcher,
+    uploaded: &mut Upload,
+    pages: &CudaPages,
+    moves: &[TokenMove],
+) -> Result<(), CudaError> {
+    let shape = pages.layout().shape();
+    for slot in moves.iter().flat_map(|it| [it.from, it.to]) {
+        assert!(slot.offset < shape.page_size, "offset {} in a page", slot.offset);
+        assert!(slot.page.index() < pages.capacity(), "page {}", slot.page.index());
+    }
+    let of = |slot: Slot| [slot.page.index() as u32, slot.offset as u32];
+    let records: Vec<[[u32; 2]; 2]> = moves.iter().map(|it| [of(it.from), of(it.to)]).collect();
+    let records = uploaded.send(device, &records)?;
+    let names = ["move_tokens_f32", "move_tokens_f16", "move_tokens_bf16"];
+    for layer in 0..shape.layers {
+        let args = [
+            pages.layer(layer),
+            pages.layer_boxes(layer),
+            records,
+            Arg::count(moves.len()),
+            pages.shape(),
+        ];
+        let grid = (shape.kv_heads, 1, 1);
+        // SAFETY: every slot is inside the pages.
+        unsafe { device.launch(pages.element().kernel(names), Shape::new(grid, 128), &args)? };
     }
     Ok(())
 }

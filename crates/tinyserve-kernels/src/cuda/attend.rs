@@ -9,7 +9,7 @@ mod plan;
 use super::error::CudaError;
 use super::launch::{Arg, Launcher, Shape};
 use super::memory::{Buffer, Upload, grown};
-use super::pages::{CudaPages, by_format};
+use super::pages::CudaPages;
 use super::{Cuda, CudaTensor};
 use crate::{AttendArgs, AttendStats, Attention, Heads, KernelError, ObserveArgs, Store};
 use plan::{Layout, MOST_QUERIES, Pages, TilePlan, part_pages};
@@ -156,7 +156,8 @@ impl Call<'_> {
         let bytes = 4 * lists * plan.most_pages;
         let scores = grown(&mut scratch.scores, device, bytes, "page scores")?.arg();
         let format = self.pages.layout().shape().format;
-        let kernel = by_format(format, ["score_pages_f32", "score_pages_f16", "score_pages_bf16"]);
+        let element = self.pages.element();
+        let kernel = element.kernel(["score_pages_f32", "score_pages_f16", "score_pages_bf16"]);
         let per_block = SCORE_THREADS as usize * (16 / format.element_bytes());
         let blocks = plan.most_pages.div_ceil(per_block);
         let grid = (plan.selecting.len(), heads.kv_heads, blocks);
@@ -204,18 +205,16 @@ impl Call<'_> {
         let bytes = 4 * plan.parts * heads.q_heads * (heads.head_dim + STATE);
         let parts = grown(parts, device, bytes, "parts of attention")?.arg();
         let part_pages = Arg::count(part_pages(layout.page_size()));
-        let format = layout.shape().format;
+        let element = self.pages.element();
         let (kernel, queries) = match (self.pages.is_wide(), plan.most_queries) {
             (false, _) => {
-                (by_format(format, ["attend_f32_any", "attend_f16_any", "attend_bf16_any"]), 4)
+                (element.kernel(["attend_f32_any", "attend_f16_any", "attend_bf16_any"]), 4)
             }
-            (true, 1) => (by_format(format, ["attend_f32_1", "attend_f16_1", "attend_bf16_1"]), 1),
-            (true, 2..=4) => {
-                (by_format(format, ["attend_f32_4", "attend_f16_4", "attend_bf16_4"]), 4)
-            }
+            (true, 1) => (element.kernel(["attend_f32_1", "attend_f16_1", "attend_bf16_1"]), 1),
+            (true, 2..=4) => (element.kernel(["attend_f32_4", "attend_f16_4", "attend_bf16_4"]), 4),
             (true, _) => {
                 let names = ["attend_f32_8", "attend_f16_8", "attend_bf16_8"];
-                (by_format(format, names), MOST_QUERIES)
+                (element.kernel(names), MOST_QUERIES)
             }
         };
         let passes = plan.most_queries.div_ceil(queries);
@@ -297,7 +296,7 @@ impl Call<'_> {
             Store::Overwrite => mass.out.resize(device, total)?,
             Store::Add => assert_eq!(mass.out.rows(), total, "rows of mass to add to"),
         }
-        let kernel = by_format(layout.shape().format, ["mass_f32", "mass_f16", "mass_bf16"]);
+        let kernel = self.pages.element().kernel(["mass_f32", "mass_f16", "mass_bf16"]);
         for (rows, first, n_tiles, start, pages) in of_sequences {
             let Some(first) = first else { continue };
             let args = [

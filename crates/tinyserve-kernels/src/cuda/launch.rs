@@ -29,6 +29,7 @@ const MODULES: &[(&str, &str)] = modules!(
     "embed",
     "gemv",
     "gemv_quantised",
+    "move_tokens",
     "norm",
     "observe",
     "rotary",

@@ -16,7 +16,7 @@ mod tensor;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use tinyserve_kv::{KvLayout, PageCopy};
+use tinyserve_kv::{KvLayout, PageCopy, TokenMove};
 
 pub use device::CudaDevice;
 pub use error::{CudaError, CudaVersion};
@@ -51,6 +51,7 @@ struct State {
     positions: Upload,
     frequencies: Upload,
     rows: Upload,
+    moves: Upload,
     append: append::Scratch,
     attend: attend::Scratch,
     linear: linear::Scratch,
@@ -129,6 +130,11 @@ impl Backend for Cuda {
 
     fn copy_page(&self, pages: &mut CudaPages, copy: PageCopy) {
         self.run(|_| append::copy_page(&self.launcher, pages, copy));
+    }
+
+    fn move_tokens(&self, pages: &mut CudaPages, moves: &[TokenMove]) -> Result<(), KernelError> {
+        let mut state = self.state();
+        Ok(append::move_tokens(&self.launcher, &mut state.moves, pages, moves)?)
     }
 
     fn embed(&self, args: EmbedArgs<'_, Self>) {

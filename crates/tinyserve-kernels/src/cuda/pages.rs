@@ -18,6 +18,7 @@ pub struct CudaPages {
     capacity: usize,
     pages: Buffer,
     pub(super) boxes: Buffer,
+    element: Element,
 }
 
 impl CudaPages {
@@ -27,6 +28,7 @@ impl CudaPages {
         capacity: usize,
     ) -> Result<Self, KernelError> {
         let shape = layout.shape();
+        let element = Element::of(shape.format)?;
         if shape.head_dim > MOST_HEAD_DIM {
             return Err(KernelError::Invalid {
                 what: "head_dim",
@@ -48,7 +50,7 @@ impl CudaPages {
         let what = format!("a KV cache of {capacity} pages");
         let pages = Buffer::zeroed(device, bytes(layout.page_elements())?, &what)?;
         let boxes = Buffer::zeroed(device, bytes(layout.box_elements())?, &what)?;
-        Ok(Self { layout, capacity, pages, boxes })
+        Ok(Self { layout, capacity, pages, boxes, element })
     }
 
     /// The layout of each page.
@@ -61,6 +63,10 @@ impl CudaPages {
     #[must_use]
     pub fn capacity(&self) -> usize {
         self.capacity
+    }
+
+    pub(super) fn element(&self) -> Element {
+        self.element
     }
 
     pub(super) fn shape(&self) -> Arg {
@@ -101,11 +107,35 @@ impl CudaPages {
     }
 }
 
-/// The kernel of a list that is for `format`: f32, f16, bf16.
-pub(super) fn by_format(format: KvFormat, names: [&'static str; 3]) -> &'static str {
-    match format {
-        KvFormat::F32 => names[0],
-        KvFormat::F16 => names[1],
-        KvFormat::Bf16 => names[2],
+/// An element of keys and values that kernels are compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Element {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl Element {
+    fn of(format: KvFormat) -> Result<Self, KernelError> {
+        match format {
+            KvFormat::F32 => Ok(Self::F32),
+            KvFormat::F16 => Ok(Self::F16),
+            KvFormat::Bf16 => Ok(Self::Bf16),
+            #[expect(unreachable_patterns, reason = "formats come to the CPU first")]
+            other => Err(KernelError::Invalid {
+                what: "kv_cache_dtype",
+                found: other.to_string(),
+                expected: "f32, f16 or bf16 on a CUDA device".to_owned(),
+            }),
+        }
+    }
+
+    /// The kernel of a list that is for this element: f32, f16, bf16.
+    pub(super) fn kernel(self, names: [&'static str; 3]) -> &'static str {
+        match self {
+            Self::F32 => names[0],
+            Self::F16 => names[1],
+            Self::Bf16 => names[2],
+        }
     }
 }
