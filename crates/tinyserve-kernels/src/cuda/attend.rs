@@ -11,7 +11,7 @@ use super::launch::{Arg, Launcher, Shape};
 use super::memory::{Buffer, Upload, grown};
 use super::pages::CudaPages;
 use super::{Cuda, CudaTensor};
-use crate::{AttendArgs, AttendStats, Attention, Heads, KernelError, ObserveArgs, Store};
+use crate::{AttendArgs, AttendStats, Heads, KernelError, ObserveArgs, Store};
 use plan::{Layout, MOST_QUERIES, Pages, TilePlan, part_pages};
 
 /// As `ATTEND_STATE` in kernels/attend.cuh.
@@ -48,7 +48,9 @@ struct Call<'a> {
     heads: Heads,
     qkv: Arg,
     rows: usize,
-    /// Factor of scores in units of ln 2.
+    /// Factor of scores.
+    score_scale: f32,
+    /// The same in units of ln 2.
     scale: f32,
 }
 
@@ -76,13 +78,13 @@ pub(super) fn attend(cuda: &Cuda, args: AttendArgs<'_, Cuda>) -> Result<AttendSt
         heads,
         qkv: qkv.arg(),
         rows: qkv.rows(),
+        score_scale: scale,
         scale: scale * std::f32::consts::LOG2_E,
     };
     custom::ask(&call, qkv, sequences, &mut tiles)?;
     let mut stats = AttendStats::default();
     for tile in &tiles {
-        let policy = matches!(sequences[tile.sequence].attention, Attention::Policy(_));
-        let of_tile = plan::count(tile, layout, heads, policy);
+        let of_tile = plan::count(tile, layout, heads, sequences[tile.sequence].attention);
         stats.add(&of_tile);
         if let Some(of_sequences) = &mut sequence_stats {
             of_sequences[tile.sequence].add(&of_tile);

@@ -1,11 +1,12 @@
-//! Custom selectors: boxes and queries come to the host, which chooses.
+//! Selectors on the host, custom ones and policies without kernels: boxes and queries come to it.
 
 use half::{bf16, f16};
-use tinyserve_kv::{GROUP_PAGES, KvFormat, PageId, SelectFields, SelectInput};
+use tinyserve_kv::{GROUP_PAGES, PageId, PageSelector, SelectFields, SelectInput};
 
 use super::super::CudaTensor;
+use super::super::pages::Element;
 use super::Call;
-use super::plan::TilePlan;
+use super::plan::{Pages, TilePlan};
 use crate::cpu::ask_selector;
 use crate::{AttendSequence, Attention, KernelError};
 
@@ -20,7 +21,19 @@ pub(super) fn ask(
     let (width, dim) = (heads.group() * heads.head_dim, heads.head_dim);
     for tile in tiles {
         let sequence = &sequences[tile.sequence];
-        let Attention::Custom(selector) = sequence.attention else { continue };
+        let selector: &dyn PageSelector = match sequence.attention {
+            _ if tile.pages != Pages::Chosen => continue,
+            Attention::Dense => continue,
+            Attention::Policy(policy) => policy,
+            Attention::Custom(selector) => selector,
+        };
+        if selector.needs_keys() {
+            let found = "found one that needs the keys on the host";
+            return Err(KernelError::Selector(format!(
+                "{found}, expected one that boxes are enough for on a CUDA device: the box scorer, \
+                 or --device cpu"
+            )));
+        }
         let tokens = tile.tokens();
         let table = &sequence.pages[..call.pages.layout().pages_for(tokens)];
         let mut row = vec![0f32; heads.q_columns().len()];
@@ -36,8 +49,10 @@ pub(super) fn ask(
                 tokens,
                 page_size: call.pages.layout().page_size(),
                 head_dim: dim,
+                scale: call.score_scale,
                 queries: &row[kv_head * width..(kv_head + 1) * width],
                 boxes,
+                keys: None,
             });
             let mut list = Vec::new();
             if !ask_selector(selector, &input, &mut list)? {
@@ -73,7 +88,7 @@ fn boxes(call: &Call<'_>, table: &[PageId]) -> Result<Vec<Vec<f32>>, KernelError
                     let row = (kv_head * dim + channel) * 2 + corner;
                     let at = (row * GROUP_PAGES + page.index() % GROUP_PAGES) * size;
                     boxes[2 * number * dim + place + channel] =
-                        widened(shape.format, &bytes[at..at + size]);
+                        widened(call.pages.element(), &bytes[at..at + size]);
                 }
             }
         }
@@ -81,10 +96,10 @@ fn boxes(call: &Call<'_>, table: &[PageId]) -> Result<Vec<Vec<f32>>, KernelError
     Ok(all)
 }
 
-fn widened(format: KvFormat, bytes: &[u8]) -> f32 {
-    match format {
-        KvFormat::F32 => bytemuck::pod_read_unaligned(bytes),
-        KvFormat::F16 => bytemuck::pod_read_unaligned::<f16>(bytes).to_f32(),
-        KvFormat::Bf16 => bytemuck::pod_read_unaligned::<bf16>(bytes).to_f32(),
+fn widened(element: Element, bytes: &[u8]) -> f32 {
+    match element {
+        Element::F32 => bytemuck::pod_read_unaligned(bytes),
+        Element::F16 => bytemuck::pod_read_unaligned::<f16>(bytes).to_f32(),
+        Element::Bf16 => bytemuck::pod_read_unaligned::<bf16>(bytes).to_f32(),
     }
 }

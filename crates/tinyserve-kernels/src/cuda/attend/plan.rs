@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
-use tinyserve_kv::KvLayout;
+use tinyserve_kv::{KvLayout, ScoreCost};
 
 use crate::{AttendSequence, AttendStats, Attention, Heads};
 
@@ -39,7 +39,7 @@ pub(super) enum Pages {
     Everything,
     /// The best ones, as many as the policy's budget.
     Best { budget: usize, sink: usize, recent: usize },
-    /// Those that a custom selector chose, by KV head.
+    /// Those that a selector on the host chose, by KV head.
     Chosen,
 }
 
@@ -237,7 +237,12 @@ pub(super) fn part_pages(page_size: usize) -> usize {
 }
 
 /// What the rows of a tile read, as [`crate::Cpu`] counts it.
-pub(super) fn count(tile: &TilePlan, layout: &KvLayout, heads: Heads, policy: bool) -> AttendStats {
+pub(super) fn count(
+    tile: &TilePlan,
+    layout: &KvLayout,
+    heads: Heads,
+    attention: Attention<'_>,
+) -> AttendStats {
     let (size, head_bytes) = (layout.page_size(), 2 * layout.token_head_bytes());
     let mut stats = AttendStats::default();
     for kv_head in 0..heads.kv_heads {
@@ -255,9 +260,17 @@ pub(super) fn count(tile: &TilePlan, layout: &KvLayout, heads: Heads, policy: bo
                     (list.len(), list.len() * size - missing)
                 }
             };
-            let boxes = match tile.pages {
-                Pages::Everything => 0,
-                _ if policy && heads.group() == 1 => pages * head_bytes / 2,
+            let boxes = match (tile.pages, attention) {
+                (Pages::Everything, _) => 0,
+                // Of a lone query the kernel reads one corner of the two in each channel.
+                (Pages::Best { .. }, _) if heads.group() == 1 => pages * head_bytes / 2,
+                (_, Attention::Policy(policy)) => policy.scorer.bytes_read(&ScoreCost {
+                    pages,
+                    budget: seen,
+                    page_size: size,
+                    head_dim: heads.head_dim,
+                    vector_bytes: layout.token_head_bytes(),
+                }),
                 _ => pages * head_bytes,
             };
             stats.pages_read += seen as u64;
