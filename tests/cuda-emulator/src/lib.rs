@@ -93,6 +93,8 @@ pub fn folder(build: Build) -> Result<PathBuf, Unavailable> {
 #[derive(Debug)]
 pub struct Emulator {
     seed: Symbol<unsafe extern "C" fn(u64)>,
+    /// Loaded as long as the process: the bindings' own search for libcuda.so is answered by it.
+    _library: Library,
 }
 
 impl Emulator {
@@ -178,7 +180,5 @@ fn load(build: Build) -> Result<Emulator, Unavailable> {
     // SAFETY: the name and the type are those of cpp/driver.cpp.
     let seed = unsafe { library.get(b"cuda_emulator_seed\0") };
     let seed = seed.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    // It stays loaded: the bindings' own search for libcuda.so is answered by its name.
-    std::mem::forget(library);
-    Ok(Emulator { seed })
+    Ok(Emulator { seed, _library: library })
 }
