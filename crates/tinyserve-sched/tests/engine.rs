@@ -445,7 +445,7 @@ fn replicas_share_the_work_and_keep_what_they_know() {
     assert!(each.iter().all(|stats| stats.requests > 0), "both had something to do");
     assert_eq!(engine.stats().requests, 9);
     let long =
-        "Once upon a time there was a little girl named Lily who had a big red ball. ".repeat(3);
+        "Once upon a time there was a little girl named Lily who had a big red ball. ".repeat(6);
     // A session stays where its pages are, and a prompt goes where its beginning is.
     for name in ["a", "b", "c", "d"] {
         for turn in 0..3 {
@@ -462,7 +462,7 @@ fn replicas_share_the_work_and_keep_what_they_know() {
     assert!(engine.session_info("c").wait().unwrap().is_some());
     answer(&engine, greedy(&long, 5));
     for _ in 0..4 {
-        assert!(answer(&engine, greedy(&long, 5)).2.summary.usage.cached_tokens > 64);
+        assert!(answer(&engine, greedy(&long, 5)).2.summary.usage.cached_tokens >= 64);
     }
     assert_eq!(engine.delete_session("c").wait(), Some(true));
     assert!(engine.drain().wait().is_some());

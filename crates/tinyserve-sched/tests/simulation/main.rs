@@ -446,7 +446,7 @@ fn nobody_starves() {
 #[test]
 fn ten_thousand_requests_leave_nothing_behind() {
     quiet_about_the_toy();
-    let mut world = world(20);
+    let mut world = world(10);
     let mut random = 1_u64;
     let mut draw = move |n: u64| {
         random =
