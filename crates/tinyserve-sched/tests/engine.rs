@@ -27,7 +27,7 @@ fn replicas(count: usize, pages: usize, config: EngineConfig) -> Engine {
     let tokenizer = Some(checkpoint.tokenizer().unwrap());
     let config = EngineConfig { tokenizer, eos, ..config };
     let runners = (0..count).map(|_| runner(&checkpoint, pages)).collect();
-    Engine::start_replicas("engine", runners, config).unwrap()
+    Engine::start_replicas("engine", runners, &config).unwrap()
 }
 
 fn runner(checkpoint: &Checkpoint, pages: usize) -> ModelRunner<Cpu> {
@@ -213,7 +213,7 @@ fn requests_that_begin_alike_share_pages() {
     };
     let sparse = || {
         let mut request = greedy("The dog", 80);
-        request.attention = Some(AttentionChoice::Policy(select.clone()));
+        request.attention = Some(AttentionChoice::Policy(select));
         request
     };
     let (_, tokens, _) = answer(&engine, sparse());
