@@ -425,6 +425,13 @@ pub trait Backend: Send + Sized {
     /// Copies a page, for copy on write.
     fn copy_page(&self, pages: &mut Self::KvPages, copy: PageCopy);
 
+    /// Appends the bytes of a full page to `out`, as [`tinyserve_kv::HostPages::read_page`] has
+    /// them, whatever the device's own layout is.
+    fn download_page(&self, pages: &Self::KvPages, page: PageId, out: &mut Vec<u8>);
+
+    /// Puts a full page back that [`Self::download_page`] wrote, here or on another device.
+    fn upload_page(&self, pages: &mut Self::KvPages, page: PageId, bytes: &[u8]);
+
     /// Moves tokens within pages, in order, after some were pruned, and rebuilds the boxes of the
     /// pages that they reach, up to the last token that came: keys, values and boxes of all layers.
     ///

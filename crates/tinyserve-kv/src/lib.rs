@@ -13,6 +13,7 @@ mod prefix;
 mod select;
 mod selector;
 mod table;
+mod transfer;
 
 pub use error::KvError;
 pub use format::{KvElement, KvFormat};

@@ -1,0 +1,104 @@
+//! Sessions on disk: the full pages of a sequence, saved to a file and restored from it.
+//!
+//! Only full pages are saved. What a sequence holds beyond its last full page, fewer tokens than a
+//! page has, is computed again by whoever goes on with it.
+
+mod file;
+
+use std::fs::File;
+use std::io::{BufReader, BufWriter};
+use std::path::Path;
+
+use tinyserve_kernels::Backend;
+use tinyserve_kv::{PageTable, Prefix};
+
+use crate::{KvCache, ModelError};
+use file::{Header, Replacement};
+
+/// Bytes that are read or written at a time.
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// A session that was read from a file.
+#[derive(Debug)]
+pub struct RestoredSession {
+    /// Its pages, all of them full.
+    pub table: PageTable,
+    /// The tokens that they hold.
+    pub tokens: Vec<u32>,
+    /// Only sequences of the same salt may use them.
+    pub salt: String,
+}
+
+impl<B: Backend> KvCache<B> {
+    /// Saves the full pages of a sequence, whose first tokens are `prefix`, to `path`; returns how
+    /// many tokens they hold.
+    ///
+    /// `identity` names everything that keys and values depend on beside tokens and layout: the
+    /// model, how its weights are kept. [`Self::restore_session`] asks for the same.
+    ///
+    /// The file is written beside `path` and then put in its place, so that whatever happens, and
+    /// whenever, `path` is the old file or the new one. It is readable by its owner alone: tokens
+    /// can be read from it.
+    ///
+    /// # Errors
+    /// When the file cannot be written, or another process is writing it.
+    pub fn save_session(
+        &self,
+        backend: &B,
+        path: &Path,
+        identity: &str,
+        prefix: Prefix<'_>,
+        table: &PageTable,
+    ) -> Result<usize, ModelError> {
+        let page_size = self.layout().page_size();
+        let pages = prefix.tokens.len().min(table.len()) / page_size;
+        let tokens = &prefix.tokens[..pages * page_size];
+        let header = Header::new(identity, prefix.salt, self.layout(), tokens.len());
+        let file = Replacement::create(path)?;
+        let mut out = BufWriter::with_capacity(BUFFER_BYTES, file.file());
+        let mut bytes = Vec::new();
+        let mut write = || {
+            header.write(tokens, &mut out)?;
+            for (index, &page) in table.pages()[..pages].iter().enumerate() {
+                bytes.clear();
+                backend.download_page(&self.pages, page, &mut bytes);
+                file::write_page(index, &bytes, &mut out)?;
+            }
+            std::io::Write::flush(&mut out)
+        };
+        let written = write().map_err(|error| file::unwritable(path, &error));
+        drop(out);
+        written?;
+        file.commit()?;
+        Ok(tokens.len())
+    }
+
+    /// Reads a session that [`Self::save_session`] wrote into pages of this cache.
+    ///
+    /// # Errors
+    /// When the file cannot be read, is no session file, was written for another `identity` or
+    /// layout, is damaged or cut short, or too few pages are available. Nothing is restored then.
+    pub fn restore_session(
+        &mut self,
+        backend: &B,
+        path: &Path,
+        identity: &str,
+    ) -> Result<RestoredSession, ModelError> {
+        let opened = File::open(path).and_then(|file| Ok((file.metadata()?.len(), file)));
+        let (length, opened) = opened.map_err(|error| file::unreadable(path, &error))?;
+        let mut input = BufReader::with_capacity(BUFFER_BYTES, opened);
+        let (header, tokens) = Header::read(path, length, &mut input)?;
+        header.check(path, identity, self.layout(), length)?;
+        let mut table = self.new_table();
+        self.extend(backend, &mut table, tokens.len())?;
+        let mut bytes = vec![0; header.page_bytes()];
+        for (index, &page) in table.pages().iter().enumerate() {
+            if let Err(error) = file::read_page(path, index, &mut bytes, &mut input) {
+                self.release(table);
+                return Err(error);
+            }
+            backend.upload_page(&mut self.pages, page, &bytes);
+        }
+        Ok(RestoredSession { table, tokens, salt: header.salt })
+    }
+}
