@@ -5,7 +5,7 @@ use tinyserve_kernels::{
     CpuTensor, CpuVector, EmbedArgs, HostTensor, KernelError, LinearArgs, LinearSpec, MassArgs,
     NormArgs, ObserveArgs, RotaryAnglesArgs, RotaryArgs, conformance,
 };
-use tinyserve_kv::{HostPages, KvLayout, PageCopy, TokenMove};
+use tinyserve_kv::{HostPages, KvLayout, PageCopy, PageId, TokenMove};
 
 /// What is done to an operation's result.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -66,6 +66,17 @@ impl Backend for Perturbed {
     fn copy_page(&self, pages: &mut HostPages, copy: PageCopy) {
         if self.op != "copy_page" {
             self.cpu.copy_page(pages, copy);
+        }
+    }
+    fn download_page(&self, pages: &HostPages, page: PageId, out: &mut Vec<u8>) {
+        self.cpu.download_page(pages, page, out);
+        if self.op == "download_page" {
+            out.fill(0);
+        }
+    }
+    fn upload_page(&self, pages: &mut HostPages, page: PageId, bytes: &[u8]) {
+        if self.op != "upload_page" {
+            self.cpu.upload_page(pages, page, bytes);
         }
     }
     fn move_tokens(&self, pages: &mut HostPages, moves: &[TokenMove]) -> Result<(), KernelError> {
@@ -204,6 +215,8 @@ fn a_wrong_result_fails_its_operation_and_no_other() {
         }
     }
     assert!(!failing("attend stats", Fault::Nudge).is_empty());
-    assert!(!failing("copy_page", Fault::Nudge).is_empty());
+    for op in ["copy_page", "download_page", "upload_page"] {
+        assert!(!failing(op, Fault::Nudge).is_empty(), "{op}");
+    }
     assert!(failing("none", Fault::Nudge).is_empty());
 }

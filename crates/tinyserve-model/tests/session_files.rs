@@ -2,8 +2,9 @@
 
 mod common;
 
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use proptest::prelude::*;
@@ -268,11 +269,14 @@ fn child_that_saves() {
     }
 }
 
-fn child(path: &Path) -> Command {
+/// Starts the child, and waits until it begins to save.
+fn child(path: &Path) -> Child {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["child_that_saves", "--exact", "--nocapture"]).env(CHILD, path);
-    command.stdout(Stdio::null()).stderr(Stdio::null());
-    command
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.as_mut().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap().ends_with("ready")));
+    child
 }
 
 #[test]
@@ -283,9 +287,9 @@ fn a_kill_at_any_moment_leaves_the_old_file_or_the_new_one() {
     world.save_tokens(&path, &tokens(1, 80));
     let (mut seen, mut left) = ([0, 0], 0);
     for kill in 0..40_u64 {
-        let mut child = child(&path).spawn().unwrap();
-        // At odd moments of starting, saving and putting into place.
-        std::thread::sleep(Duration::from_micros(60_000 + 1_733 * kill));
+        let mut child = child(&path);
+        // At odd moments of writing and putting into place.
+        std::thread::sleep(Duration::from_micros(977 * kill));
         child.kill().unwrap();
         child.wait().unwrap();
         left += usize::from(folder.path().join("session.partial").exists());
@@ -313,7 +317,7 @@ fn a_full_disk_fails_the_save_and_keeps_the_old_file() {
         shell.args(["-c", script, "sh"]).arg(&executable).arg(path.parent().unwrap());
         shell.env(CHILD, path).stdin(Stdio::null()).output().unwrap()
     };
-    let child = r#"exec "$1" child_that_saves --exact --nocapture"#;
+    let child = "exec \"$1\" child_that_saves --exact --nocapture";
     // A limit on the size of files fails writes as a full disk does, with another word.
     let limited = run(&format!("trap '' XFSZ; ulimit -f 16; {child}"), &path);
     let said = String::from_utf8_lossy(&limited.stdout);
@@ -322,8 +326,7 @@ fn a_full_disk_fails_the_save_and_keeps_the_old_file() {
     assert!(!folder.path().join("session.partial").exists());
     // A small file system of its own, where the system lets a test have one.
     let mounted = r#"mount -t tmpfs -o size=64k tmpfs "$2" || { echo no mount; exit; }; "#;
-    let script =
-        format!("unshare -rm sh -c '{mounted}{}' sh \"$1\" \"$2\"", child.replace('"', "\""));
+    let script = format!("unshare -rm sh -c '{mounted}{child}' sh \"$1\" \"$2\"");
     let full = run(&script, &path);
     let said = String::from_utf8_lossy(&full.stdout);
     if full.stdout.is_empty() || said.contains("no mount") {

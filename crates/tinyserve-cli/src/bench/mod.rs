@@ -10,5 +10,5 @@ mod statistics;
 mod throughput;
 
 pub(crate) use attention::{AttentionArgs, attention};
-pub(crate) use latency::{LatencyArgs, latency};
+pub(crate) use latency::{Format, LatencyArgs, latency};
 pub(crate) use throughput::{ThroughputArgs, throughput};
