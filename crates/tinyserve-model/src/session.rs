@@ -18,6 +18,20 @@ use file::{Header, Replacement};
 /// Bytes that are read or written at a time.
 const BUFFER_BYTES: usize = 1 << 20;
 
+/// A session to be saved.
+#[derive(Debug, Clone, Copy)]
+pub struct SessionToSave<'a> {
+    /// Names everything that keys and values depend on beside tokens and layout: the model, how
+    /// its weights are kept. Only who asks for the same can restore the session.
+    pub identity: &'a str,
+    /// The tokens that its pages hold, and who may share them.
+    pub prefix: Prefix<'a>,
+    /// How many of the first tokens were computed with dense attention, as any request would.
+    pub dense_tokens: usize,
+    /// Its pages.
+    pub table: &'a PageTable,
+}
+
 /// A session that was read from a file.
 #[derive(Debug)]
 pub struct RestoredSession {
@@ -27,33 +41,39 @@ pub struct RestoredSession {
     pub tokens: Vec<u32>,
     /// Only sequences of the same salt may use them.
     pub salt: String,
+    /// How many of the first tokens were computed with dense attention.
+    pub dense_tokens: usize,
 }
 
 impl<B: Backend> KvCache<B> {
-    /// Saves the full pages of a sequence, whose first tokens are `prefix`, to `path`; returns how
-    /// many tokens they hold.
-    ///
-    /// `identity` names everything that keys and values depend on beside tokens and layout: the
-    /// model, how its weights are kept. [`Self::restore_session`] asks for the same.
+    /// Saves the full pages of a session to `path`; returns how many tokens they hold.
     ///
     /// The file is written beside `path` and then put in its place, so that whatever happens, and
     /// whenever, `path` is the old file or the new one. It is readable by its owner alone: tokens
     /// can be read from it.
     ///
     /// # Errors
-    /// When the file cannot be written, or another process is writing it.
+    /// When the file cannot be written, another process is writing it, or tokens of the session
+    /// were pruned.
     pub fn save_session(
         &self,
         backend: &B,
         path: &Path,
-        identity: &str,
-        prefix: Prefix<'_>,
-        table: &PageTable,
+        session: SessionToSave<'_>,
     ) -> Result<usize, ModelError> {
+        let SessionToSave { identity, prefix, dense_tokens, table } = session;
+        if table.next_position() != table.len() {
+            return Err(ModelError::Setting {
+                name: "session",
+                found: format!("pruned to {} of {} tokens", table.len(), table.next_position()),
+                expected: "one that holds all of its tokens".to_owned(),
+            });
+        }
         let page_size = self.layout().page_size();
         let pages = prefix.tokens.len().min(table.len()) / page_size;
         let tokens = &prefix.tokens[..pages * page_size];
-        let header = Header::new(identity, prefix.salt, self.layout(), tokens.len());
+        let counts = (tokens.len(), dense_tokens.min(tokens.len()));
+        let header = Header::new(identity, prefix.salt, self.layout(), counts);
         let file = Replacement::create(path)?;
         let mut out = BufWriter::with_capacity(BUFFER_BYTES, file.file());
         let mut bytes = Vec::new();
@@ -99,6 +119,7 @@ impl<B: Backend> KvCache<B> {
             }
             backend.upload_page(&mut self.pages, page, &bytes);
         }
-        Ok(RestoredSession { table, tokens, salt: header.salt })
+        let dense_tokens = header.dense_tokens;
+        Ok(RestoredSession { table, tokens, salt: header.salt, dense_tokens })
     }
 }

@@ -12,7 +12,7 @@ use tinyserve_kernels::{Attention, Cpu};
 use tinyserve_kv::{KvFormat, PageTable, Prefix};
 use tinyserve_model::{
     Activations, Batch, Checkpoint, KvCache, LogitRows, Model, ModelError, Observe,
-    RestoredSession, SequenceStep, StepOutput,
+    RestoredSession, SequenceStep, SessionToSave, StepOutput,
 };
 
 const IDENTITY: &str = "stories260k f32";
@@ -52,7 +52,8 @@ impl World {
 
     fn save(&self, path: &Path, tokens: &[u32], table: &PageTable) -> Result<usize, ModelError> {
         let prefix = Prefix { salt: "tenant", tokens };
-        self.cache.save_session(self.model.backend(), path, IDENTITY, prefix, table)
+        let session = SessionToSave { identity: IDENTITY, prefix, dense_tokens: 9, table };
+        self.cache.save_session(self.model.backend(), path, session)
     }
 
     fn restore(&mut self, path: &Path) -> Result<RestoredSession, ModelError> {
@@ -103,7 +104,7 @@ fn what_is_restored_goes_on_as_what_was_saved() {
                 (restored.tokens.as_slice(), restored.salt.as_str()),
                 (&prompt[..saved], "tenant")
             );
-            assert_eq!(restored.table.len(), saved);
+            assert_eq!((restored.table.len(), restored.dense_tokens), (saved, 9.min(saved)));
             let found = other.step(&mut restored.table, &[tail, &[9, 10]].concat());
             assert_eq!(found, expected, "{name} {format} {page_size}");
         }

@@ -45,13 +45,19 @@ pub(super) struct Header {
     page_size: usize,
     page_bytes: usize,
     tokens: usize,
+    pub(super) dense_tokens: usize,
     /// Bytes before the pages.
     #[serde(skip)]
     front_bytes: u64,
 }
 
 impl Header {
-    pub(super) fn new(identity: &str, salt: &str, layout: &KvLayout, tokens: usize) -> Self {
+    pub(super) fn new(
+        identity: &str,
+        salt: &str,
+        layout: &KvLayout,
+        (tokens, dense_tokens): (usize, usize),
+    ) -> Self {
         let shape = layout.shape();
         Self {
             identity: identity.to_owned(),
@@ -63,6 +69,7 @@ impl Header {
             page_size: shape.page_size,
             page_bytes: layout.bytes_per_page(),
             tokens,
+            dense_tokens,
             front_bytes: 0,
         }
     }
@@ -140,7 +147,7 @@ impl Header {
         layout: &KvLayout,
         length: u64,
     ) -> Result<(), ModelError> {
-        let own = Self::new(identity, &self.salt, layout, self.tokens);
+        let own = Self::new(identity, &self.salt, layout, (self.tokens, self.dense_tokens));
         let number = |n: usize| n.to_string();
         for (field, found, expected) in [
             ("model", self.identity.clone(), own.identity),
