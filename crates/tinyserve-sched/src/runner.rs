@@ -1,7 +1,7 @@
 //! What a scheduler drives: a model with its pages, or a toy in their place.
 
 use tinyserve_kernels::{AttendStats, Backend};
-use tinyserve_kv::{KvError, PagePool, PageTable};
+use tinyserve_kv::{KvError, PagePool, PageTable, Prefix, PrefixStats};
 use tinyserve_model::{Activations, Batch, KvCache, Model, ModelError, StepOutput};
 
 /// Sizes of a runner, fixed for its life.
@@ -26,6 +26,31 @@ pub trait Runner: Send {
 
     /// Which pages are free.
     fn pool(&self) -> &PagePool;
+
+    /// Pages that a sequence can get: free ones, and those that are kept only to be found again.
+    fn available_pages(&self) -> usize {
+        self.pool().free_pages()
+    }
+
+    /// Tokens that [`Self::start`] would find.
+    fn known(&self, _prompt: Prefix<'_>) -> usize {
+        0
+    }
+
+    /// A sequence that shares the pages of the longest known beginning of `prompt`, at most all but
+    /// its last token. Unless it says otherwise, a runner knows none.
+    fn start(&mut self, _prompt: Prefix<'_>) -> PageTable {
+        PageTable::new(self.shape().page_size)
+    }
+
+    /// Offers the full pages of a sequence, whose first tokens are `prefix` and were computed with
+    /// dense attention, to later ones.
+    fn remember(&mut self, _prefix: Prefix<'_>, _table: &mut PageTable) {}
+
+    /// What came of it; `None` for a runner that knows no beginnings.
+    fn prefix_stats(&self) -> Option<PrefixStats> {
+        None
+    }
 
     /// Makes room for `tokens` more tokens of a sequence, all or nothing.
     ///
@@ -117,6 +142,26 @@ impl<B: Backend> Runner for ModelRunner<B> {
 
     fn pool(&self) -> &PagePool {
         self.cache.pool()
+    }
+
+    fn available_pages(&self) -> usize {
+        self.cache.available_pages()
+    }
+
+    fn known(&self, prompt: Prefix<'_>) -> usize {
+        self.cache.prefix_index().map_or(0, |index| index.peek(prompt))
+    }
+
+    fn start(&mut self, prompt: Prefix<'_>) -> PageTable {
+        self.cache.start(prompt)
+    }
+
+    fn remember(&mut self, prefix: Prefix<'_>, table: &mut PageTable) {
+        self.cache.remember(prefix, table);
+    }
+
+    fn prefix_stats(&self) -> Option<PrefixStats> {
+        Some(self.cache.prefix_index()?.stats())
     }
 
     fn extend(&mut self, table: &mut PageTable, tokens: usize) -> Result<(), KvError> {

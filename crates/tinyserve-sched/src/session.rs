@@ -47,6 +47,8 @@ pub(crate) struct Kept {
     /// The tokens that were computed into the pages; some may be pruned.
     pub(crate) tokens: Vec<u32>,
     pub(crate) cache_salt: String,
+    /// How many of the first tokens were computed with dense attention, as any request would.
+    pub(crate) dense: usize,
 }
 
 impl Kept {
