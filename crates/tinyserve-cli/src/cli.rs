@@ -84,6 +84,9 @@ pub(crate) enum BenchCommand {
     /// Speed of one attention step alone, sparse beside dense.
     #[command(after_help = NOTES)]
     Attention(bench::AttentionArgs),
+    /// Time of restoring a session from a file beside that of computing it again.
+    #[command(after_help = NOTES)]
+    Session(bench::SessionArgs),
 }
 
 /// Writes the completion script of `shell`.

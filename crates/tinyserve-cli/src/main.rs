@@ -49,6 +49,7 @@ fn main() -> ExitCode {
             BenchCommand::Throughput(args) => bench::throughput(args, sources),
             BenchCommand::Attention(args) => bench::attention(args),
             BenchCommand::Serve(args) => bench::serve(args, sources),
+            BenchCommand::Session(args) => bench::session(args),
         },
         Command::Analyze(args) => analyze::analyze(args),
         Command::Completions { shell } => cli::completions(*shell),
