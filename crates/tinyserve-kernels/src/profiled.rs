@@ -91,12 +91,22 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
         self.inner.copy_page(pages, copy);
     }
 
-    fn download_page(&self, pages: &B::KvPages, page: PageId, out: &mut Vec<u8>) {
-        self.inner.download_page(pages, page, out);
+    fn download_page(
+        &self,
+        pages: &B::KvPages,
+        page: PageId,
+        out: &mut Vec<u8>,
+    ) -> Result<(), KernelError> {
+        self.inner.download_page(pages, page, out)
     }
 
-    fn upload_page(&self, pages: &mut B::KvPages, page: PageId, bytes: &[u8]) {
-        self.inner.upload_page(pages, page, bytes);
+    fn upload_page(
+        &self,
+        pages: &mut B::KvPages,
+        page: PageId,
+        bytes: &[u8],
+    ) -> Result<(), KernelError> {
+        self.inner.upload_page(pages, page, bytes)
     }
 
     fn move_tokens(&self, pages: &mut B::KvPages, moves: &[TokenMove]) -> Result<(), KernelError> {

@@ -68,16 +68,28 @@ impl Backend for Perturbed {
             self.cpu.copy_page(pages, copy);
         }
     }
-    fn download_page(&self, pages: &HostPages, page: PageId, out: &mut Vec<u8>) {
-        self.cpu.download_page(pages, page, out);
+    fn download_page(
+        &self,
+        pages: &HostPages,
+        page: PageId,
+        out: &mut Vec<u8>,
+    ) -> Result<(), KernelError> {
+        self.cpu.download_page(pages, page, out)?;
         if self.op == "download_page" {
             out.fill(0);
         }
+        Ok(())
     }
-    fn upload_page(&self, pages: &mut HostPages, page: PageId, bytes: &[u8]) {
+    fn upload_page(
+        &self,
+        pages: &mut HostPages,
+        page: PageId,
+        bytes: &[u8],
+    ) -> Result<(), KernelError> {
         if self.op != "upload_page" {
-            self.cpu.upload_page(pages, page, bytes);
+            self.cpu.upload_page(pages, page, bytes)?;
         }
+        Ok(())
     }
     fn move_tokens(&self, pages: &mut HostPages, moves: &[TokenMove]) -> Result<(), KernelError> {
         self.cpu.move_tokens(pages, moves)
@@ -195,7 +207,7 @@ fn failing(op: &'static str, fault: Fault) -> Vec<&'static str> {
 
 #[test]
 fn a_wrong_result_fails_its_operation_and_no_other() {
-    let pages = ["append_kv and attend", "select and attend"];
+    let pages = ["append_kv and attend", "move_tokens and attend", "select and attend"];
     for fault in [Fault::Nudge, Fault::Nan] {
         for op in ["embed", "norm", "linear", "rotary", "activate", "gather_rows"] {
             assert_eq!(failing(op, fault), [op], "{fault:?}");

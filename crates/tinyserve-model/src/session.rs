@@ -77,16 +77,17 @@ impl<B: Backend> KvCache<B> {
         let file = Replacement::create(path)?;
         let mut out = BufWriter::with_capacity(BUFFER_BYTES, file.file());
         let mut bytes = Vec::new();
-        let mut write = || {
-            header.write(tokens, &mut out)?;
+        let failed = |error: std::io::Error| file::unwritable(path, &error);
+        let mut write = || -> Result<(), ModelError> {
+            header.write(tokens, &mut out).map_err(failed)?;
             for (index, &page) in table.pages()[..pages].iter().enumerate() {
                 bytes.clear();
-                backend.download_page(&self.pages, page, &mut bytes);
-                file::write_page(index, &bytes, &mut out)?;
+                backend.download_page(&self.pages, page, &mut bytes)?;
+                file::write_page(index, &bytes, &mut out).map_err(failed)?;
             }
-            std::io::Write::flush(&mut out)
+            std::io::Write::flush(&mut out).map_err(failed)
         };
-        let written = write().map_err(|error| file::unwritable(path, &error));
+        let written = write();
         drop(out);
         written?;
         file.commit()?;
@@ -113,11 +114,12 @@ impl<B: Backend> KvCache<B> {
         self.extend(backend, &mut table, tokens.len())?;
         let mut bytes = vec![0; header.page_bytes()];
         for (index, &page) in table.pages().iter().enumerate() {
-            if let Err(error) = file::read_page(path, index, &mut bytes, &mut input) {
+            let read = file::read_page(path, index, &mut bytes, &mut input);
+            let put = read.and_then(|()| Ok(backend.upload_page(&mut self.pages, page, &bytes)?));
+            if let Err(error) = put {
                 self.release(table);
                 return Err(error);
             }
-            backend.upload_page(&mut self.pages, page, &bytes);
         }
         let dense_tokens = header.dense_tokens;
         Ok(RestoredSession { table, tokens, salt: header.salt, dense_tokens })

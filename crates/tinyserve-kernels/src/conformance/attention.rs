@@ -261,8 +261,8 @@ fn attend<B: Backend>(backend: &B, case: &Case) -> Result<Attended, KernelError>
     if tables[0].len() - case.sequences[0].1 >= 2 * page_size {
         let put_back = pool.allocate()?;
         let mut bytes = Vec::new();
-        backend.download_page(&pages, lists[0][1], &mut bytes);
-        backend.upload_page(&mut pages, put_back, &bytes);
+        backend.download_page(&pages, lists[0][1], &mut bytes)?;
+        backend.upload_page(&mut pages, put_back, &bytes)?;
         lists[0][1] = put_back;
     }
     let (mut qkv, mut slots, mut sequences) = (Vec::new(), Vec::new(), Vec::new());

@@ -179,12 +179,24 @@ impl Backend for Cpu {
         pages.copy(copy);
     }
 
-    fn download_page(&self, pages: &HostPages, page: PageId, out: &mut Vec<u8>) {
+    fn download_page(
+        &self,
+        pages: &HostPages,
+        page: PageId,
+        out: &mut Vec<u8>,
+    ) -> Result<(), KernelError> {
         pages.read_page(page, out);
+        Ok(())
     }
 
-    fn upload_page(&self, pages: &mut HostPages, page: PageId, bytes: &[u8]) {
+    fn upload_page(
+        &self,
+        pages: &mut HostPages,
+        page: PageId,
+        bytes: &[u8],
+    ) -> Result<(), KernelError> {
         pages.write_page(page, bytes);
+        Ok(())
     }
 
     fn move_tokens(&self, pages: &mut HostPages, moves: &[TokenMove]) -> Result<(), KernelError> {
