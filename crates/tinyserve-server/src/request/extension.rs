@@ -1,0 +1,65 @@
+//! `"tinyserve": {…}`: what only this engine knows, under the names of its settings.
+
+use tinyserve::{AttentionMode, ScorerName};
+
+use super::body::Body;
+use super::settings;
+use crate::error::ApiError;
+
+const FIELDS: &[&str] = &[
+    "attention",
+    "selection_ratio",
+    "token_budget",
+    "scorer",
+    "sink_pages",
+    "recent_pages",
+    "dense_layers",
+    "sparse_min_context",
+    "plugins",
+    "session",
+];
+
+/// Settings of one request that replace the server's.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub(crate) struct Extension {
+    pub(crate) attention: Option<AttentionMode>,
+    pub(crate) selection_ratio: Option<f64>,
+    pub(crate) token_budget: Option<usize>,
+    pub(crate) scorer: Option<ScorerName>,
+    pub(crate) sink_pages: Option<usize>,
+    pub(crate) recent_pages: Option<usize>,
+    pub(crate) dense_layers: Option<usize>,
+    pub(crate) sparse_min_context: Option<usize>,
+    pub(crate) session: Option<String>,
+}
+
+impl Extension {
+    pub(super) fn read(body: &Body<'_>) -> Result<Self, ApiError> {
+        let Some(object) = body.object("tinyserve", FIELDS, "tinyserve.")? else {
+            return Ok(Self::default());
+        };
+        // Nobody else reads this object: a name that is not known is a mistake.
+        if let Some(name) = object.unknown().first() {
+            let name = format!("tinyserve.{name}");
+            let message = format!("{name} is not known, expected one of {}", FIELDS.join(", "));
+            return Err(ApiError::field(name, message));
+        }
+        let share = "a number above 0 and at most 1";
+        let extension = Self {
+            attention: object.value("attention", "\"auto\", \"dense\" or \"sparse\"")?,
+            selection_ratio: object
+                .checked("selection_ratio", share, |ratio: &f64| *ratio > 0.0 && *ratio <= 1.0)?,
+            token_budget: object.size("token_budget", 1, usize::MAX)?,
+            scorer: object.value("scorer", "the name of a scorer, such as \"box\"")?,
+            sink_pages: object.size("sink_pages", 0, usize::MAX)?,
+            recent_pages: object.size("recent_pages", 0, usize::MAX)?,
+            dense_layers: object.size("dense_layers", 0, usize::MAX)?,
+            sparse_min_context: object.size("sparse_min_context", 0, usize::MAX)?,
+            session: settings::name(&object, "session")?,
+        };
+        if extension.selection_ratio.is_some() && extension.token_budget.is_some() {
+            return Err(object.error("token_budget", "either it or selection_ratio"));
+        }
+        Ok(extension)
+    }
+}
