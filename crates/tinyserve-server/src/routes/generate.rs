@@ -68,7 +68,7 @@ pub(super) fn room(
     let left = context.saturating_sub(prompt);
     match max_tokens {
         Some(0) if prompt <= context => Ok(0),
-        Some(most) if most <= left => Ok(most),
+        Some(most) if most > 0 && most <= left => Ok(most),
         None if left > 0 => Ok(left),
         Some(most) if left > 0 => Err(ApiError::too_long(
             "max_tokens",

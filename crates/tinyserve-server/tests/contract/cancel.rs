@@ -5,15 +5,12 @@ use std::net::Shutdown;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tinyserve::TinyServeConfig;
 
-use crate::server::{Running, endless, quiet, read_until, start};
+use crate::server::{Running, endless, one_at_a_time, quiet, read_until, start};
 
 /// One sequence at a time, so that the second request waits.
-fn one_at_a_time() -> Running {
-    let engine =
-        TinyServeConfig { threads: Some(1), max_num_seqs: 1, ..TinyServeConfig::default() };
-    start(quiet(), engine)
+fn one_by_one() -> Running {
+    start(quiet(), one_at_a_time())
 }
 
 #[track_caller]
@@ -43,7 +40,7 @@ fn victim() -> Value {
 
 #[test]
 fn a_running_request_ends_with_its_connection() {
-    let server = one_at_a_time();
+    let server = one_by_one();
     let expected = server.post("/v1/completions", &victim()).ok()["choices"].clone();
     let pages = server.stats()["pages_used"].clone();
     for stream in [true, false] {
@@ -75,7 +72,7 @@ fn a_running_request_ends_with_its_connection() {
 
 #[test]
 fn a_waiting_request_ends_with_its_connection() {
-    let server = one_at_a_time();
+    let server = one_by_one();
     let expected = server.post("/v1/completions", &victim()).ok()["choices"].clone();
     let before = server.stats();
     for stream in [true, false] {
@@ -98,7 +95,7 @@ fn a_waiting_request_ends_with_its_connection() {
 
 #[test]
 fn all_choices_of_a_request_end_together() {
-    let server = one_at_a_time();
+    let server = one_by_one();
     let mut body = endless(true);
     body["n"] = 4.into();
     let mut goes = server.open("/v1/completions", &body);
@@ -110,7 +107,7 @@ fn all_choices_of_a_request_end_together() {
 
 #[test]
 fn a_body_that_never_comes_whole_starts_nothing() {
-    let server = one_at_a_time();
+    let server = one_by_one();
     let mut stream = server.connect();
     stream
         .write_all(

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use tinyserve::TinyServeConfig;
 
-use crate::server::{quiet, shared, start};
+use crate::server::{one_thread, quiet, shared, start};
 
 fn chat(body: &Value) -> Value {
     shared().post("/v1/chat/completions", body).ok()
@@ -107,7 +107,7 @@ fn templates_come_from_the_server_alone() {
     std::fs::write(&path, template).unwrap();
     let mut config = quiet();
     config.chat_template = Some(path);
-    let server = start(config, TinyServeConfig { threads: Some(1), ..TinyServeConfig::default() });
+    let server = start(config, one_thread());
     let render = |body: Value| {
         let tokens = server.post("/tokenize", &body).ok()["tokens"].clone();
         let text = server.post("/detokenize", &json!({"tokens": tokens})).ok();

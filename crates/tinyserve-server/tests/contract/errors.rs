@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::server::{quiet, shared, start};
+use crate::server::{one_thread, quiet, shared, start};
 
 /// A completion with these fields besides a prompt.
 fn completion(fields: Value) -> Value {
@@ -157,8 +157,7 @@ fn prompts_that_never_fit_are_refused_with_the_numbers() {
 fn keys_are_asked_for_everywhere_but_where_monitors_look() {
     let mut config = quiet();
     config.api_keys = vec!["first".to_owned(), "second".to_owned()];
-    let server =
-        start(config, tinyserve::TinyServeConfig { threads: Some(1), ..Default::default() });
+    let server = start(config, one_thread());
     for path in
         ["/v1/models", "/tokenizer_info", "/v1/sessions", "/tinyserve/stats", "/load", "/nothing"]
     {

@@ -4,20 +4,16 @@ use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use tinyserve::{TinyServe, TinyServeConfig};
+use tinyserve::TinyServe;
 
-use crate::server::{endless, quiet, read_until, start, start_loading};
-
-fn engine() -> TinyServeConfig {
-    TinyServeConfig { threads: Some(1), ..TinyServeConfig::default() }
-}
+use crate::server::{endless, one_at_a_time, one_thread, quiet, read_until, start, start_loading};
 
 #[test]
 fn a_server_answers_while_its_model_loads() {
     let (go, wait) = channel::<()>();
     let server = start_loading(quiet(), "builtin:stories260k", move || {
         let _ = wait.recv();
-        TinyServe::builder().config(engine()).build()
+        TinyServe::builder().config(one_thread()).build()
     });
     let health = server.get("/health");
     assert_eq!(health.error(503)["message"], "loading");
@@ -44,7 +40,7 @@ fn a_model_that_does_not_load_ends_the_server() {
 
 #[test]
 fn a_server_that_is_asked_to_stop_finishes_what_runs() {
-    let server = start(quiet(), engine());
+    let server = start(quiet(), one_thread());
     let mut runs = server.open("/v1/completions", &endless(true));
     read_until(&mut runs, "data: ");
     server.stop();
@@ -68,8 +64,7 @@ fn draining_has_an_end() {
     let mut config = quiet();
     config.drain_timeout = 0.05;
     // Many long answers, one after the other.
-    let engine = TinyServeConfig { max_num_seqs: 1, ..engine() };
-    let server = start(config, engine);
+    let server = start(config, one_at_a_time());
     let mut body = endless(true);
     body["n"] = 64.into();
     let mut runs = server.open("/v1/completions", &body);

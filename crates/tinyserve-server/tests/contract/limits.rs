@@ -4,13 +4,8 @@ use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use tinyserve::TinyServeConfig;
 
-use crate::server::{endless, quiet, read_until, request, shared, start};
-
-fn one_at_a_time() -> TinyServeConfig {
-    TinyServeConfig { threads: Some(1), max_num_seqs: 1, ..TinyServeConfig::default() }
-}
+use crate::server::{endless, one_at_a_time, quiet, read_until, request, shared, start};
 
 #[test]
 fn a_full_queue_is_told_at_once_and_when_to_come_back() {

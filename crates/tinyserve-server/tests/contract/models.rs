@@ -1,9 +1,8 @@
 //! Models and the tokenizer.
 
 use serde_json::{Value, json};
-use tinyserve::TinyServeConfig;
 
-use crate::server::{quiet, shared, start};
+use crate::server::{one_thread, quiet, shared, start};
 
 #[test]
 fn models_are_listed_and_found() {
@@ -21,7 +20,7 @@ fn models_are_listed_and_found() {
 fn a_model_has_every_name_that_it_is_served_by() {
     let mut config = quiet();
     config.served_model_names = vec!["org/tiny".to_owned(), "other".to_owned()];
-    let server = start(config, TinyServeConfig { threads: Some(1), ..TinyServeConfig::default() });
+    let server = start(config, one_thread());
     assert_eq!(server.get("/v1/models").ok()["data"][1]["id"], "other");
     server.get("/v1/models/org/tiny").ok();
     let ask = |model: &str| {

@@ -56,6 +56,16 @@ impl Answer {
     }
 }
 
+/// An engine on one thread, so that tests beside each other do not wait for each other's threads.
+pub(crate) fn one_thread() -> TinyServeConfig {
+    TinyServeConfig { threads: Some(1), ..TinyServeConfig::default() }
+}
+
+/// An engine that runs one sequence at a time, so that the second one waits.
+pub(crate) fn one_at_a_time() -> TinyServeConfig {
+    one_thread()
+}
+
 /// Settings for tests.
 pub(crate) fn quiet() -> ServerConfig {
     ServerConfig { port: 0, log_level: LogLevel::Off, ..ServerConfig::default() }
@@ -64,9 +74,7 @@ pub(crate) fn quiet() -> ServerConfig {
 /// A server of the built-in model that many tests ask.
 pub(crate) fn shared() -> &'static Running {
     static SERVER: OnceLock<Running> = OnceLock::new();
-    SERVER.get_or_init(|| {
-        start(quiet(), TinyServeConfig { threads: Some(1), ..TinyServeConfig::default() })
-    })
+    SERVER.get_or_init(|| start(quiet(), one_thread()))
 }
 
 /// A server of its own.

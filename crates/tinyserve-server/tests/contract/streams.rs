@@ -1,9 +1,8 @@
 //! Answers in pieces: server-sent events as clients take them apart.
 
 use serde_json::{Value, json};
-use tinyserve::TinyServeConfig;
 
-use crate::server::{endless, quiet, read_until, shared, start};
+use crate::server::{endless, one_at_a_time, quiet, read_until, shared, start};
 
 fn texts(chunks: &[Value], index: usize) -> String {
     let choices = chunks.iter().flat_map(|chunk| chunk["choices"].as_array().unwrap());
@@ -102,9 +101,8 @@ fn characters_arrive_whole() {
 fn a_stream_that_waits_is_kept_alive_by_comments() {
     let mut config = quiet();
     config.keep_alive_interval = 0.02;
-    let engine =
-        TinyServeConfig { threads: Some(1), max_num_seqs: 1, ..TinyServeConfig::default() };
-    let server = start(config, engine);
+    let engine = one_at_a_time();
+    let server = start(config, one_at_a_time());
     let mut first = server.open("/v1/completions", &endless(true));
     read_until(&mut first, "data: ");
     let mut second = server.open("/v1/completions", &endless(true));
