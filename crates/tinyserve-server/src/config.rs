@@ -44,9 +44,6 @@ pub struct ServerConfig {
     /// A file with a chat template that replaces the checkpoint's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chat_template: Option<PathBuf>,
-    /// Folder that sessions may be saved to and restored from; without one they may not.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub session_folder: Option<PathBuf>,
     /// Requests that may wait; more are answered with 429.
     pub max_num_queued_reqs: usize,
     /// Prompt tokens that may wait; more are answered with 429.
@@ -75,7 +72,7 @@ pub struct ServerConfig {
     pub allowed_origins: Vec<String>,
     /// How much of what happens is written to stderr.
     pub log_level: LogLevel,
-    /// Whether prompts and answers are written to stderr too.
+    /// Whether prompts are written to stderr too.
     pub log_prompts: bool,
 }
 
@@ -88,7 +85,6 @@ impl Default for ServerConfig {
             api_keys: Vec::new(),
             served_model_names: Vec::new(),
             chat_template: None,
-            session_folder: None,
             max_num_queued_reqs: 1024,
             max_num_queued_tokens: 1 << 20,
             max_request_bytes: 32 << 20,
@@ -195,7 +191,6 @@ const KEYS: &[&str] = &[
     "served_model_names",
     "served_model_name",
     "chat_template",
-    "session_folder",
     "max_num_queued_reqs",
     "max_num_queued_tokens",
     "max_request_bytes",
@@ -222,7 +217,6 @@ mod tests {
         let config = ServerConfig {
             uds: Some("s".into()),
             chat_template: Some("t".into()),
-            session_folder: Some("f".into()),
             ..ServerConfig::default()
         };
         let json = serde_json::to_value(&config).unwrap();

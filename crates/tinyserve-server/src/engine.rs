@@ -1,25 +1,23 @@
 //! The engine as the server sees it: submissions go in, events of choices come out.
 
-use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::Arc;
+use std::task::{Context, Poll};
 
-use serde::Serialize;
-use tinyserve::model::{FinishReason, SamplingParams};
-use tinyserve::{Prompt, StreamEvent, TinyServe, TinyServeError, TinyServeRequest};
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tinyserve::model::SamplingParams;
+use tinyserve::{AttentionMode, TinyServeConfig};
+use tinyserve_sched::{
+    AdmissionError, AttentionChoice, Engine, Event, EventStream, FailureKind, Request, Stats,
+    StopReason as Stop, Summary,
+};
 
 use crate::error::ApiError;
-use crate::metrics::Metrics;
-use crate::output::{ChoiceEvent, Ending, ScoredToken};
-use crate::request::Settings;
+use crate::metrics::RequestMetrics;
+use crate::output::{ChoiceEvent, Ending, ScoredToken, StopReason};
+use crate::request::{Extension, Settings};
 
 /// One choice to be generated.
 #[derive(Debug, Clone)]
 pub(crate) struct Submission {
-    pub(crate) id: String,
     pub(crate) prompt: Vec<u32>,
     pub(crate) max_tokens: usize,
     /// How many alternatives are told with each token; `None` tells no probabilities.
@@ -28,159 +26,16 @@ pub(crate) struct Submission {
     pub(crate) prompt_logprobs: Option<usize>,
     pub(crate) seed: Option<u64>,
     pub(crate) session: Option<String>,
-    pub(crate) settings: Settings,
+    pub(crate) settings: Arc<Settings>,
 }
 
-/// Requests that run and that wait.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Load {
-    pub(crate) running: usize,
-    pub(crate) waiting: usize,
-}
-
-/// Totals since the start.
-#[derive(Debug, Clone, Default, Serialize)]
-pub(crate) struct EngineStats {
-    pub(crate) running: usize,
-    pub(crate) waiting: usize,
-    pub(crate) pages_used: usize,
-    pub(crate) pages_total: usize,
-    pub(crate) generated_tokens: u64,
-    pub(crate) bytes_read: u64,
-    pub(crate) bytes_dense: u64,
-    pub(crate) recall_sum: f64,
-    pub(crate) recall_count: u64,
-    pub(crate) layers: Vec<LayerStats>,
-}
-
-/// Totals of one layer.
-#[derive(Debug, Clone, Copy, Default, Serialize)]
-pub(crate) struct LayerStats {
-    pub(crate) pages_read: u64,
-    pub(crate) pages_total: u64,
-}
-
-struct Job {
-    submission: Submission,
-    index: usize,
-    cancelled: Arc<AtomicBool>,
-    events: UnboundedSender<(usize, ChoiceEvent)>,
-}
-
-/// One model that answers one choice after the other.
-pub(crate) struct Engine {
-    jobs: Mutex<Option<Sender<Job>>>,
-    thread: Mutex<Option<JoinHandle<()>>>,
-    shared: Arc<Shared>,
-    most_waiting: usize,
-}
-
-#[derive(Default)]
-struct Shared {
-    dead: AtomicBool,
-    running: AtomicUsize,
-    waiting: AtomicUsize,
-    generated: AtomicU64,
-}
-
-/// Requests under way; dropping it cancels what has not ended.
-pub(crate) struct Running(Arc<AtomicBool>);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Release);
-    }
-}
-
-impl Engine {
-    pub(crate) fn new(engine: TinyServe, most_waiting: usize) -> Self {
-        let (jobs, queue) = channel::<Job>();
-        let shared = Arc::new(Shared::default());
-        let inside = Arc::clone(&shared);
-        let thread = std::thread::spawn(move || {
-            while let Ok(job) = queue.recv() {
-                inside.waiting.fetch_sub(1, Ordering::AcqRel);
-                inside.running.fetch_add(1, Ordering::AcqRel);
-                run(&engine, &job, &inside);
-                inside.running.fetch_sub(1, Ordering::AcqRel);
-            }
-            inside.dead.store(true, Ordering::Release);
-        });
-        Self {
-            jobs: Mutex::new(Some(jobs)),
-            thread: Mutex::new(Some(thread)),
-            shared,
-            most_waiting,
-        }
-    }
-
-    pub(crate) fn is_alive(&self) -> bool {
-        !self.shared.dead.load(Ordering::Acquire)
-    }
-
-    pub(crate) fn load(&self) -> Load {
-        Load {
-            running: self.shared.running.load(Ordering::Acquire),
-            waiting: self.shared.waiting.load(Ordering::Acquire),
-        }
-    }
-
-    pub(crate) fn stats(&self) -> EngineStats {
-        let Load { running, waiting } = self.load();
-        let generated_tokens = self.shared.generated.load(Ordering::Relaxed);
-        EngineStats { running, waiting, generated_tokens, ..EngineStats::default() }
-    }
-
-    pub(crate) fn submit(
-        &self,
-        submissions: Vec<Submission>,
-        _metrics: &Metrics,
-    ) -> Result<(Running, UnboundedReceiver<(usize, ChoiceEvent)>), ApiError> {
-        let count = submissions.len();
-        let most = self.most_waiting;
-        let admitted =
-            self.shared.waiting.fetch_update(Ordering::AcqRel, Ordering::Acquire, |waiting| {
-                (waiting + count <= most.max(count)).then_some(waiting + count)
-            });
-        if admitted.is_err() {
-            return Err(ApiError::overloaded(format!("{most} requests wait already, try again")));
-        }
-        let (events, receiver) = unbounded_channel();
-        let cancelled = Arc::new(AtomicBool::new(false));
-        let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(jobs) = &*jobs else { return Err(ApiError::unavailable("the engine stopped")) };
-        for (index, submission) in submissions.into_iter().enumerate() {
-            let job = Job {
-                submission,
-                index,
-                cancelled: Arc::clone(&cancelled),
-                events: events.clone(),
-            };
-            jobs.send(job).map_err(|_| ApiError::unavailable("the engine stopped"))?;
-        }
-        Ok((Running(cancelled), receiver))
-    }
-
-    pub(crate) fn shutdown(&self) {
-        self.jobs.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-fn run(engine: &TinyServe, job: &Job, shared: &Shared) {
-    let send = |event| {
-        let _ = job.events.send((job.index, event));
-    };
-    if job.cancelled.load(Ordering::Acquire) {
-        return;
-    }
-    let submission = &job.submission;
-    let settings = &submission.settings;
-    let request = TinyServeRequest {
-        prompt: Prompt::Tokens(submission.prompt.clone()),
-        max_tokens: submission.max_tokens.max(1),
+/// The request that the engine takes.
+fn request(submission: Submission, config: &TinyServeConfig) -> Result<Request, ApiError> {
+    let Submission { prompt, max_tokens, logprobs, prompt_logprobs, seed, session, settings } =
+        submission;
+    Ok(Request {
+        max_tokens,
+        min_tokens: settings.min_tokens,
         sampling: SamplingParams {
             temperature: settings.temperature,
             top_k: settings.top_k,
@@ -189,47 +44,224 @@ fn run(engine: &TinyServe, job: &Job, shared: &Shared) {
             repetition_penalty: settings.repetition_penalty,
             presence_penalty: settings.presence_penalty,
             frequency_penalty: settings.frequency_penalty,
-            seed: submission.seed,
+            seed,
         },
+        logit_bias: settings.logit_bias.clone(),
         stop: settings.stop.clone(),
+        include_stop: settings.include_stop_str_in_output,
+        stop_tokens: settings.stop_token_ids.clone(),
         ignore_eos: settings.ignore_eos,
-        request_id: submission.id.clone(),
-    };
-    let mut rest = String::new();
-    let served = engine.serve_stream(request, |event| {
-        match event {
-            StreamEvent::Prefill { done, total } if done == total => {
-                send(ChoiceEvent::Prompt(Vec::new()))
-            }
-            StreamEvent::Prefill { .. } => {}
-            StreamEvent::Token { id, logprob, text } => {
-                shared.generated.fetch_add(1, Ordering::Relaxed);
-                let token = ScoredToken { id, logprob: Some(logprob), top: vec![(id, logprob)] };
-                if submission.max_tokens > 0 {
-                    send(ChoiceEvent::Token { token, text });
+        top_logprobs: logprobs.unwrap_or(0),
+        prompt_logprobs,
+        priority: settings.priority,
+        session,
+        attention: attention(&settings.extension, config)?,
+        cache_salt: settings.cache_salt.clone().unwrap_or_default(),
+        ..Request::new(prompt)
+    })
+}
+
+/// The attention that a request asks for beside the server's settings; `None` when it asks for
+/// nothing.
+fn attention(
+    asked: &Extension,
+    config: &TinyServeConfig,
+) -> Result<Option<AttentionChoice>, ApiError> {
+    if !asked.selects() {
+        return Ok(None);
+    }
+    let mut config = config.clone();
+    config.attention = asked.attention.unwrap_or(config.attention);
+    if let Some(ratio) = asked.selection_ratio {
+        (config.selection_ratio, config.token_budget) = (ratio, None);
+    }
+    config.token_budget = asked.token_budget.or(config.token_budget);
+    config.scorer = asked.scorer.unwrap_or(config.scorer);
+    config.sink_pages = asked.sink_pages.unwrap_or(config.sink_pages);
+    config.recent_pages = asked.recent_pages.unwrap_or(config.recent_pages);
+    config.dense_layers = asked.dense_layers.unwrap_or(config.dense_layers);
+    config.sparse_min_context = asked.sparse_min_context.or(config.sparse_min_context);
+    if config.attention == AttentionMode::Dense {
+        return Ok(Some(AttentionChoice::Dense));
+    }
+    let policy = config.selection_policy();
+    policy.check().map_err(|error| ApiError::field("tinyserve", error.to_string()))?;
+    Ok(Some(AttentionChoice::Policy(policy)))
+}
+
+/// The choices of one request while they are generated; dropping them ends them.
+pub(crate) struct Choices {
+    streams: Vec<Option<Choice>>,
+    /// Where to look first, so that no choice waits for all before it.
+    next: usize,
+    metrics: Arc<RequestMetrics>,
+}
+
+struct Choice {
+    events: EventStream,
+    max_tokens: usize,
+    /// Whether the answer tells what only this engine knows.
+    tells_more: bool,
+}
+
+impl Choices {
+    /// Submits every choice, or none.
+    ///
+    /// # Errors
+    /// 429 when the queue is full, 503 when the engine takes nothing, 400 for what can never be
+    /// answered.
+    pub(crate) fn submit(
+        (engine, config): (&Engine, &TinyServeConfig),
+        submissions: Vec<Submission>,
+        metrics: &Arc<RequestMetrics>,
+    ) -> Result<Self, ApiError> {
+        // What was submitted before one is refused ends when this is dropped.
+        let mut choices = Self { streams: Vec::new(), next: 0, metrics: Arc::clone(metrics) };
+        for submission in submissions {
+            let (max_tokens, tells_more) =
+                (submission.max_tokens, submission.settings.extension.is_given);
+            let events = engine.submit(request(submission, config)?).map_err(refused)?;
+            choices.streams.push(Some(Choice { events, max_tokens, tells_more }));
+        }
+        metrics.submitted(choices.streams.len());
+        Ok(choices)
+    }
+
+    /// Ends all choices.
+    pub(crate) fn end(&mut self) {
+        self.streams.clear();
+    }
+
+    /// The next event of any choice; `Ready(None)` when every choice has ended.
+    pub(crate) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<(usize, ChoiceEvent)>> {
+        let count = self.streams.len();
+        let mut open = false;
+        for offset in 0..count {
+            let index = (self.next + offset) % count;
+            loop {
+                let Some(choice) = &mut self.streams[index] else { break };
+                open = true;
+                let Poll::Ready(event) = choice.events.poll_next(cx) else { break };
+                let Some(event) = event else {
+                    self.streams[index] = None;
+                    break;
+                };
+                let terminal = event.is_terminal();
+                let event = self.told(index, event);
+                if terminal {
+                    self.streams[index] = None;
+                }
+                if let Some(event) = event {
+                    self.next = index + 1;
+                    return Poll::Ready(Some((index, event)));
                 }
             }
-            StreamEvent::Rest { text } => rest = text,
         }
-        match job.cancelled.load(Ordering::Acquire) {
-            true => ControlFlow::Break(()),
-            false => ControlFlow::Continue(()),
+        match open && self.streams.iter().any(Option::is_some) {
+            true => Poll::Pending,
+            false => Poll::Ready(None),
         }
-    });
-    send(match served {
-        Ok(response) => ChoiceEvent::End(Ending {
-            text: rest,
-            finish_reason: match response.finish_reason {
-                FinishReason::Stop => "stop",
-                _ => "length",
+    }
+
+    /// What clients hear of an event.
+    fn told(&self, index: usize, event: Event) -> Option<ChoiceEvent> {
+        let choice = self.streams[index].as_ref()?;
+        Some(match event {
+            Event::Started { .. } | Event::Prefill { .. } => return None,
+            Event::Prompt(tokens) => ChoiceEvent::Prompt(
+                tokens
+                    .into_iter()
+                    .map(|token| ScoredToken {
+                        id: token.id,
+                        logprob: token.logprob,
+                        top: token.top_logprobs.iter().map(|top| (top.id, top.logprob)).collect(),
+                    })
+                    .collect(),
+            ),
+            Event::Token(token) => ChoiceEvent::Token {
+                token: ScoredToken {
+                    id: token.id,
+                    logprob: Some(token.logprob),
+                    top: token.top_logprobs.iter().map(|top| (top.id, top.logprob)).collect(),
+                },
+                text: token.text,
             },
-            stop_reason: None,
-            cached_tokens: 0,
-            detail: None,
-        }),
-        Err(TinyServeError::Setting { field, found, expected }) => ChoiceEvent::Failed(
-            ApiError::field(field, format!("{field} is {found}, expected {expected}")),
-        ),
-        Err(error) => ChoiceEvent::Failed(ApiError::internal(error.to_string())),
-    });
+            Event::Finished(finished) => {
+                self.metrics.finished(&finished.summary, choice.max_tokens);
+                let detail = choice.tells_more.then(|| detail(&finished.summary));
+                ChoiceEvent::End(Ending {
+                    finish_reason: finished.reason.name(),
+                    stop_reason: match finished.stop_reason {
+                        // The ordinary end of a text is no news.
+                        None | Some(Stop::EndOfSequence(_)) => None,
+                        Some(Stop::Token(id)) => Some(StopReason::Token(id)),
+                        Some(Stop::Text(text)) => Some(StopReason::Text(text)),
+                    },
+                    cached_tokens: finished.summary.usage.cached_tokens,
+                    detail,
+                    text: finished.summary.rest,
+                })
+            }
+            Event::Aborted(_) => ChoiceEvent::Failed(ApiError::unavailable(
+                "the server stops before the answer is complete",
+            )),
+            Event::Failed(failure) => ChoiceEvent::Failed(match failure.kind {
+                FailureKind::EngineStopped => ApiError::unavailable(failure.sentence),
+                _ => ApiError::internal(failure.sentence),
+            }),
+        })
+    }
+}
+
+/// What only this engine knows of an answer.
+fn detail(summary: &Summary) -> serde_json::Value {
+    let ms = |duration: std::time::Duration| duration.as_secs_f64() * 1e3;
+    let (timings, kv) = (&summary.timings, &summary.kv);
+    serde_json::json!({
+        "timings": {
+            "queued_ms": ms(timings.queued),
+            "prefill_ms": ms(timings.prefill),
+            "ttft_ms": timings.ttft.map(ms),
+            "decode_ms": ms(timings.decode),
+            "preemptions": timings.preemptions,
+        },
+        "kv": {
+            "pages": kv.pages,
+            "bytes_read": kv.decode.bytes_read,
+            "bytes_dense": kv.decode.bytes_dense,
+            "bytes_read_ratio": kv.decode.bytes_ratio(),
+            "recall": kv.decode.recall(),
+        },
+    })
+}
+
+/// Why the engine does not take a request, as clients hear it.
+fn refused(error: AdmissionError) -> ApiError {
+    let sentence = error.to_string();
+    match error {
+        AdmissionError::QueueFull { .. } => ApiError::overloaded(format!("{sentence}: try again")),
+        AdmissionError::ShuttingDown | AdmissionError::Stopped => ApiError::unavailable(sentence),
+        AdmissionError::TooLong { .. } | AdmissionError::NeverFits { .. } => {
+            ApiError::too_long("max_tokens", sentence)
+        }
+        AdmissionError::EmptyPrompt => ApiError::field("prompt", sentence),
+        AdmissionError::Setting { name, .. } => ApiError::field(name, sentence),
+        _ => ApiError::invalid(sentence),
+    }
+}
+
+/// What the page at `/` draws: totals since the start.
+pub(crate) fn page_stats(stats: &Stats) -> serde_json::Value {
+    serde_json::json!({
+        "running": stats.running,
+        "waiting": stats.waiting,
+        "pages_used": stats.pages_used,
+        "pages_total": stats.pages,
+        "generated_tokens": stats.generation_tokens,
+        "bytes_read": stats.bytes_read,
+        "bytes_dense": stats.bytes_dense,
+        "recall_sum": stats.recall.unwrap_or(0.0) * stats.recall_count as f64,
+        "recall_count": stats.recall_count,
+        "layers": [],
+    })
 }

@@ -131,11 +131,13 @@ impl ApiError {
     }
 
     /// The status that it is answered with.
+    #[cfg(test)]
     pub(crate) fn status(&self) -> StatusCode {
         self.status
     }
 
     /// The sentence.
+    #[cfg(test)]
     pub(crate) fn message(&self) -> &str {
         &self.message
     }

@@ -46,10 +46,10 @@ impl Log {
         }
     }
 
-    /// A prompt or an answer, only where the settings ask for it.
-    pub(crate) fn text(self, id: &str, what: &str, text: &str) {
+    /// A prompt, only where the settings ask for it.
+    pub(crate) fn prompt(self, id: &str, text: &str) {
         if self.prompts {
-            eprintln!("{id} {what}: {text:?}");
+            eprintln!("{id} prompt: {text:?}");
         }
     }
 }

@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tinyserve::model::{ChatTemplate, Checkpoint};
-use tinyserve::{TinyServe, TinyServeError};
+use tinyserve_sched::Engine;
 use tokio::runtime::Runtime;
 use tokio::sync::{Notify, watch};
 
-use crate::engine::Engine;
 use crate::listener::{Listener, serve};
+use crate::load::Loaded;
+use crate::metrics::EngineView;
 use crate::request::Limits;
 use crate::routes::router;
 use crate::state::{App, Phase, Ready};
@@ -77,7 +78,7 @@ impl Server {
     pub fn run(
         self,
         model: &str,
-        load: impl FnOnce() -> Result<TinyServe, TinyServeError> + Send + 'static,
+        load: impl FnOnce() -> Result<Loaded, ServerError> + Send + 'static,
     ) -> Result<(), ServerError> {
         let Self { runtime, listener, config, stop } = self;
         let app = App::new(config, model);
@@ -92,7 +93,7 @@ async fn live(
     app: App,
     listener: Listener,
     stop: &Notify,
-    load: impl FnOnce() -> Result<TinyServe, TinyServeError> + Send + 'static,
+    load: impl FnOnce() -> Result<Loaded, ServerError> + Send + 'static,
 ) -> Result<(), ServerError> {
     let mut signals = Signals::listen()?;
     let (closing, closed) = watch::channel(false);
@@ -136,22 +137,14 @@ async fn live(
 async fn drain(app: &App, stop: &Notify, signals: &mut Signals) {
     let Ok(ready) = app.ready() else { return };
     let time = Duration::from_secs_f64(app.config.drain_timeout);
-    let load = ready.engine.load();
+    let stats = ready.engine.stats();
     app.log.info(&format!(
         "stopping: {} requests run and {} wait, they have {} s",
-        load.running,
-        load.waiting,
+        stats.running,
+        stats.waiting,
         time.as_secs_f64()
     ));
-    let ended = async {
-        loop {
-            let load = ready.engine.load();
-            if load.running + load.waiting == 0 {
-                break;
-            }
-            tokio::time::sleep(LOOK).await;
-        }
-    };
+    let ended = ready.engine.drain();
     tokio::select! {
         _ = tokio::time::timeout(time, ended) => {}
         () = asked(stop, signals) => {}
@@ -160,7 +153,7 @@ async fn drain(app: &App, stop: &Notify, signals: &mut Signals) {
 }
 
 /// What requests need of a loaded engine.
-fn loaded(app: &App, engine: TinyServe) -> Result<Ready, ServerError> {
+fn loaded(app: &App, loaded: Loaded) -> Result<Ready, ServerError> {
     let checkpoint = Checkpoint::load(&app.root)?;
     let special_tokens = checkpoint.special_tokens()?;
     let template = match &app.config.chat_template {
@@ -174,21 +167,29 @@ fn loaded(app: &App, engine: TinyServe) -> Result<Ready, ServerError> {
         }
         None => checkpoint.chat_template()?,
     };
+    let Loaded { engine, config, tokenizer, kv_format } = loaded;
+    let engine = Arc::new(engine);
+    let sizes = *engine.limits();
     let limits = Limits {
         prompts: app.config.max_prompts_per_request,
         choices: app.config.max_n,
         logprobs: app.config.max_logprobs,
         stops: app.config.max_stop_strings,
-        context: engine.max_sequence_length(),
-        vocab: engine.model_config().vocab_size,
+        context: sizes.max_sequence_length,
+        vocab: sizes.vocab,
     };
-    Ok(Ready {
-        limits,
-        template,
-        special_tokens,
-        tokenizer: engine.tokenizer().cloned().map_err(|error| error.to_string()),
-        engine: Engine::new(engine, app.config.max_num_queued_reqs),
-    })
+    let look = {
+        let engine: Arc<Engine> = Arc::clone(&engine);
+        move || EngineView {
+            stats: engine.stats(),
+            page_size: sizes.page_size,
+            page_bytes: sizes.bytes_per_page,
+            cache_dtype: kv_format,
+        }
+    };
+    // A server loads once.
+    let _ = app.source.0.set(Box::new(look));
+    Ok(Ready { engine, config, limits, template, special_tokens, tokenizer })
 }
 
 /// Waits for a signal or a [`Stopper`].

@@ -5,14 +5,16 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
+use tinyserve::TinyServeConfig;
 use tinyserve::model::{ChatTemplate, Tokenizer};
+use tinyserve_sched::{Engine, EngineState};
 
 use crate::ServerConfig;
 use crate::auth::Keys;
-use crate::engine::Engine;
+use crate::engine::{Choices, Submission};
 use crate::error::ApiError;
 use crate::log::Log;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, RequestMetrics, Source};
 use crate::output::TokenTexts;
 use crate::request::{Conversation, Limits};
 
@@ -58,6 +60,8 @@ pub(crate) struct Shared {
     pub(crate) keys: Keys,
     pub(crate) log: Log,
     pub(crate) metrics: Metrics,
+    /// Where the metrics look for what the engine counts.
+    pub(crate) source: Arc<Source>,
     /// Names that requests may call the model by; at least one.
     pub(crate) names: Vec<String>,
     /// The model as it was asked for.
@@ -71,7 +75,9 @@ pub(crate) struct Shared {
 
 /// What is there once the model is loaded.
 pub(crate) struct Ready {
-    pub(crate) engine: Engine,
+    pub(crate) engine: Arc<Engine>,
+    /// The engine's settings, which requests may replace for themselves.
+    pub(crate) config: TinyServeConfig,
     pub(crate) limits: Limits,
     /// The chat template, or why there is none.
     pub(crate) template: Option<ChatTemplate>,
@@ -86,10 +92,12 @@ impl App {
         if names.is_empty() {
             names.push(own_name(root));
         }
+        let source = Arc::new(Source::default());
         Self(Arc::new(Shared {
             keys: Keys::new(&config.api_keys),
             log: Log { level: config.log_level, prompts: config.log_prompts },
-            metrics: Metrics::new(&names[0]),
+            metrics: Metrics::new(&names[0], Arc::clone(&source)),
+            source,
             names,
             root: root.to_owned(),
             created: crate::seconds_since_1970(),
@@ -113,7 +121,9 @@ impl Shared {
     pub(crate) fn phase(&self) -> Phase {
         let phase = Phase::ALL[usize::from(self.phase.load(Ordering::Acquire))];
         match (phase, self.ready.get()) {
-            (Phase::Ready, Some(ready)) if !ready.engine.is_alive() => Phase::Dead,
+            (Phase::Ready, Some(ready)) if ready.engine.state() == EngineState::Stopped => {
+                Phase::Dead
+            }
             _ => phase,
         }
     }
@@ -174,6 +184,18 @@ impl Shared {
 }
 
 impl Ready {
+    /// Submits every choice of a request, or none.
+    ///
+    /// # Errors
+    /// As [`Choices::submit`].
+    pub(crate) fn submit(
+        &self,
+        submissions: Vec<Submission>,
+        metrics: &Arc<RequestMetrics>,
+    ) -> Result<Choices, ApiError> {
+        Choices::submit((&self.engine, &self.config), submissions, metrics)
+    }
+
     /// The tokenizer.
     ///
     /// # Errors

@@ -15,13 +15,15 @@ const FIELDS: &[&str] = &[
     "recent_pages",
     "dense_layers",
     "sparse_min_context",
-    "plugins",
     "session",
 ];
 
 /// Settings of one request that replace the server's.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub(crate) struct Extension {
+    /// Whether the request has the object at all; its answer then tells what only this engine
+    /// knows.
+    pub(crate) is_given: bool,
     pub(crate) attention: Option<AttentionMode>,
     pub(crate) selection_ratio: Option<f64>,
     pub(crate) token_budget: Option<usize>,
@@ -34,6 +36,13 @@ pub(crate) struct Extension {
 }
 
 impl Extension {
+    /// Whether it asks for another selection of pages than the server's.
+    pub(crate) fn selects(&self) -> bool {
+        let alone =
+            Self { is_given: self.is_given, session: self.session.clone(), ..Self::default() };
+        *self != alone
+    }
+
     pub(super) fn read(body: &Body<'_>) -> Result<Self, ApiError> {
         let Some(object) = body.object("tinyserve", FIELDS, "tinyserve.")? else {
             return Ok(Self::default());
@@ -46,6 +55,7 @@ impl Extension {
         }
         let share = "a number above 0 and at most 1";
         let extension = Self {
+            is_given: true,
             attention: object.value("attention", "\"auto\", \"dense\" or \"sparse\"")?,
             selection_ratio: object
                 .checked("selection_ratio", share, |ratio: &f64| *ratio > 0.0 && *ratio <= 1.0)?,

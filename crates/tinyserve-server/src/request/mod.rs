@@ -32,10 +32,3 @@ pub(crate) struct Limits {
     /// Tokens of the vocabulary.
     pub(crate) vocab: usize,
 }
-
-#[cfg(test)]
-impl Limits {
-    pub(crate) fn for_tests() -> Self {
-        Self { prompts: 8, choices: 4, logprobs: 20, stops: 4, context: 512, vocab: 512 }
-    }
-}

@@ -87,11 +87,13 @@ pub(crate) struct Settings {
     pub(crate) logit_bias: Vec<(u32, f32)>,
     pub(crate) skip_special_tokens: bool,
     pub(crate) truncate_prompt_tokens: Option<usize>,
-    pub(crate) priority: i64,
+    pub(crate) priority: i32,
     pub(crate) request_id: Option<String>,
     pub(crate) cache_salt: Option<String>,
     pub(crate) return_token_ids: bool,
     pub(crate) extension: Extension,
+    /// Names of fields that nobody reads.
+    pub(crate) unknown: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -146,6 +148,7 @@ impl Settings {
             cache_salt: name(body, "cache_salt")?,
             return_token_ids: body.flag("return_token_ids", false)?,
             extension: Extension::read(body)?,
+            unknown: body.unknown().to_vec(),
         })
     }
 }

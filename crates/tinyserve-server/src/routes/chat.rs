@@ -1,5 +1,7 @@
 //! `POST /v1/chat/completions`.
 
+use std::sync::Arc;
+
 use axum::Extension;
 use axum::extract::{Request, State};
 use axum::response::Response;
@@ -37,21 +39,23 @@ fn prepare(
 ) -> Result<Prepared<ChatOutput>, ApiError> {
     let ChatRequest { conversation, max_tokens, logprobs, add_special_tokens, settings } =
         ChatRequest::parse(json, &ready.limits)?;
+    app.log.unknown_fields(&envelope.id, &settings.unknown);
     let header = envelope.header(app, "chatcmpl", &settings)?;
     let text = ready.render(&conversation)?;
+    app.log.prompt(&envelope.id, &text);
     let mut tokens =
         ready.encode(&text, add_special_tokens).map_err(|error| error.about("messages"))?;
     truncate(&mut tokens, settings.truncate_prompt_tokens);
     let max_tokens = room(tokens.len(), max_tokens, ready.limits.context, "messages")?;
+    let settings = Arc::new(settings);
     let submissions = (0..settings.n).map(|choice| Submission {
-        id: envelope.id.clone(),
         prompt: tokens.clone(),
         max_tokens,
         logprobs,
         prompt_logprobs: None,
         seed: seed_of(&settings, choice),
         session: settings.extension.session.clone().or_else(|| envelope.session.clone()),
-        settings: settings.clone(),
+        settings: Arc::clone(&settings),
     });
     let submissions = submissions.collect();
     let mut output = ChatOutput::new(header, ready.texts(), tokens, settings.n);

@@ -1,5 +1,7 @@
 //! `POST /v1/completions`.
 
+use std::sync::Arc;
+
 use axum::Extension;
 use axum::extract::{Request, State};
 use axum::response::Response;
@@ -37,18 +39,23 @@ fn prepare(
 ) -> Result<Prepared<CompletionOutput>, ApiError> {
     let CompletionRequest { prompts, max_tokens, logprobs, echo, add_special_tokens, settings } =
         CompletionRequest::parse(json, &ready.limits)?;
+    app.log.unknown_fields(&envelope.id, &settings.unknown);
     let header = envelope.header(app, "cmpl", &settings)?;
     let mut output = CompletionOutput::new(header, ready.texts());
     output.logprobs = logprobs.is_some();
     output.return_token_ids = settings.return_token_ids;
     output.streamed = settings.stream.is_some();
     output.continuous_usage = settings.stream.is_some_and(|stream| stream.continuous_usage_stats);
+    let settings = Arc::new(settings);
     let mut submissions = Vec::with_capacity(prompts.len() * settings.n);
     for prompt in prompts {
         let (mut tokens, text) = match prompt {
             Prompt::Text(text) => (ready.encode(&text, add_special_tokens)?, Some(text)),
             Prompt::Tokens(tokens) => (known(tokens, ready.limits.vocab)?, None),
         };
+        if let Some(text) = &text {
+            app.log.prompt(&envelope.id, text);
+        }
         let whole = tokens.len();
         truncate(&mut tokens, settings.truncate_prompt_tokens);
         let max_tokens = room(tokens.len(), Some(max_tokens), ready.limits.context, "prompt")?;
@@ -61,14 +68,13 @@ fn prepare(
         for choice in 0..settings.n {
             output.add_choice(&tokens, echo_text.clone());
             submissions.push(Submission {
-                id: envelope.id.clone(),
                 prompt: tokens.clone(),
                 max_tokens,
                 logprobs,
                 prompt_logprobs: logprobs.filter(|_| echo),
                 seed: seed_of(&settings, choice),
                 session: settings.extension.session.clone().or_else(|| envelope.session.clone()),
-                settings: settings.clone(),
+                settings: Arc::clone(&settings),
             });
         }
     }

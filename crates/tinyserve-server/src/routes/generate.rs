@@ -1,5 +1,6 @@
 //! From a checked request to an answer: submitted as a whole, then streamed or collected.
 
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -113,11 +114,10 @@ pub(super) async fn answer<O: Output>(
     prepared: Prepared<O>,
 ) -> Result<Response, ApiError> {
     let Prepared { mut output, submissions, stream } = prepared;
-    let choices = submissions.len();
-    let (running, mut events) = ready.engine.submit(submissions, &app.metrics)?;
+    let mut choices = ready.submit(submissions, &app.metrics.requests)?;
     if let Some(settings) = stream {
         let keep_alive = Duration::from_secs_f64(app.config.keep_alive_interval);
-        let stream = EventStream::new(output, events, choices, settings, (keep_alive, running));
+        let stream = EventStream::new(output, choices, settings, keep_alive);
         let headers = [
             (header::CONTENT_TYPE, "text/event-stream"),
             (header::CACHE_CONTROL, "no-cache"),
@@ -126,19 +126,13 @@ pub(super) async fn answer<O: Output>(
         ];
         return Ok((headers, Body::from_stream(stream)).into_response());
     }
-    let mut open = choices;
     let mut chunks = String::new();
-    while open > 0 {
-        match events.recv().await {
-            Some((_, ChoiceEvent::Failed(error))) => return Err(error),
-            Some((index, event)) => {
-                open -= usize::from(matches!(event, ChoiceEvent::End(_)));
-                output.event(index, event, &mut chunks);
-            }
-            None => return Err(ApiError::unavailable("the engine stopped")),
+    while let Some((index, event)) = poll_fn(|cx| choices.poll_next(cx)).await {
+        if let ChoiceEvent::Failed(error) = event {
+            return Err(error);
         }
+        output.event(index, event, &mut chunks);
     }
-    drop(running);
     Ok(json(output.whole()))
 }
 

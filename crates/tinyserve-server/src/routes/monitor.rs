@@ -6,6 +6,7 @@ use axum::response::{IntoResponse, Response};
 use serde_json::json as object;
 
 use super::json;
+use crate::engine::page_stats;
 use crate::error::ApiError;
 use crate::state::{App, Phase};
 
@@ -24,14 +25,13 @@ pub(super) async fn version() -> Response {
 
 /// `GET /load`: requests that run or wait.
 pub(super) async fn load(State(app): State<App>) -> Result<Response, ApiError> {
-    let load = app.ready()?.engine.load();
-    Ok(json(object!({ "server_load": load.running + load.waiting }).to_string()))
+    let stats = app.ready()?.engine.stats();
+    Ok(json(object!({ "server_load": stats.running + stats.waiting }).to_string()))
 }
 
 /// `GET /metrics`, in Prometheus's text format.
 pub(super) async fn metrics(State(app): State<App>) -> Response {
-    let engine = app.ready().ok();
-    match app.metrics.render(engine.as_ref().map(|ready| &ready.engine)) {
+    match app.metrics.render() {
         Ok(text) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
             .into_response(),
         Err(_) => {
@@ -42,10 +42,7 @@ pub(super) async fn metrics(State(app): State<App>) -> Response {
 
 /// `GET /tinyserve/stats`: what the page at `/` draws, as totals since the start.
 pub(super) async fn stats(State(app): State<App>) -> Result<Response, ApiError> {
-    let stats = app.ready()?.engine.stats();
-    let mut stats = serde_json::to_value(stats).map_err(|error| {
-        ApiError::internal(format!("the statistics cannot be written: {error}"))
-    })?;
+    let mut stats = page_stats(&app.ready()?.engine.stats());
     stats["state"] = app.phase().name().into();
     stats["model"] = app.names[0].as_str().into();
     stats["uptime_seconds"] = app.started.elapsed().as_secs_f64().into();

@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::server::{endless, one_at_a_time, quiet, read_until, request, shared, start};
+use crate::server::{endless, quiet, read_until, request, shared, start_one_at_a_time};
 
 #[test]
 fn a_full_queue_is_told_at_once_and_when_to_come_back() {
     let mut config = quiet();
     config.max_num_queued_reqs = 2;
-    let server = start(config, one_at_a_time());
+    let server = start_one_at_a_time(config);
     let mut runs = server.open("/v1/completions", &endless(true));
     read_until(&mut runs, "data: ");
     let waiting: Vec<_> = (0..2).map(|_| server.open("/v1/completions", &endless(true))).collect();
@@ -50,7 +50,7 @@ fn a_full_queue_is_told_at_once_and_when_to_come_back() {
 fn waiting_prompt_tokens_are_bounded_too() {
     let mut config = quiet();
     config.max_num_queued_tokens = 150;
-    let server = start(config, one_at_a_time());
+    let server = start_one_at_a_time(config);
     let mut runs = server.open("/v1/completions", &endless(true));
     read_until(&mut runs, "data: ");
     let long = json!({"prompt": vec![5; 100], "max_tokens": 400, "ignore_eos": true});
@@ -69,7 +69,7 @@ fn waiting_prompt_tokens_are_bounded_too() {
 fn large_bodies_are_refused_and_large_prompts_are_not() {
     let mut config = quiet();
     config.max_request_bytes = 10_000;
-    let server = start(config, one_at_a_time());
+    let server = start_one_at_a_time(config);
     let body = |bytes: usize| json!({"prompt": "a", "max_tokens": 1, "user": "u".repeat(bytes)});
     server.post("/v1/completions", &body(9_900)).ok();
     assert_eq!(
@@ -113,7 +113,7 @@ fn too_many_prompts_and_headers_are_refused() {
 fn whoever_sends_slowly_holds_nobody_up() {
     let mut config = quiet();
     (config.header_timeout, config.body_timeout) = (0.3, 0.3);
-    let server = start(config, one_at_a_time());
+    let server = start_one_at_a_time(config);
     let mut slow: Vec<_> = (0..200).map(|_| server.connect()).collect();
     for stream in &mut slow {
         stream.write_all(b"POST /v1/completions HTTP/1.1\r\nhost: ").unwrap();
@@ -142,7 +142,7 @@ fn whoever_sends_slowly_holds_nobody_up() {
 fn connections_beyond_the_limit_wait_for_a_place() {
     let mut config = quiet();
     config.max_connections = 2;
-    let server = start(config, one_at_a_time());
+    let server = start_one_at_a_time(config);
     let get = b"GET /health HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n";
     let mut held: Vec<_> = (0..2).map(|_| server.connect()).collect();
     std::thread::sleep(Duration::from_millis(50));

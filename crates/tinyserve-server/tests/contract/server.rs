@@ -7,8 +7,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tinyserve::{TinyServe, TinyServeConfig};
-use tinyserve_server::{LogLevel, Server, ServerConfig, ServerError, Stopper};
+use tinyserve::TinyServeConfig;
+use tinyserve_server::{Loaded, LogLevel, Server, ServerConfig, ServerError, Stopper};
 
 /// A server that stops when it is dropped.
 pub(crate) struct Running {
@@ -61,11 +61,6 @@ pub(crate) fn one_thread() -> TinyServeConfig {
     TinyServeConfig { threads: Some(1), ..TinyServeConfig::default() }
 }
 
-/// An engine that runs one sequence at a time, so that the second one waits.
-pub(crate) fn one_at_a_time() -> TinyServeConfig {
-    one_thread()
-}
-
 /// Settings for tests.
 pub(crate) fn quiet() -> ServerConfig {
     ServerConfig { port: 0, log_level: LogLevel::Off, ..ServerConfig::default() }
@@ -79,9 +74,19 @@ pub(crate) fn shared() -> &'static Running {
 
 /// A server of its own.
 pub(crate) fn start(config: ServerConfig, engine: TinyServeConfig) -> Running {
-    let model = engine.model.clone();
-    let running =
-        start_loading(config, &model, move || TinyServe::builder().config(engine).build());
+    start_with(config, engine, 16)
+}
+
+/// A server that runs one sequence at a time, so that the second one waits.
+pub(crate) fn start_one_at_a_time(config: ServerConfig) -> Running {
+    start_with(config, one_thread(), 1)
+}
+
+fn start_with(config: ServerConfig, engine: TinyServeConfig, max_num_seqs: usize) -> Running {
+    let (model, settings) = (engine.model.clone(), config.clone());
+    let running = start_loading(config, &model, move || {
+        Loaded::new(engine, &settings, |engine| engine.max_num_seqs = max_num_seqs)
+    });
     let deadline = Instant::now() + Duration::from_secs(60);
     while running.get("/health").status != 200 {
         assert!(Instant::now() < deadline, "the server does not become ready");
@@ -94,7 +99,7 @@ pub(crate) fn start(config: ServerConfig, engine: TinyServeConfig) -> Running {
 pub(crate) fn start_loading(
     config: ServerConfig,
     model: &str,
-    load: impl FnOnce() -> Result<TinyServe, tinyserve::TinyServeError> + Send + 'static,
+    load: impl FnOnce() -> Result<Loaded, ServerError> + Send + 'static,
 ) -> Running {
     let server = Server::bind(config).expect("a free port");
     let (address, stopper) = (server.address(), server.stopper());
