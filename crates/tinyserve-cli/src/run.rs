@@ -5,9 +5,9 @@ use std::ops::ControlFlow;
 use anyhow::{Result, anyhow};
 use clap::Args;
 use serde::Serialize;
-use tinyserve::model::{FinishReason, SamplingParams};
+use tinyserve::model::SamplingParams;
 use tinyserve::{
-    AttentionMode, KvUsage, StreamEvent, TinyServe, TinyServeError, TinyServeRequest,
+    AttentionMode, FinishReason, KvUsage, StreamEvent, TinyServe, TinyServeError, TinyServeRequest,
     TinyServeResponse,
 };
 

@@ -347,6 +347,7 @@ impl<R: Runner> Scheduler<R> {
                     FinishReason::Length => &metrics.finished_length,
                 };
                 count(counter, 1);
+                count(&metrics.finished_pages, summary.kv.pages as u64);
                 metrics.e2e.record(timings.e2e);
                 if summary.usage.completion_tokens > 1 {
                     let steps = summary.usage.completion_tokens as u32 - 1;

@@ -1,10 +1,12 @@
 //! Settings of an engine: one name each in code, files, flags and the environment.
 
 use std::path::Path;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tinyserve_kernels::{DType, WeightFormat};
 use tinyserve_kv::{Budget, KvFormat, SelectionPolicy};
+use tinyserve_sched::EngineConfig;
 
 use crate::TinyServeError;
 
@@ -186,6 +188,22 @@ pub struct TinyServeConfig {
     /// Most tokens of a sequence, prompt included; unless set, the model's context, at most 8192.
     #[serde(alias = "max_model_len", skip_serializing_if = "Option::is_none")]
     pub max_sequence_length: Option<usize>,
+    /// Most sequences that run together.
+    pub max_num_seqs: usize,
+    /// Most tokens of one step, decodes and prefill chunks together; unless set, 512, or more where
+    /// `attention_chunk_size` or `max_num_seqs` are more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_num_batched_tokens: Option<usize>,
+    /// Most requests that wait for their first step; no limit unless set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_num_queued_reqs: Option<usize>,
+    /// Most prompt tokens of the requests that wait for their first step; no limit unless set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_num_queued_tokens: Option<usize>,
+    /// Seconds of waiting that count as much as one step of priority.
+    pub priority_ageing: f64,
+    /// Seconds without a request after which a session is deleted.
+    pub session_timeout: f64,
 }
 
 impl Default for TinyServeConfig {
@@ -209,9 +227,18 @@ impl Default for TinyServeConfig {
             rope_frequency_dtype: RopeFrequencyDtype::F32,
             attention_chunk_size: 256,
             max_sequence_length: None,
+            max_num_seqs: 16,
+            max_num_batched_tokens: None,
+            max_num_queued_reqs: None,
+            max_num_queued_tokens: None,
+            priority_ageing: 10.0,
+            session_timeout: 300.0,
         }
     }
 }
+
+/// Most tokens of a step when neither the user nor a larger setting asks for more.
+const DEFAULT_MAX_NUM_BATCHED_TOKENS: usize = 512;
 
 /// Most tokens of a sequence when neither the user nor the model asks for fewer.
 const DEFAULT_MAX_SEQUENCE_LENGTH: usize = 8192;
@@ -264,6 +291,8 @@ impl TinyServeConfig {
             ("attention_chunk_size", Some(self.attention_chunk_size)),
             ("threads", self.threads),
             ("max_sequence_length", self.max_sequence_length),
+            ("max_num_seqs", Some(self.max_num_seqs)),
+            ("max_num_batched_tokens", self.max_num_batched_tokens),
         ];
         for (field, value) in at_least_one {
             if value == Some(0) {
@@ -274,7 +303,37 @@ impl TinyServeConfig {
                 });
             }
         }
+        for (field, seconds) in
+            [("priority_ageing", self.priority_ageing), ("session_timeout", self.session_timeout)]
+        {
+            if Duration::try_from_secs_f64(seconds).is_err() {
+                return Err(TinyServeError::Setting {
+                    field,
+                    found: seconds.to_string(),
+                    expected: "seconds, 0 or more".to_owned(),
+                });
+            }
+        }
+        self.scheduling().check()?;
         Ok(self.selection_policy().check()?)
+    }
+
+    /// What the scheduler is told; the facade adds what only a loaded model knows.
+    pub(crate) fn scheduling(&self) -> EngineConfig {
+        let seconds = |seconds| Duration::try_from_secs_f64(seconds).unwrap_or_default();
+        let most = self.attention_chunk_size.max(self.max_num_seqs);
+        EngineConfig {
+            max_num_seqs: self.max_num_seqs,
+            max_num_batched_tokens: self
+                .max_num_batched_tokens
+                .unwrap_or(most.max(DEFAULT_MAX_NUM_BATCHED_TOKENS)),
+            attention_chunk_size: self.attention_chunk_size,
+            max_num_queued_reqs: self.max_num_queued_reqs,
+            max_num_queued_tokens: self.max_num_queued_tokens,
+            priority_ageing: seconds(self.priority_ageing),
+            session_timeout: seconds(self.session_timeout),
+            ..EngineConfig::default()
+        }
     }
 
     /// The policy that these settings describe.
@@ -369,6 +428,13 @@ mod tests {
             ("c.json", r#"{"selection_ratio": 1.5}"#, "selection_ratio is 1.5"),
             ("d.toml", "page_size = 0", "page_size is 0"),
             ("e.toml", "num_gpus = 2", "num_gpus"),
+            ("l.toml", "max_num_seqs = 0", "max_num_seqs is 0"),
+            (
+                "m.toml",
+                "max_num_batched_tokens = 3",
+                "max_num_batched_tokens is 3, expected at least 16",
+            ),
+            ("n.toml", "session_timeout = -1.0", "session_timeout is -1"),
             ("i.toml", "weights = \"int3\"", "int3"),
             ("f.toml", "kv_cache_dtype = \"int3\"", "int3"),
             ("g.json", "{", "EOF"),
