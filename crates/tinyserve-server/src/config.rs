@@ -36,18 +36,13 @@ pub struct ServerConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub uds: Option<PathBuf>,
     /// Keys that requests must bring one of; none lets everybody in.
-    #[serde(alias = "api_key", skip_serializing)]
-    pub api_keys: Vec<String>,
+    #[serde(skip_serializing)]
+    pub api_key: Vec<String>,
     /// Names that requests may call the model by; unless given, the model's own.
-    #[serde(alias = "served_model_name")]
-    pub served_model_names: Vec<String>,
+    pub served_model_name: Vec<String>,
     /// A file with a chat template that replaces the checkpoint's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chat_template: Option<PathBuf>,
-    /// Requests that may wait; more are answered with 429.
-    pub max_num_queued_reqs: usize,
-    /// Prompt tokens that may wait; more are answered with 429.
-    pub max_num_queued_tokens: usize,
     /// Bytes of a request's body.
     pub max_request_bytes: usize,
     /// Prompts of one request.
@@ -82,11 +77,9 @@ impl Default for ServerConfig {
             host: "127.0.0.1".to_owned(),
             port: 8000,
             uds: None,
-            api_keys: Vec::new(),
-            served_model_names: Vec::new(),
+            api_key: Vec::new(),
+            served_model_name: Vec::new(),
             chat_template: None,
-            max_num_queued_reqs: 1024,
-            max_num_queued_tokens: 1 << 20,
             max_request_bytes: 32 << 20,
             max_prompts_per_request: 1024,
             max_n: 64,
@@ -114,8 +107,6 @@ impl ServerConfig {
             Err(ServerError::Setting { field, found, expected: expected.to_owned() })
         };
         let at_least_one = [
-            ("max_num_queued_reqs", self.max_num_queued_reqs),
-            ("max_num_queued_tokens", self.max_num_queued_tokens),
             ("max_request_bytes", self.max_request_bytes),
             ("max_prompts_per_request", self.max_prompts_per_request),
             ("max_n", self.max_n),
@@ -139,10 +130,10 @@ impl ServerConfig {
                 return wrong(field, value.to_string(), &format!("{least} to 86400 seconds"));
             }
         }
-        if self.api_keys.iter().any(|key| key.trim().is_empty()) {
+        if self.api_key.iter().any(|key| key.trim().is_empty()) {
             return wrong("api_key", "empty".to_owned(), "at least one character");
         }
-        if self.served_model_names.iter().any(|name| !crate::request::is_name(name)) {
+        if self.served_model_name.iter().any(|name| !crate::request::is_name(name)) {
             return wrong("served_model_name", "no name".to_owned(), "1 to 256 visible characters");
         }
         for origin in &self.allowed_origins {
@@ -181,18 +172,27 @@ pub fn load_config(path: &Path) -> Result<(TinyServeConfig, ServerConfig), Serve
     Ok((engine, server))
 }
 
+/// `config` with an end to the queue where it has none: a server takes requests from whoever asks.
+#[must_use]
+pub fn with_bounded_queue(mut config: TinyServeConfig) -> TinyServeConfig {
+    config.max_num_queued_reqs.get_or_insert(MOST_QUEUED_REQUESTS);
+    config.max_num_queued_tokens.get_or_insert(MOST_QUEUED_TOKENS);
+    config
+}
+
+/// Requests that wait unless the settings say otherwise.
+const MOST_QUEUED_REQUESTS: usize = 1024;
+/// Their prompt tokens.
+const MOST_QUEUED_TOKENS: usize = 1 << 20;
+
 /// Every key of a server's settings in a file; all others are the engine's.
 const KEYS: &[&str] = &[
     "host",
     "port",
     "uds",
-    "api_keys",
     "api_key",
-    "served_model_names",
     "served_model_name",
     "chat_template",
-    "max_num_queued_reqs",
-    "max_num_queued_tokens",
     "max_request_bytes",
     "max_prompts_per_request",
     "max_n",
@@ -232,7 +232,7 @@ mod tests {
         std::fs::write(&path, "port = 81\napi_key = [\"k\"]\npage_size = 32\n").unwrap();
         let (engine, server) = load_config(&path).unwrap();
         assert_eq!((engine.page_size, server.port), (32, 81));
-        assert_eq!(server.api_keys, ["k"]);
+        assert_eq!(server.api_key, ["k"]);
         for (text, expected) in [
             ("prot = 80", "prot"),
             ("port = 70000", "70000"),

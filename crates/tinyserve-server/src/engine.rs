@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use tinyserve::model::SamplingParams;
-use tinyserve::{AttentionMode, TinyServeConfig};
-use tinyserve_sched::{
-    AdmissionError, AttentionChoice, Engine, Event, EventStream, FailureKind, Request, Stats,
+use tinyserve::sched::{
+    AdmissionError, AttentionChoice, Event, EventStream, FailureKind, Request, Stats,
     StopReason as Stop, Summary,
 };
+use tinyserve::{AttentionMode, TinyServe, TinyServeConfig};
 
 use crate::error::ApiError;
 use crate::metrics::RequestMetrics;
@@ -52,7 +52,8 @@ fn request(submission: Submission, config: &TinyServeConfig) -> Result<Request, 
         stop_tokens: settings.stop_token_ids.clone(),
         ignore_eos: settings.ignore_eos,
         top_logprobs: logprobs.unwrap_or(0),
-        prompt_logprobs,
+        // Without a token to generate the prompt is read for its own sake.
+        prompt_logprobs: prompt_logprobs.or((max_tokens == 0).then_some(0)),
         priority: settings.priority,
         session,
         attention: attention(&settings.extension, config)?,
@@ -111,7 +112,7 @@ impl Choices {
     /// 429 when the queue is full, 503 when the engine takes nothing, 400 for what can never be
     /// answered.
     pub(crate) fn submit(
-        (engine, config): (&Engine, &TinyServeConfig),
+        engine: &TinyServe,
         submissions: Vec<Submission>,
         metrics: &Arc<RequestMetrics>,
     ) -> Result<Self, ApiError> {
@@ -120,7 +121,8 @@ impl Choices {
         for submission in submissions {
             let (max_tokens, tells_more) =
                 (submission.max_tokens, submission.settings.extension.is_given);
-            let events = engine.submit(request(submission, config)?).map_err(refused)?;
+            let events =
+                engine.engine().submit(request(submission, engine.config())?).map_err(refused)?;
             choices.streams.push(Some(Choice { events, max_tokens, tells_more }));
         }
         metrics.submitted(choices.streams.len());

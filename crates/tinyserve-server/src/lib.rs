@@ -7,7 +7,6 @@ mod engine;
 mod error;
 mod ids;
 mod listener;
-mod load;
 mod log;
 mod metrics;
 mod middleware;
@@ -22,8 +21,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use thiserror::Error;
 
-pub use config::{LogLevel, ServerConfig, load_config};
-pub use load::Loaded;
+pub use config::{LogLevel, ServerConfig, load_config, with_bounded_queue};
 pub use server::{Server, Stopper};
 
 /// Why a server does not start, or ends.
@@ -65,9 +63,6 @@ pub enum ServerError {
     /// The model's files cannot be used.
     #[error(transparent)]
     Model(#[from] tinyserve::model::ModelError),
-    /// The engine does not start.
-    #[error(transparent)]
-    Start(#[from] tinyserve_sched::AdmissionError),
     /// The engine stopped by itself.
     #[error("the engine stopped: {0}")]
     Dead(String),

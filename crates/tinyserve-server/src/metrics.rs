@@ -15,7 +15,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
-use tinyserve_sched::Summary;
+use tinyserve::sched::Summary;
 
 pub(crate) use engine::{EngineView, Source};
 

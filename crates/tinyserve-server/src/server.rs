@@ -4,12 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tinyserve::model::{ChatTemplate, Checkpoint};
-use tinyserve_sched::Engine;
+use tinyserve::{TinyServe, TinyServeError};
 use tokio::runtime::Runtime;
 use tokio::sync::{Notify, watch};
 
 use crate::listener::{Listener, serve};
-use crate::load::Loaded;
 use crate::metrics::EngineView;
 use crate::request::Limits;
 use crate::routes::router;
@@ -78,7 +77,7 @@ impl Server {
     pub fn run(
         self,
         model: &str,
-        load: impl FnOnce() -> Result<Loaded, ServerError> + Send + 'static,
+        load: impl FnOnce() -> Result<TinyServe, TinyServeError> + Send + 'static,
     ) -> Result<(), ServerError> {
         let Self { runtime, listener, config, stop } = self;
         let app = App::new(config, model);
@@ -93,7 +92,7 @@ async fn live(
     app: App,
     listener: Listener,
     stop: &Notify,
-    load: impl FnOnce() -> Result<Loaded, ServerError> + Send + 'static,
+    load: impl FnOnce() -> Result<TinyServe, TinyServeError> + Send + 'static,
 ) -> Result<(), ServerError> {
     let mut signals = Signals::listen()?;
     let (closing, closed) = watch::channel(false);
@@ -137,23 +136,23 @@ async fn live(
 async fn drain(app: &App, stop: &Notify, signals: &mut Signals) {
     let Ok(ready) = app.ready() else { return };
     let time = Duration::from_secs_f64(app.config.drain_timeout);
-    let stats = ready.engine.stats();
+    let stats = ready.engine().stats();
     app.log.info(&format!(
         "stopping: {} requests run and {} wait, they have {} s",
         stats.running,
         stats.waiting,
         time.as_secs_f64()
     ));
-    let ended = ready.engine.drain();
+    let ended = ready.engine().drain();
     tokio::select! {
         _ = tokio::time::timeout(time, ended) => {}
         () = asked(stop, signals) => {}
     }
-    let _ = tokio::task::spawn_blocking(move || ready.engine.shutdown()).await;
+    let _ = tokio::task::spawn_blocking(move || ready.engine().shutdown()).await;
 }
 
 /// What requests need of a loaded engine.
-fn loaded(app: &App, loaded: Loaded) -> Result<Ready, ServerError> {
+fn loaded(app: &App, model: TinyServe) -> Result<Ready, ServerError> {
     let checkpoint = Checkpoint::load(&app.root)?;
     let special_tokens = checkpoint.special_tokens()?;
     let template = match &app.config.chat_template {
@@ -167,9 +166,8 @@ fn loaded(app: &App, loaded: Loaded) -> Result<Ready, ServerError> {
         }
         None => checkpoint.chat_template()?,
     };
-    let Loaded { engine, config, tokenizer, kv_format } = loaded;
-    let engine = Arc::new(engine);
-    let sizes = *engine.limits();
+    let model = Arc::new(model);
+    let sizes = *model.engine().limits();
     let limits = Limits {
         prompts: app.config.max_prompts_per_request,
         choices: app.config.max_n,
@@ -178,18 +176,20 @@ fn loaded(app: &App, loaded: Loaded) -> Result<Ready, ServerError> {
         context: sizes.max_sequence_length,
         vocab: sizes.vocab,
     };
+    let format = model.config().kv_cache_dtype.resolve(checkpoint.dtype()).name();
     let look = {
-        let engine: Arc<Engine> = Arc::clone(&engine);
+        let model = Arc::clone(&model);
         move || EngineView {
-            stats: engine.stats(),
+            stats: model.engine().stats(),
             page_size: sizes.page_size,
             page_bytes: sizes.bytes_per_page,
-            cache_dtype: kv_format,
+            cache_dtype: format,
         }
     };
     // A server loads once.
     let _ = app.source.0.set(Box::new(look));
-    Ok(Ready { engine, config, limits, template, special_tokens, tokenizer })
+    let tokenizer = model.tokenizer().cloned().map_err(|error| error.to_string());
+    Ok(Ready { model, limits, template, special_tokens, tokenizer })
 }
 
 /// Waits for a signal or a [`Stopper`].

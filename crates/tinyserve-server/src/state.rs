@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use tinyserve::TinyServeConfig;
+use tinyserve::TinyServe;
 use tinyserve::model::{ChatTemplate, Tokenizer};
-use tinyserve_sched::{Engine, EngineState};
+use tinyserve::sched::{Engine, EngineState};
 
 use crate::ServerConfig;
 use crate::auth::Keys;
@@ -75,9 +75,7 @@ pub(crate) struct Shared {
 
 /// What is there once the model is loaded.
 pub(crate) struct Ready {
-    pub(crate) engine: Arc<Engine>,
-    /// The engine's settings, which requests may replace for themselves.
-    pub(crate) config: TinyServeConfig,
+    pub(crate) model: Arc<TinyServe>,
     pub(crate) limits: Limits,
     /// The chat template, or why there is none.
     pub(crate) template: Option<ChatTemplate>,
@@ -88,13 +86,13 @@ pub(crate) struct Ready {
 impl App {
     /// A server that is loading the model `root`.
     pub(crate) fn new(config: ServerConfig, root: &str) -> Self {
-        let mut names = config.served_model_names.clone();
+        let mut names = config.served_model_name.clone();
         if names.is_empty() {
             names.push(own_name(root));
         }
         let source = Arc::new(Source::default());
         Self(Arc::new(Shared {
-            keys: Keys::new(&config.api_keys),
+            keys: Keys::new(&config.api_key),
             log: Log { level: config.log_level, prompts: config.log_prompts },
             metrics: Metrics::new(&names[0], Arc::clone(&source)),
             source,
@@ -121,7 +119,7 @@ impl Shared {
     pub(crate) fn phase(&self) -> Phase {
         let phase = Phase::ALL[usize::from(self.phase.load(Ordering::Acquire))];
         match (phase, self.ready.get()) {
-            (Phase::Ready, Some(ready)) if ready.engine.state() == EngineState::Stopped => {
+            (Phase::Ready, Some(ready)) if ready.engine().state() == EngineState::Stopped => {
                 Phase::Dead
             }
             _ => phase,
@@ -184,6 +182,11 @@ impl Shared {
 }
 
 impl Ready {
+    /// The engine that requests run on.
+    pub(crate) fn engine(&self) -> &Engine {
+        self.model.engine()
+    }
+
     /// Submits every choice of a request, or none.
     ///
     /// # Errors
@@ -193,7 +196,7 @@ impl Ready {
         submissions: Vec<Submission>,
         metrics: &Arc<RequestMetrics>,
     ) -> Result<Choices, ApiError> {
-        Choices::submit((&self.engine, &self.config), submissions, metrics)
+        Choices::submit(&self.model, submissions, metrics)
     }
 
     /// The tokenizer.

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
-use tinyserve_sched::{Histogram, Stats};
+use tinyserve::sched::{Histogram, Stats};
 
 use super::buckets;
 

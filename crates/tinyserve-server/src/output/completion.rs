@@ -85,7 +85,11 @@ impl CompletionOutput {
     /// Adds a choice that answers `prompt`, and repeats it if there is an `echo`.
     pub(crate) fn add_choice(&mut self, prompt: &[u32], echo: Option<String>) {
         let prompt = if self.return_token_ids { prompt.to_vec() } else { Vec::new() };
-        self.choices.push(Choice { echo, prompt, ..Choice::default() });
+        let logprobs = match &echo {
+            Some(_) => CompletionLogprobs::of_a_text(),
+            None => CompletionLogprobs::default(),
+        };
+        self.choices.push(Choice { echo, prompt, logprobs, ..Choice::default() });
     }
 
     /// Counts the tokens of a prompt, once for all choices that answer it.

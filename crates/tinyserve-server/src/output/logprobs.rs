@@ -21,6 +21,17 @@ impl TokenTexts {
         }
     }
 
+    /// Characters that a token adds to a text; the `first` of a text may lose the space before it.
+    fn width(&self, id: u32, bytes: &[u8], first: bool) -> usize {
+        match &self.0 {
+            Some(tokenizer) if tokenizer.is_special(id) => 0,
+            Some(tokenizer) if first => {
+                tokenizer.decode(&[id], true).map_or(characters(bytes), |text| text.chars().count())
+            }
+            _ => characters(bytes),
+        }
+    }
+
     /// Text, or `bytes:\x…` where a token is part of a character.
     pub(crate) fn text(&self, id: u32) -> String {
         text(self.bytes(id))
@@ -48,18 +59,28 @@ pub(crate) struct CompletionLogprobs {
     top_logprobs: Vec<Option<Alternatives>>,
     #[serde(skip)]
     offset: usize,
+    /// Whether the next token is the first of a text.
+    #[serde(skip)]
+    first: bool,
 }
 
 impl CompletionLogprobs {
+    /// An empty list that begins with a text.
+    pub(crate) fn of_a_text() -> Self {
+        Self { first: true, ..Self::default() }
+    }
+
     /// An empty list whose first token begins where `other` ends.
     pub(crate) fn following(other: &Self) -> Self {
-        Self { offset: other.offset, ..Self::default() }
+        Self { offset: other.offset, first: other.first, ..Self::default() }
     }
 
     pub(crate) fn push(&mut self, token: &ScoredToken, texts: &TokenTexts) {
         let bytes = texts.bytes(token.id);
         self.text_offset.push(self.offset);
-        self.offset += characters(&bytes);
+        let width = texts.width(token.id, &bytes, self.first);
+        self.offset += width;
+        self.first &= width == 0;
         let text = text(bytes);
         let logprob = token.logprob.map(|logprob| logprob.max(LEAST));
         self.top_logprobs.push(logprob.map(|logprob| {

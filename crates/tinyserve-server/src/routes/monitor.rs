@@ -25,7 +25,7 @@ pub(super) async fn version() -> Response {
 
 /// `GET /load`: requests that run or wait.
 pub(super) async fn load(State(app): State<App>) -> Result<Response, ApiError> {
-    let stats = app.ready()?.engine.stats();
+    let stats = app.ready()?.engine().stats();
     Ok(json(object!({ "server_load": stats.running + stats.waiting }).to_string()))
 }
 
@@ -42,7 +42,7 @@ pub(super) async fn metrics(State(app): State<App>) -> Response {
 
 /// `GET /tinyserve/stats`: what the page at `/` draws, as totals since the start.
 pub(super) async fn stats(State(app): State<App>) -> Result<Response, ApiError> {
-    let mut stats = page_stats(&app.ready()?.engine.stats());
+    let mut stats = page_stats(&app.ready()?.engine().stats());
     stats["state"] = app.phase().name().into();
     stats["model"] = app.names[0].as_str().into();
     stats["uptime_seconds"] = app.started.elapsed().as_secs_f64().into();

@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use axum::extract::{Path, State};
 use axum::response::Response;
 use serde_json::{Value, json as object};
-use tinyserve_sched::SessionInfo;
+use tinyserve::sched::SessionInfo;
 
 use super::json;
 use crate::error::ApiError;
@@ -14,7 +14,7 @@ use crate::state::App;
 
 /// `GET /v1/sessions`.
 pub(super) async fn list(State(app): State<App>) -> Result<Response, ApiError> {
-    let sessions = app.ready()?.engine.list_sessions().await.ok_or_else(stopped)?;
+    let sessions = app.ready()?.engine().list_sessions().await.ok_or_else(stopped)?;
     let sessions: Vec<Value> = sessions.iter().map(session).collect();
     Ok(json(object!({ "object": "list", "data": sessions }).to_string()))
 }
@@ -24,7 +24,7 @@ pub(super) async fn one(
     State(app): State<App>,
     Path(id): Path<String>,
 ) -> Result<Response, ApiError> {
-    let found = app.ready()?.engine.session_info(id.clone()).await.ok_or_else(stopped)?;
+    let found = app.ready()?.engine().session_info(id.clone()).await.ok_or_else(stopped)?;
     let found = found.ok_or_else(|| missing(&id))?;
     Ok(json(session(&found).to_string()))
 }
@@ -34,7 +34,7 @@ pub(super) async fn delete(
     State(app): State<App>,
     Path(id): Path<String>,
 ) -> Result<Response, ApiError> {
-    match app.ready()?.engine.delete_session(id.clone()).await {
+    match app.ready()?.engine().delete_session(id.clone()).await {
         Some(true) => {
             Ok(json(object!({ "id": id, "object": "session", "deleted": true }).to_string()))
         }

@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::server::{Running, endless, quiet, read_until, start_one_at_a_time};
+use crate::server::{Running, endless, one_at_a_time, quiet, read_until, start};
 
 /// One sequence at a time, so that the second request waits.
 fn one_by_one() -> Running {
-    start_one_at_a_time(quiet())
+    start(quiet(), one_at_a_time())
 }
 
 #[track_caller]

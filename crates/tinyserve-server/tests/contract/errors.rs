@@ -156,7 +156,7 @@ fn prompts_that_never_fit_are_refused_with_the_numbers() {
 #[test]
 fn keys_are_asked_for_everywhere_but_where_monitors_look() {
     let mut config = quiet();
-    config.api_keys = vec!["first".to_owned(), "second".to_owned()];
+    config.api_key = vec!["first".to_owned(), "second".to_owned()];
     let server = start(config, one_thread());
     for path in
         ["/v1/models", "/tokenizer_info", "/v1/sessions", "/tinyserve/stats", "/load", "/nothing"]

@@ -4,19 +4,16 @@ use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use tinyserve::TinyServeConfig;
-use tinyserve_server::Loaded;
+use tinyserve::{TinyServe, TinyServeConfig};
 
-use crate::server::{
-    endless, one_thread, quiet, read_until, start, start_loading, start_one_at_a_time,
-};
+use crate::server::{endless, one_at_a_time, one_thread, quiet, read_until, start, start_loading};
 
 #[test]
 fn a_server_answers_while_its_model_loads() {
     let (go, wait) = channel::<()>();
     let server = start_loading(quiet(), "builtin:stories260k", move || {
         let _ = wait.recv();
-        Loaded::new(one_thread(), &quiet(), |_| {})
+        TinyServe::builder().config(one_thread()).build()
     });
     let health = server.get("/health");
     assert_eq!(health.error(503)["message"], "loading");
@@ -36,7 +33,7 @@ fn a_server_answers_while_its_model_loads() {
 fn a_model_that_does_not_load_ends_the_server() {
     let server = start_loading(quiet(), "builtin:stories260k", || {
         let config = TinyServeConfig { model: "/nowhere".to_owned(), ..one_thread() };
-        Loaded::new(config, &quiet(), |_| {})
+        TinyServe::builder().config(config).build()
     });
     let error = server.ended().unwrap_err().to_string();
     assert!(error.contains("/nowhere"), "{error}");
@@ -68,7 +65,7 @@ fn draining_has_an_end() {
     let mut config = quiet();
     config.drain_timeout = 0.05;
     // Many long answers, one after the other.
-    let server = start_one_at_a_time(config);
+    let server = start(config, one_at_a_time());
     let mut body = endless(true);
     body["n"] = 64.into();
     let mut runs = server.open("/v1/completions", &body);

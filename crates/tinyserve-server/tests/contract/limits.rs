@@ -4,14 +4,14 @@ use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
+use tinyserve::TinyServeConfig;
 
-use crate::server::{endless, quiet, read_until, request, shared, start_one_at_a_time};
+use crate::server::{endless, one_at_a_time, quiet, read_until, request, shared, start};
 
 #[test]
 fn a_full_queue_is_told_at_once_and_when_to_come_back() {
-    let mut config = quiet();
-    config.max_num_queued_reqs = 2;
-    let server = start_one_at_a_time(config);
+    let engine = TinyServeConfig { max_num_queued_reqs: Some(2), ..one_at_a_time() };
+    let server = start(quiet(), engine);
     let mut runs = server.open("/v1/completions", &endless(true));
     read_until(&mut runs, "data: ");
     let waiting: Vec<_> = (0..2).map(|_| server.open("/v1/completions", &endless(true))).collect();
@@ -48,9 +48,8 @@ fn a_full_queue_is_told_at_once_and_when_to_come_back() {
 
 #[test]
 fn waiting_prompt_tokens_are_bounded_too() {
-    let mut config = quiet();
-    config.max_num_queued_tokens = 150;
-    let server = start_one_at_a_time(config);
+    let engine = TinyServeConfig { max_num_queued_tokens: Some(150), ..one_at_a_time() };
+    let server = start(quiet(), engine);
     let mut runs = server.open("/v1/completions", &endless(true));
     read_until(&mut runs, "data: ");
     let long = json!({"prompt": vec![5; 100], "max_tokens": 400, "ignore_eos": true});
@@ -69,7 +68,7 @@ fn waiting_prompt_tokens_are_bounded_too() {
 fn large_bodies_are_refused_and_large_prompts_are_not() {
     let mut config = quiet();
     config.max_request_bytes = 10_000;
-    let server = start_one_at_a_time(config);
+    let server = start(config, one_at_a_time());
     let body = |bytes: usize| json!({"prompt": "a", "max_tokens": 1, "user": "u".repeat(bytes)});
     server.post("/v1/completions", &body(9_900)).ok();
     assert_eq!(
@@ -103,7 +102,9 @@ fn too_many_prompts_and_headers_are_refused() {
     assert!(answer.starts_with("HTTP/1.1 431 "), "{answer}");
     let long =
         format!("GET /health HTTP/1.1\r\nhost: a\r\nx-long: {}\r\n\r\n", "a".repeat(100_000));
-    assert!(shared().raw(long.as_bytes()).starts_with("HTTP/1.1 431 "));
+    // It may close before it was sent everything.
+    let answer = shared().raw(long.as_bytes());
+    assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 431 "), "{answer}");
     let id = "i".repeat(300);
     let answer = shared().get_with("/health", &[("x-request-id", &id)]);
     assert_ne!(answer.header("x-request-id"), Some(id.as_str()));
@@ -113,7 +114,7 @@ fn too_many_prompts_and_headers_are_refused() {
 fn whoever_sends_slowly_holds_nobody_up() {
     let mut config = quiet();
     (config.header_timeout, config.body_timeout) = (0.3, 0.3);
-    let server = start_one_at_a_time(config);
+    let server = start(config, one_at_a_time());
     let mut slow: Vec<_> = (0..200).map(|_| server.connect()).collect();
     for stream in &mut slow {
         stream.write_all(b"POST /v1/completions HTTP/1.1\r\nhost: ").unwrap();
@@ -142,7 +143,7 @@ fn whoever_sends_slowly_holds_nobody_up() {
 fn connections_beyond_the_limit_wait_for_a_place() {
     let mut config = quiet();
     config.max_connections = 2;
-    let server = start_one_at_a_time(config);
+    let server = start(config, one_at_a_time());
     let get = b"GET /health HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n";
     let mut held: Vec<_> = (0..2).map(|_| server.connect()).collect();
     std::thread::sleep(Duration::from_millis(50));

@@ -19,7 +19,7 @@ fn models_are_listed_and_found() {
 #[test]
 fn a_model_has_every_name_that_it_is_served_by() {
     let mut config = quiet();
-    config.served_model_names = vec!["org/tiny".to_owned(), "other".to_owned()];
+    config.served_model_name = vec!["org/tiny".to_owned(), "other".to_owned()];
     let server = start(config, one_thread());
     assert_eq!(server.get("/v1/models").ok()["data"][1]["id"], "other");
     server.get("/v1/models/org/tiny").ok();

@@ -7,8 +7,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tinyserve::TinyServeConfig;
-use tinyserve_server::{Loaded, LogLevel, Server, ServerConfig, ServerError, Stopper};
+use tinyserve::{TinyServe, TinyServeConfig, TinyServeError};
+use tinyserve_server::{LogLevel, Server, ServerConfig, ServerError, Stopper, with_bounded_queue};
 
 /// A server that stops when it is dropped.
 pub(crate) struct Running {
@@ -61,6 +61,11 @@ pub(crate) fn one_thread() -> TinyServeConfig {
     TinyServeConfig { threads: Some(1), ..TinyServeConfig::default() }
 }
 
+/// An engine that runs one sequence at a time, so that the second one waits.
+pub(crate) fn one_at_a_time() -> TinyServeConfig {
+    TinyServeConfig { max_num_seqs: 1, ..one_thread() }
+}
+
 /// Settings for tests.
 pub(crate) fn quiet() -> ServerConfig {
     ServerConfig { port: 0, log_level: LogLevel::Off, ..ServerConfig::default() }
@@ -74,19 +79,10 @@ pub(crate) fn shared() -> &'static Running {
 
 /// A server of its own.
 pub(crate) fn start(config: ServerConfig, engine: TinyServeConfig) -> Running {
-    start_with(config, engine, 16)
-}
-
-/// A server that runs one sequence at a time, so that the second one waits.
-pub(crate) fn start_one_at_a_time(config: ServerConfig) -> Running {
-    start_with(config, one_thread(), 1)
-}
-
-fn start_with(config: ServerConfig, engine: TinyServeConfig, max_num_seqs: usize) -> Running {
-    let (model, settings) = (engine.model.clone(), config.clone());
-    let running = start_loading(config, &model, move || {
-        Loaded::new(engine, &settings, |engine| engine.max_num_seqs = max_num_seqs)
-    });
+    let model = engine.model.clone();
+    let engine = with_bounded_queue(engine);
+    let running =
+        start_loading(config, &model, move || TinyServe::builder().config(engine).build());
     let deadline = Instant::now() + Duration::from_secs(60);
     while running.get("/health").status != 200 {
         assert!(Instant::now() < deadline, "the server does not become ready");
@@ -99,7 +95,7 @@ fn start_with(config: ServerConfig, engine: TinyServeConfig, max_num_seqs: usize
 pub(crate) fn start_loading(
     config: ServerConfig,
     model: &str,
-    load: impl FnOnce() -> Result<Loaded, ServerError> + Send + 'static,
+    load: impl FnOnce() -> Result<TinyServe, TinyServeError> + Send + 'static,
 ) -> Running {
     let server = Server::bind(config).expect("a free port");
     let (address, stopper) = (server.address(), server.stopper());

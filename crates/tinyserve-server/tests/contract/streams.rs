@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::server::{endless, quiet, read_until, shared, start_one_at_a_time};
+use crate::server::{endless, one_at_a_time, quiet, read_until, shared, start};
 
 fn texts(chunks: &[Value], index: usize) -> String {
     let choices = chunks.iter().flat_map(|chunk| chunk["choices"].as_array().unwrap());
@@ -101,7 +101,7 @@ fn characters_arrive_whole() {
 fn a_stream_that_waits_is_kept_alive_by_comments() {
     let mut config = quiet();
     config.keep_alive_interval = 0.02;
-    let server = start_one_at_a_time(config);
+    let server = start(config, one_at_a_time());
     let mut first = server.open("/v1/completions", &endless(true));
     read_until(&mut first, "data: ");
     let mut second = server.open("/v1/completions", &endless(true));
