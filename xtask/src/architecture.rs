@@ -20,7 +20,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("tinyserve-sched", &["tinyserve-model", "tinyserve-plugins"]),
     ("tinyserve", &["tinyserve-sched"]),
     ("tinyserve-server", &["tinyserve"]),
-    ("tinyserve-cli", &["tinyserve"]),
+    ("tinyserve-cli", &["tinyserve-server"]),
 ];
 
 /// Packages that check the others: they may depend on all of them, and none depends on these.
@@ -270,6 +270,7 @@ mod tests {
             ("tinyserve", "tinyserve-plugins"),
             ("tinyserve-server", "tinyserve"),
             ("tinyserve-cli", "tinyserve"),
+            ("tinyserve-cli", "tinyserve-server"),
             ("xtask", "tinyserve-sched"),
             ("tinyserve-tests", "tinyserve-cli"),
         ] {
@@ -283,7 +284,6 @@ mod tests {
             ("tinyserve-plugins", "tinyserve-kernels"),
             ("tinyserve-plugins", "tinyserve-model"),
             ("tinyserve-model", "tinyserve-plugins"),
-            ("tinyserve-cli", "tinyserve-server"),
             ("tinyserve-server", "tinyserve-cli"),
             ("tinyserve-kv", "xtask"),
             ("tinyserve-cli", "tinyserve-tests"),

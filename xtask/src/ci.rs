@@ -23,6 +23,8 @@ enum Action {
     /// The release build alone cannot show that: where an earlier build left its results, a build
     /// script does not run again.
     NoCBuilders,
+    /// Clients that others wrote, against the binary.
+    Clients,
 }
 
 const STEPS: &[Step] = &[
@@ -50,6 +52,7 @@ const STEPS: &[Step] = &[
     },
     Step { name: "no dependency that compiles C", action: Action::NoCBuilders },
     Step { name: "tests", action: Action::Cargo(&["test", "--workspace", "--locked"], &[]) },
+    Step { name: "clients of the server", action: Action::Clients },
 ];
 
 /// Runs every step in `root`, and says how long each one took.
@@ -93,6 +96,7 @@ impl Action {
                     .context("cannot start cargo")?;
                 self.passed(status)
             }
+            Self::Clients => crate::clients::run(root, crate::clients::Args::default()),
             Self::NoCBuilders => {
                 let output = crate::cargo()
                     .args(TREE)
@@ -125,6 +129,7 @@ impl Action {
         let (args, envs) = match self {
             Self::Cargo(args, envs) => (*args, *envs),
             Self::NoCBuilders => (TREE, [].as_slice()),
+            Self::Clients => (["xtask", "clients"].as_slice(), [].as_slice()),
         };
         let mut words = Vec::new();
         for (name, value) in envs {
@@ -175,7 +180,7 @@ mod tests {
         .unwrap_err();
         assert_eq!(ran, ["format", "lints"]);
         let message = format!("{error:#}");
-        assert!(message.starts_with("step 2 of 6, lints, failed after "), "{message}");
+        assert!(message.starts_with("step 2 of 7, lints, failed after "), "{message}");
         assert!(message.ends_with(": a warning"), "{message}");
     }
 

@@ -6,6 +6,7 @@
 mod architecture;
 mod bench_cpu;
 mod ci;
+mod clients;
 mod random_model;
 mod sources;
 
@@ -40,6 +41,11 @@ enum Command {
     /// and model.safetensors. The text that such a model generates means nothing, and its
     /// attention is nearly uniform: measure speed and memory with it, never quality.
     RandomModel(random_model::Args),
+    /// Run clients that others wrote against the binary: openai-python, and lm-eval if asked.
+    ///
+    /// Installs them into virtual environments under target/, with the versions that
+    /// tests/clients/ names. Skipped, with a reason, where Python or its packages cannot be had.
+    Clients(clients::Args),
     /// Measure the CPU: every number of its table, as a page of docs/benchmarks.
     ///
     /// Runs the release binary on random weights; the whole table takes the better part of an
@@ -52,6 +58,7 @@ fn main() -> ExitCode {
         Command::Ci => ci::run(&root()),
         Command::CheckArchitecture => architecture::run(&root()),
         Command::RandomModel(args) => random_model::run(&args),
+        Command::Clients(args) => clients::run(&root(), args),
         Command::BenchCpu(args) => bench_cpu::run(&root(), &args),
     };
     match done {

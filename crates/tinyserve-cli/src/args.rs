@@ -3,7 +3,7 @@
 //! Each command flattens the groups whose settings change what it does, so that none is accepted
 //! and ignored. A flag comes before its environment variable, that before the configuration file.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -12,7 +12,7 @@ use clap::{ArgMatches, Args};
 use tinyserve::kernels::{Cpu, CpuOptions, CpuPath};
 use tinyserve::{
     AttentionMode, Device, KvCacheDtype, RopeFrequencyDtype, ScorerName, TinyServe,
-    TinyServeConfig, Weights,
+    TinyServeConfig, TinyServeError, Weights,
 };
 
 use crate::exit::{Usage, out_of_range};
@@ -34,19 +34,29 @@ pub(crate) struct ModelArgs {
 }
 
 impl ModelArgs {
+    /// The file with settings, if one is given.
+    pub(crate) fn file(&self) -> Option<&Path> {
+        self.config.as_deref()
+    }
+
     /// The settings of the file, or the defaults, with the model that is asked for.
     pub(crate) fn config(&self) -> Result<TinyServeConfig> {
-        let mut config = match &self.config {
+        let config = match &self.config {
             Some(file) => TinyServeConfig::load(file)?,
             None => TinyServeConfig::default(),
         };
+        Ok(self.applied(config))
+    }
+
+    /// `config` with the model that is asked for.
+    fn applied(&self, mut config: TinyServeConfig) -> TinyServeConfig {
         set(&mut config.model, self.model.clone());
-        Ok(config)
+        config
     }
 }
 
 /// Where the model runs.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Device")]
 pub(crate) struct DeviceArgs {
     /// auto or cpu.
@@ -89,6 +99,11 @@ impl DeviceArgs {
 
     /// Loads the model of `config`, with a progress bar if that takes long.
     pub(crate) fn load(&self, config: TinyServeConfig) -> Result<TinyServe> {
+        Ok(self.build(config)?)
+    }
+
+    /// As [`Self::load`], with the facade's own error.
+    pub(crate) fn build(&self, config: TinyServeConfig) -> Result<TinyServe, TinyServeError> {
         let mut progress = Progress::new("loading");
         let mut builder = TinyServe::builder().config(config);
         if let Some(path) = self.cpu {
@@ -158,7 +173,10 @@ pub(crate) struct ForwardArgs {
 impl ForwardArgs {
     /// Settings whose values still have to be checked.
     fn unchecked(&self) -> Result<TinyServeConfig> {
-        let mut config = self.model.config()?;
+        self.applied(self.model.config()?)
+    }
+
+    fn applied(&self, mut config: TinyServeConfig) -> Result<TinyServeConfig> {
         self.device.apply(&mut config)?;
         self.layout.apply(&mut config);
         set(&mut config.attention_chunk_size, self.attention_chunk_size);
@@ -180,7 +198,18 @@ impl ForwardArgs {
         attention: Option<AttentionMode>,
         sources: Sources,
     ) -> Result<TinyServeConfig> {
-        let mut config = self.unchecked()?;
+        self.selecting_from(self.model.config()?, selection, attention, sources)
+    }
+
+    /// As [`Self::selecting`], over the settings of a file that was read already.
+    pub(crate) fn selecting_from(
+        &self,
+        file: TinyServeConfig,
+        selection: &SelectionArgs,
+        attention: Option<AttentionMode>,
+        sources: Sources,
+    ) -> Result<TinyServeConfig> {
+        let mut config = self.applied(self.model.applied(file))?;
         set(&mut config.attention, attention);
         selection.apply(&mut config, sources)?;
         config.check()?;

@@ -3,7 +3,7 @@
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
-use crate::{bench, doctor, eval, inspect, output, run, tokenize};
+use crate::{bench, doctor, eval, inspect, output, run, serve, tokenize};
 
 const NOTES: &str = "\
 Numbers of tokens take suffixes: k or K is 1024, m or M is 1024², g or G is 1024³.
@@ -25,6 +25,9 @@ pub(crate) enum Command {
     /// Continues a prompt: text to stdout as it is made, speed and cache use to stderr.
     #[command(after_help = NOTES)]
     Run(run::RunArgs),
+    /// Answers requests over HTTP as OpenAI's API does, until Ctrl-C or SIGTERM.
+    #[command(after_help = NOTES)]
+    Serve(Box<serve::ServeArgs>),
     /// Shows how a text becomes tokens.
     Tokenize(tokenize::TokenizeArgs),
     /// Shows a model's shape and the memory it needs, without loading it.

@@ -14,6 +14,7 @@ mod output;
 mod progress;
 mod prompt;
 mod run;
+mod serve;
 
 mod self_test;
 mod tokenize;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let result = match &cli.command {
         Command::Run(args) => run::run(args, sources),
+        Command::Serve(args) => serve::serve(args, sources),
         Command::Tokenize(args) => tokenize::tokenize(args),
         Command::Inspect(args) => inspect::inspect(args),
         Command::Doctor(args) => doctor::doctor(args),
