@@ -144,6 +144,11 @@ impl Served {
         }
     }
 
+    /// Its process.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Asks it to end, as a service manager does; it must end well.
     pub(crate) fn stop(&mut self) -> Result<()> {
         let id = self.child.id().to_string();

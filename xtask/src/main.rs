@@ -7,6 +7,7 @@ mod architecture;
 mod bench_cpu;
 mod ci;
 mod clients;
+mod load;
 mod random_model;
 mod sources;
 
@@ -46,6 +47,10 @@ enum Command {
     /// Installs them into virtual environments under target/, with the versions that
     /// tests/clients/ names. Skipped, with a reason, where Python or its packages cannot be had.
     Clients(clients::Args),
+    /// Load the server with impatient clients, and print what became of them.
+    ///
+    /// Fails when an answer is a 5xx or breaks off, or a page leaks.
+    Load(load::Args),
     /// Measure the CPU: every number of its table, as a page of docs/benchmarks.
     ///
     /// Runs the release binary on random weights; the whole table takes the better part of an
@@ -59,6 +64,7 @@ fn main() -> ExitCode {
         Command::CheckArchitecture => architecture::run(&root()),
         Command::RandomModel(args) => random_model::run(&args),
         Command::Clients(args) => clients::run(&root(), args),
+        Command::Load(args) => load::run(&root(), &args),
         Command::BenchCpu(args) => bench_cpu::run(&root(), &args),
     };
     match done {

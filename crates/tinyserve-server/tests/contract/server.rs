@@ -131,10 +131,6 @@ impl Running {
         self.thread.take().expect("a thread").join().expect("no panic")
     }
 
-    pub(crate) fn has_ended(&self) -> bool {
-        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
-    }
-
     fn answer(result: Result<ureq::http::Response<ureq::Body>, ureq::Error>) -> Answer {
         let mut response = result.expect("an answer");
         let text = response.body_mut().with_config().limit(1 << 30).read_to_string();
