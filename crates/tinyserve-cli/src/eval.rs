@@ -28,7 +28,9 @@ pub(crate) struct PerplexityArgs {
 
 /// Measures how well the model predicts a text.
 pub(crate) fn perplexity(args: &PerplexityArgs) -> Result<()> {
-    let config = args.forward.config()?;
+    let mut config = args.forward.config()?;
+    // One window at a time: memory for others would only make the plan larger.
+    config.max_num_seqs = 1;
     let text = prompt::read_text(&args.text_file)?;
     if text.is_empty() {
         return Err(anyhow!("{} is empty, expected text", args.text_file.display()));

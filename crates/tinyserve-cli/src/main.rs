@@ -9,14 +9,13 @@ mod eval;
 mod exit;
 mod inspect;
 mod interrupt;
-mod memory;
 mod output;
+mod plan;
 mod progress;
 mod prompt;
 mod run;
-mod serve;
-
 mod self_test;
+mod serve;
 mod tokenize;
 mod units;
 mod values;
@@ -24,6 +23,7 @@ mod values;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches};
+use tinyserve::memory;
 
 use cli::{BenchCommand, Cli, Command, EvalCommand};
 

@@ -9,7 +9,7 @@ use tinyserve_server::{
     LogLevel, Server, ServerConfig, ServerError, load_config, with_bounded_queue,
 };
 
-use crate::args::{self, ForwardArgs, SelectionArgs, Sources};
+use crate::args::{self, ForwardArgs, MemoryArgs, SelectionArgs, Sources};
 use crate::exit::Usage;
 use crate::values;
 
@@ -23,6 +23,8 @@ pub(crate) struct ServeArgs {
     scheduling: SchedulingArgs,
     #[command(flatten)]
     forward: ForwardArgs,
+    #[command(flatten)]
+    memory: MemoryArgs,
     /// When decode steps select pages: auto (from --sparse-min-context tokens on), dense (never)
     /// or sparse (always). A request may ask for another.
     #[arg(long, value_name = "MODE", env = "TINYSERVE_ATTENTION", help_heading = args::SELECTION,
@@ -179,6 +181,7 @@ pub(crate) fn serve(args: &ServeArgs, sources: Sources) -> Result<()> {
     server.check().map_err(by_flag)?;
     let mut engine = engine;
     args.scheduling.apply(&mut engine);
+    args.memory.apply(&mut engine);
     let engine = args.forward.selecting_from(engine, &args.selection, args.attention, sources)?;
     let engine = with_bounded_queue(engine);
     let bound = Server::bind(server)?;

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod compact;
 mod error;
 mod format;
 mod layout;
@@ -24,7 +25,7 @@ pub use prefix::{
 };
 pub use select::{attention_mass, score_box, select_pages};
 pub use selector::{PageSelector, SelectFields, SelectInput};
-pub use table::{PageCopy, PageTable, Slot};
+pub use table::{PageCopy, PageTable, Slot, TokenMove};
 
 #[doc(hidden)]
 pub use half;

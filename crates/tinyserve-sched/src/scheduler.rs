@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use smallvec::SmallVec;
 use tinyserve_kernels::Attention;
-use tinyserve_kv::PageTable;
-use tinyserve_model::{Batch, LogitRows, ModelError, SequenceStep};
+use tinyserve_kv::{PageId, PageTable};
+use tinyserve_model::{Batch, LogitRows, ModelError, Observe, SequenceStep};
 
 use crate::intake::{Intake, Submission};
 use crate::metrics::{Metrics, count, gauge};
@@ -67,6 +67,14 @@ impl<R: Runner> Scheduler<R> {
     #[must_use]
     pub fn intake(&self) -> &Arc<Intake> {
         &self.intake
+    }
+
+    /// Every page that a sequence or a session holds, as often as it is held: what is used in the
+    /// runner's pool and is not here has leaked.
+    pub fn held_pages(&self) -> impl Iterator<Item = PageId> {
+        let running = self.running.iter().chain(&self.waiting).map(|sequence| &sequence.table);
+        let tables = running.chain(self.sessions.tables());
+        tables.flat_map(|table| table.pages().iter().copied())
     }
 
     /// What it drives.
@@ -494,7 +502,13 @@ fn step(sequence: &Sequence) -> SequenceStep<'_> {
         LogitRows::None
     };
     let attention = if in_prompt { Attention::Dense } else { sequence.attention.as_kernel() };
-    SequenceStep { tokens: &sequence.tokens[start..end], table: &sequence.table, attention, logits }
+    SequenceStep {
+        tokens: &sequence.tokens[start..end],
+        table: &sequence.table,
+        attention,
+        logits,
+        observe: Observe::NOTHING,
+    }
 }
 
 fn model_failure(error: &ModelError) -> Failure {

@@ -185,7 +185,8 @@ pub struct TinyServeConfig {
     pub rope_frequency_dtype: RopeFrequencyDtype,
     /// Most prompt tokens of one prefill step.
     pub attention_chunk_size: usize,
-    /// Most tokens of a sequence, prompt included; unless set, the model's context, at most 8192.
+    /// Most tokens of a sequence, prompt included; unless set, the model's context, at most 8192,
+    /// or fewer where memory holds fewer.
     #[serde(alias = "max_model_len", skip_serializing_if = "Option::is_none")]
     pub max_sequence_length: Option<usize>,
     /// Most sequences that run together.
@@ -204,6 +205,9 @@ pub struct TinyServeConfig {
     pub priority_ageing: f64,
     /// Seconds without a request after which a session is deleted.
     pub session_timeout: f64,
+    /// Most memory of the process, in units of 10⁹ bytes; unless set, 80 % of what is available.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_memory_gb: Option<f64>,
 }
 
 impl Default for TinyServeConfig {
@@ -233,6 +237,7 @@ impl Default for TinyServeConfig {
             max_num_queued_tokens: None,
             priority_ageing: 10.0,
             session_timeout: 300.0,
+            target_memory_gb: None,
         }
     }
 }
@@ -315,6 +320,15 @@ impl TinyServeConfig {
             }
         }
         self.scheduling().check()?;
+        if let Some(gigabytes) = self.target_memory_gb
+            && !(gigabytes > 0.0 && gigabytes.is_finite())
+        {
+            return Err(TinyServeError::Setting {
+                field: "target_memory_gb",
+                found: gigabytes.to_string(),
+                expected: "a number above 0".to_owned(),
+            });
+        }
         Ok(self.selection_policy().check()?)
     }
 
@@ -435,6 +449,8 @@ mod tests {
                 "max_num_batched_tokens is 3, expected at least 16",
             ),
             ("n.toml", "session_timeout = -1.0", "session_timeout is -1"),
+            ("j.toml", "target_memory_gb = 0.0", "target_memory_gb is 0"),
+            ("k.toml", "target_memory_gb = inf", "target_memory_gb is inf"),
             ("i.toml", "weights = \"int3\"", "int3"),
             ("f.toml", "kv_cache_dtype = \"int3\"", "int3"),
             ("g.json", "{", "EOF"),

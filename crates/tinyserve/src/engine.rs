@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tinyserve_kernels::{Cpu, CpuOptions};
-use tinyserve_kv::{KvLayout, PageSelector};
+use tinyserve_kv::PageSelector;
 use tinyserve_model::{
-    Checkpoint, KvCache, Model, ModelConfig, ModelError, Perplexity, PerplexityWindow, Tokenizer,
-    perplexity_windows,
+    Checkpoint, KvCache, MemoryPlan, Model, ModelConfig, ModelError, Perplexity, PerplexityWindow,
+    Tokenizer, perplexity_windows,
 };
 use tinyserve_sched::{
     AttentionChoice, Engine, EngineConfig, Event, EventStream, ModelRunner, Request, SessionInfo,
@@ -16,13 +16,10 @@ use tinyserve_sched::{
 };
 
 use crate::{
-    AttentionMode, FinishReason, KvUsage, Prompt, RopeFrequencyDtype, Stats, StreamEvent, Timings,
-    TinyServeConfig, TinyServeError, TinyServeRequest, TinyServeResponse, Weights,
+    AttentionMode, FinishReason, KvUsage, PlannedMemory, Prompt, RopeFrequencyDtype, Stats,
+    StreamEvent, Timings, TinyServeConfig, TinyServeError, TinyServeRequest, TinyServeResponse,
+    Weights,
 };
-
-/// Most bytes of pages unless one sequence needs more: more sequences than that may still run, while
-/// they are short.
-const MOST_PAGE_BYTES: usize = 8_000_000_000;
 
 /// A loaded model that answers requests, many at once.
 ///
@@ -40,7 +37,7 @@ pub struct TinyServe {
     config: TinyServeConfig,
     model: ModelConfig,
     tokenizer: Result<Tokenizer, String>,
-    max_sequence_length: usize,
+    memory: PlannedMemory,
     weight_bytes: usize,
     load: Duration,
     backend_name: String,
@@ -157,15 +154,13 @@ impl TinyServeBuilder {
         if config.rope_frequency_dtype == RopeFrequencyDtype::Weights {
             checkpoint.round_rope_frequencies();
         }
-        let max_sequence_length = config.sequence_limit(checkpoint.config().max_positions)?;
-        let format = config.kv_cache_dtype.resolve(checkpoint.dtype());
-        let layout = checkpoint.config().kv_layout(config.page_size, format)?;
         let weights = config.weights.resolve(checkpoint.dtype())?;
         // Only text needs a tokenizer: a checkpoint without one still serves token ids.
         let tokenizer = checkpoint.tokenizer().map_err(|error| error.to_string());
+        let memory = PlannedMemory::new(&config, &checkpoint, backend.threads())?;
         let model = Model::load_as(backend, &checkpoint, weights, progress)?;
         let weight_bytes = model.weight_bytes();
-        let pages = page_count(&config, &layout, max_sequence_length);
+        let MemoryPlan { layout, pages, .. } = memory.plan;
         let cache = KvCache::new(model.backend(), layout, pages)?;
         let attention = match (config.attention, self.selector) {
             (_, Some(selector)) => AttentionChoice::Custom(selector),
@@ -173,7 +168,7 @@ impl TinyServeBuilder {
             (_, None) => AttentionChoice::Policy(config.selection_policy()),
         };
         let scheduling = EngineConfig {
-            max_sequence_length,
+            max_sequence_length: memory.max_sequence_length,
             attention,
             eos: checkpoint.config().eos.clone(),
             tokenizer: tokenizer.as_ref().ok().cloned(),
@@ -183,7 +178,7 @@ impl TinyServeBuilder {
         Ok(TinyServe {
             model: checkpoint.config().clone(),
             tokenizer,
-            max_sequence_length,
+            memory,
             weight_bytes,
             load: start.elapsed(),
             backend_name,
@@ -191,14 +186,6 @@ impl TinyServeBuilder {
             config,
         })
     }
-}
-
-/// Pages for `max_num_seqs` sequences of the longest length, or as many as fit into
-/// [`MOST_PAGE_BYTES`]; always enough for one sequence.
-fn page_count(config: &TinyServeConfig, layout: &KvLayout, longest: usize) -> usize {
-    let one = layout.pages_for(longest);
-    let all = one.saturating_mul(config.max_num_seqs);
-    all.min(MOST_PAGE_BYTES / layout.bytes_per_page()).max(one)
 }
 
 impl TinyServe {
@@ -223,7 +210,13 @@ impl TinyServe {
     /// Most tokens of a sequence, prompt included.
     #[must_use]
     pub fn max_sequence_length(&self) -> usize {
-        self.max_sequence_length
+        self.memory.max_sequence_length
+    }
+
+    /// Where the memory of the process goes, as planned before the model was loaded.
+    #[must_use]
+    pub fn memory(&self) -> &PlannedMemory {
+        &self.memory
     }
 
     /// What the model runs on, in words.
@@ -319,7 +312,7 @@ impl TinyServe {
         };
         let room = self.engine.limits().max_tokens(prompt.len());
         if room == 0 {
-            let (tokens, limit) = (prompt.len(), self.max_sequence_length);
+            let (tokens, limit) = (prompt.len(), self.max_sequence_length());
             return Err(ModelError::ContextOverflow { tokens, limit }.into());
         }
         // The context may end an answer earlier than the request does.
@@ -347,7 +340,7 @@ impl TinyServe {
         mut progress: impl FnMut(usize, usize),
     ) -> Result<Perplexity, TinyServeError> {
         let tokens = self.tokenizer()?.encode(text, true)?;
-        let window = self.max_sequence_length;
+        let window = self.max_sequence_length();
         let stride = stride.unwrap_or((window / 2).max(1));
         let windows = perplexity_windows(tokens.len(), (window, stride), window)?;
         let total = windows.iter().map(|window| window.text.len()).sum();
