@@ -129,7 +129,7 @@ impl DeviceArgs {
     /// The CPU backend that `config` and the flags ask for.
     pub(crate) fn backend(&self, config: &TinyServeConfig) -> Result<Cpu> {
         let options = CpuOptions { threads: config.threads, path: self.cpu };
-        Ok(Cpu::new(options).map_err(tinyserve::TinyServeError::from)?)
+        Ok(Cpu::new(options).map_err(TinyServeError::from)?)
     }
 
     /// Loads the model of `config`, with a progress bar if that takes long.
