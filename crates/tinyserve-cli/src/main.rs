@@ -3,6 +3,7 @@
 
 mod args;
 mod bench;
+mod chat;
 mod cli;
 mod doctor;
 mod eval;
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
     let result = match &cli.command {
         Command::Run(args) => run::run(args, sources),
         Command::Serve(args) => serve::serve(args, sources),
+        Command::Chat(args) => chat::chat(args, sources),
         Command::Tokenize(args) => tokenize::tokenize(args),
         Command::Inspect(args) => inspect::inspect(args),
         Command::Doctor(args) => doctor::doctor(args),
@@ -42,6 +44,7 @@ fn main() -> ExitCode {
             BenchCommand::Latency(args) => bench::latency(args, sources),
             BenchCommand::Throughput(args) => bench::throughput(args, sources),
             BenchCommand::Attention(args) => bench::attention(args),
+            BenchCommand::Serve(args) => bench::serve(args, sources),
         },
         Command::Completions { shell } => cli::completions(*shell),
     };

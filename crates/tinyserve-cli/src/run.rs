@@ -55,7 +55,7 @@ pub(crate) struct RunArgs {
 /// How tokens are drawn.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Sampling")]
-struct SamplingArgs {
+pub(crate) struct SamplingArgs {
     /// Divides the logits; 0 takes the most likely token.
     #[arg(
         long,
@@ -120,7 +120,7 @@ struct SamplingArgs {
 }
 
 impl SamplingArgs {
-    fn params(&self) -> Result<SamplingParams> {
+    pub(crate) fn params(&self) -> Result<SamplingParams> {
         let params = SamplingParams {
             temperature: self.temperature,
             top_k: self.top_k,

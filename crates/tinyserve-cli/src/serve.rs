@@ -9,7 +9,7 @@ use tinyserve_server::{
     LogLevel, Server, ServerConfig, ServerError, load_config, with_bounded_queue,
 };
 
-use crate::args::{self, ForwardArgs, MemoryArgs, SelectionArgs, Sources};
+use crate::args::{self, ForwardArgs, MemoryArgs, ScheduleArgs, SelectionArgs, Sources};
 use crate::exit::Usage;
 use crate::values;
 
@@ -20,7 +20,9 @@ pub(crate) struct ServeArgs {
     #[command(flatten)]
     limits: LimitArgs,
     #[command(flatten)]
-    scheduling: SchedulingArgs,
+    schedule: ScheduleArgs,
+    #[command(flatten)]
+    queue: QueueArgs,
     #[command(flatten)]
     forward: ForwardArgs,
     #[command(flatten)]
@@ -110,17 +112,10 @@ struct LimitArgs {
     drain_timeout: Option<f64>,
 }
 
-/// Who runs and who waits.
+/// Who waits, and for how long.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Scheduling")]
-struct SchedulingArgs {
-    /// Sequences that run together [default: 16].
-    #[arg(long, value_name = "N", env = "TINYSERVE_MAX_NUM_SEQS", value_parser = values::size)]
-    max_num_seqs: Option<usize>,
-    /// Tokens of one step, decodes and prefill chunks together [default: 512, or more where
-    /// --attention-chunk-size or --max-num-seqs is more].
-    #[arg(long, value_name = "TOKENS", env = "TINYSERVE_MAX_NUM_BATCHED_TOKENS", value_parser = values::size)]
-    max_num_batched_tokens: Option<usize>,
+struct QueueArgs {
     /// Requests that may wait; more are answered with 429 [default: 1024].
     #[arg(long, value_name = "N", env = "TINYSERVE_MAX_NUM_QUEUED_REQS", value_parser = values::size)]
     max_num_queued_reqs: Option<usize>,
@@ -135,10 +130,8 @@ struct SchedulingArgs {
     session_timeout: Option<f64>,
 }
 
-impl SchedulingArgs {
+impl QueueArgs {
     fn apply(&self, config: &mut TinyServeConfig) {
-        set(&mut config.max_num_seqs, self.max_num_seqs);
-        set_some(&mut config.max_num_batched_tokens, self.max_num_batched_tokens);
         set_some(&mut config.max_num_queued_reqs, self.max_num_queued_reqs);
         set_some(&mut config.max_num_queued_tokens, self.max_num_queued_tokens);
         set(&mut config.priority_ageing, self.priority_ageing);
@@ -180,14 +173,15 @@ pub(crate) fn serve(args: &ServeArgs, sources: Sources) -> Result<()> {
     args.apply(&mut server);
     server.check().map_err(by_flag)?;
     let mut engine = engine;
-    args.scheduling.apply(&mut engine);
+    args.schedule.apply(&mut engine);
+    args.queue.apply(&mut engine);
     args.memory.apply(&mut engine);
     let engine = args.forward.selecting_from(engine, &args.selection, args.attention, sources)?;
     let engine = with_bounded_queue(engine);
     let bound = Server::bind(server)?;
     let device = args.forward.device.clone();
     let model = engine.model.clone();
-    bound.run(&model, move || device.build(engine))?;
+    bound.run(&model, move || device.prepare(engine))?;
     Ok(())
 }
 

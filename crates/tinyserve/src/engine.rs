@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use tinyserve_kernels::{Cpu, CpuOptions};
 use tinyserve_kv::PageSelector;
 use tinyserve_model::{
-    Checkpoint, KvCache, MemoryPlan, Model, ModelConfig, ModelError, Perplexity, PerplexityWindow,
-    Tokenizer, perplexity_windows,
+    ChatTemplate, Checkpoint, KvCache, MemoryPlan, Model, ModelConfig, ModelError, Perplexity,
+    PerplexityWindow, Tokenizer, perplexity_windows,
 };
 use tinyserve_sched::{
     AttentionChoice, Engine, EngineConfig, Event, EventStream, ModelRunner, Request, SessionInfo,
@@ -37,6 +37,7 @@ pub struct TinyServe {
     config: TinyServeConfig,
     model: ModelConfig,
     tokenizer: Result<Tokenizer, String>,
+    chat_template: Result<Option<ChatTemplate>, ModelError>,
     memory: PlannedMemory,
     weight_bytes: usize,
     load: Duration,
@@ -55,6 +56,7 @@ impl std::fmt::Debug for TinyServe {
 pub struct TinyServeBuilder {
     config: TinyServeConfig,
     selector: Option<Arc<dyn PageSelector>>,
+    checkpoint: Option<Checkpoint>,
     cpu: CpuOptions,
 }
 
@@ -129,6 +131,13 @@ impl TinyServeBuilder {
         self
     }
 
+    /// A checkpoint that is open already, in place of the one that `model` names.
+    #[must_use]
+    pub fn checkpoint(mut self, checkpoint: Checkpoint) -> Self {
+        self.checkpoint = Some(checkpoint);
+        self
+    }
+
     /// Loads the model.
     ///
     /// # Errors
@@ -150,13 +159,17 @@ impl TinyServeBuilder {
         config.check()?;
         let backend = Cpu::new(CpuOptions { threads: config.threads, ..self.cpu })?;
         let backend_name = format!("CPU, {}, {} threads", backend.path(), backend.threads());
-        let mut checkpoint = Checkpoint::load(&config.model)?;
+        let mut checkpoint = match self.checkpoint {
+            Some(checkpoint) => checkpoint,
+            None => Checkpoint::load(&config.model)?,
+        };
         if config.rope_frequency_dtype == RopeFrequencyDtype::Weights {
             checkpoint.round_rope_frequencies();
         }
         let weights = config.weights.resolve(checkpoint.dtype())?;
         // Only text needs a tokenizer: a checkpoint without one still serves token ids.
         let tokenizer = checkpoint.tokenizer().map_err(|error| error.to_string());
+        let chat_template = checkpoint.chat_template();
         let memory = PlannedMemory::new(&config, &checkpoint, backend.threads())?;
         let model = Model::load_as(backend, &checkpoint, weights, progress)?;
         let weight_bytes = model.weight_bytes();
@@ -178,6 +191,7 @@ impl TinyServeBuilder {
         Ok(TinyServe {
             model: checkpoint.config().clone(),
             tokenizer,
+            chat_template,
             memory,
             weight_bytes,
             load: start.elapsed(),
@@ -239,6 +253,15 @@ impl TinyServe {
         self.tokenizer
             .as_ref()
             .map_err(|message| ModelError::NoTokenizer { message: message.clone() }.into())
+    }
+
+    /// The model's chat template; `None` when it has none.
+    ///
+    /// # Errors
+    /// When it has one that cannot be used.
+    pub fn chat_template(&self) -> Result<Option<&ChatTemplate>, TinyServeError> {
+        let template = self.chat_template.as_ref().map_err(Clone::clone)?;
+        Ok(template.as_ref())
     }
 
     /// The scheduler's engine, for callers that want its events, sessions and counters.
