@@ -40,7 +40,7 @@ fn every_flag_of_run_has_an_effect() {
     // Each case: a base, the option, and what it must change.
     let select = ["--attention", "sparse", "--dense-layers", "0"];
     let none: [&str; 0] = [];
-    let cases: [(&[&str], &[&str], &str); 23] = [
+    let cases: [(&[&str], &[&str], &str); 26] = [
         (&none, &["-n", "3"], "/tokens"),
         (&none, &["--temperature", "0"], "/tokens"),
         (&none, &["--top-p", "0.05"], "/tokens"),
@@ -61,6 +61,9 @@ fn every_flag_of_run_has_an_effect() {
         (&none, &["--max-sequence-length", "300"], "/tokens"),
         (&select, &["--selection-ratio", "0.7"], "/kv/bytes_read"),
         (&select, &["--token-budget", "64"], "/kv/bytes_read"),
+        (&select, &["--top-p-pages", "0.9"], "/kv/bytes_read"),
+        (&select, &["--scorer", "streaming"], "/kv/bytes_read"),
+        (&select, &["--group-reduce", "softmax-vote"], "/kv/recall"),
         (&select, &["--sink-pages", "9"], "/kv/bytes_read"),
         (&select, &["--recent-pages", "9"], "/kv/bytes_read"),
         (&["--attention", "sparse"], &["--dense-layers", "5"], "/kv/bytes_read"),

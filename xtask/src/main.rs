@@ -7,6 +7,8 @@ mod architecture;
 mod bench_cpu;
 mod ci;
 mod clients;
+mod folder;
+mod induction_model;
 mod load;
 mod random_model;
 mod sources;
@@ -42,6 +44,12 @@ enum Command {
     /// and model.safetensors. The text that such a model generates means nothing, and its
     /// attention is nearly uniform: measure speed and memory with it, never quality.
     RandomModel(random_model::Args),
+    /// Write a checkpoint folder whose weights are set so that the model looks things up.
+    ///
+    /// It answers a key with the value that stood behind it, up to 64K tokens before, exactly with
+    /// dense attention: `tinyserve eval needle` shows with it what a page selection loses. The
+    /// folder also has lookup.json, which names the tokens to make such texts of.
+    InductionModel(induction_model::Args),
     /// Run clients that others wrote against the binary: openai-python, and lm-eval if asked.
     ///
     /// Installs them into virtual environments under target/, with the versions that
@@ -63,6 +71,7 @@ fn main() -> ExitCode {
         Command::Ci => ci::run(&root()),
         Command::CheckArchitecture => architecture::run(&root()),
         Command::RandomModel(args) => random_model::run(&args),
+        Command::InductionModel(args) => induction_model::run(&args),
         Command::Clients(args) => clients::run(&root(), args),
         Command::Load(args) => load::run(&root(), &args),
         Command::BenchCpu(args) => bench_cpu::run(&root(), &args),

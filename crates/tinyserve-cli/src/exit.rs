@@ -96,12 +96,14 @@ fn flag(name: &str) -> Option<String> {
         "page_size",
         "presence_penalty",
         "repetition_penalty",
+        "scorer",
         "selection_ratio",
         "stride",
         "temperature",
         "threads",
         "token_budget",
         "top_p",
+        "top_p_pages",
     ];
     match name {
         "cpu path" => Some("--cpu".to_owned()),

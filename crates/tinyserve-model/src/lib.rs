@@ -42,5 +42,8 @@ pub use plan::{LargestStep, MemoryPlan};
 pub use rope::{RopeConfig, RopeScaling};
 pub use sampler::{SampleContext, SampledToken, Sampler, SamplingParams, logprob, top_logprobs};
 pub use stop::StopMatcher;
-pub use synthetic::{SyntheticModel, SyntheticNormal, SyntheticShape, SyntheticTensor};
+pub use synthetic::{
+    InductionGeometry, InductionModel, LookupTokens, SyntheticModel, SyntheticNormal,
+    SyntheticShape, SyntheticTensor,
+};
 pub use tokenizer::Tokenizer;

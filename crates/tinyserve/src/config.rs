@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tinyserve_kernels::{DType, WeightFormat};
-use tinyserve_kv::{Budget, KvFormat, SelectionPolicy};
+use tinyserve_kv::{Budget, GroupReduce, KvError, KvFormat, Scorer, SelectionPolicy};
 use tinyserve_sched::EngineConfig;
 
 use crate::TinyServeError;
@@ -133,13 +133,43 @@ pub enum RopeFrequencyDtype {
     Weights,
 }
 
-/// What a page is scored by.
+/// What a page is scored by: the name of a scorer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ScorerName(pub Scorer);
+
+impl TryFrom<String> for ScorerName {
+    type Error = KvError;
+
+    fn try_from(name: String) -> Result<Self, KvError> {
+        Scorer::named(&name).map(Self)
+    }
+}
+
+impl From<ScorerName> for String {
+    fn from(name: ScorerName) -> Self {
+        name.0.name().to_owned()
+    }
+}
+
+/// How the scores of the query heads that share a KV head become one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum ScorerName {
-    /// The upper bound over the page's bounding box.
+pub enum GroupReduceName {
+    /// The largest.
     #[default]
-    Box,
+    Max,
+    /// Each query's scores become shares by a softmax over the pages, which are added up.
+    SoftmaxVote,
+}
+
+impl From<GroupReduceName> for GroupReduce {
+    fn from(name: GroupReduceName) -> Self {
+        match name {
+            GroupReduceName::Max => Self::Max,
+            GroupReduceName::SoftmaxVote => Self::SoftmaxVote,
+        }
+    }
 }
 
 /// Settings of an engine.
@@ -168,8 +198,14 @@ pub struct TinyServeConfig {
     /// Tokens that a selecting step reads, instead of a share.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token_budget: Option<usize>,
+    /// Share of the estimated attention mass that a selecting step reads, instead of a share of
+    /// the pages.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top_p_pages: Option<f64>,
     /// What a page is scored by.
     pub scorer: ScorerName,
+    /// How the scores of the query heads that share a KV head become one.
+    pub group_reduce: GroupReduceName,
     /// First pages that are always read.
     pub sink_pages: usize,
     /// Last pages that are always read.
@@ -222,7 +258,9 @@ impl Default for TinyServeConfig {
             attention: AttentionMode::Auto,
             selection_ratio: 0.3,
             token_budget: None,
-            scorer: ScorerName::Box,
+            top_p_pages: None,
+            scorer: ScorerName::default(),
+            group_reduce: GroupReduceName::Max,
             sink_pages: policy.sink_pages,
             recent_pages: policy.recent_pages,
             dense_layers: policy.dense_layers,
@@ -357,13 +395,15 @@ impl TinyServeConfig {
             AttentionMode::Sparse => 0,
             AttentionMode::Auto | AttentionMode::Dense => SelectionPolicy::default().min_context,
         };
+        let ratio = self.top_p_pages.map_or(Budget::Ratio(self.selection_ratio), Budget::TopP);
         SelectionPolicy {
-            budget: self.token_budget.map_or(Budget::Ratio(self.selection_ratio), Budget::Tokens),
+            scorer: self.scorer.0,
+            budget: self.token_budget.map_or(ratio, Budget::Tokens),
             sink_pages: self.sink_pages,
             recent_pages: self.recent_pages,
             dense_layers: self.dense_layers,
             min_context: self.sparse_min_context.unwrap_or(min_context),
-            ..SelectionPolicy::default()
+            group_reduce: self.group_reduce.into(),
         }
     }
 
@@ -418,6 +458,8 @@ mod tests {
             page_size: 32,
             token_budget: Some(512),
             attention: AttentionMode::Sparse,
+            scorer: "mean-std".to_owned().try_into().unwrap(),
+            group_reduce: GroupReduceName::SoftmaxVote,
             kv_cache_dtype: KvCacheDtype::Bf16,
             ..TinyServeConfig::default()
         };
@@ -455,6 +497,8 @@ mod tests {
             ("f.toml", "kv_cache_dtype = \"int3\"", "int3"),
             ("g.json", "{", "EOF"),
             ("h.yaml", "", ".json or .toml"),
+            ("j.toml", "scorer = \"bocks\"", "cuboid-mean"),
+            ("k.json", r#"{"top_p_pages": 1.5}"#, "top_p_pages is 1.5"),
         ];
         for (name, text, expected) in cases {
             let path = dir.path().join(name);

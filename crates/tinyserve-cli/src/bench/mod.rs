@@ -13,6 +13,6 @@ mod throughput;
 mod trace;
 
 pub(crate) use attention::{AttentionArgs, attention};
-pub(crate) use latency::{LatencyArgs, latency};
+pub(crate) use latency::{Format, LatencyArgs, latency};
 pub(crate) use serve::{ServeArgs, serve};
 pub(crate) use throughput::{ThroughputArgs, throughput};

@@ -13,7 +13,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError, RwLock};
 
-use tinyserve_kv::{HostPages, KvElement, PageId, with_element};
+use tinyserve_kv::{HostPages, KvElement, PageId, ScoreCost, with_element};
 
 use super::columns::Columns;
 use super::path::CpuPath;
@@ -491,10 +491,19 @@ impl Context<'_> {
                 }
             };
             // A box is a minimum and a maximum: as many bytes as one token's key and value. Of a
-            // query alone, a policy reads one of the two in each channel.
+            // query alone, a kernel reads one of the two in each channel.
             let boxes = match self.sequences[unit.sequence].attention {
                 _ if chosen == Chosen::Everything => 0,
-                Attention::Policy(_) if self.heads.group() == 1 => pages * head_bytes / 2,
+                Attention::Policy(policy) if policy.has_kernels() && self.heads.group() == 1 => {
+                    pages * head_bytes / 2
+                }
+                Attention::Policy(policy) => policy.scorer.bytes_read(&ScoreCost {
+                    pages,
+                    budget: seen,
+                    page_size: size,
+                    head_dim: self.heads.head_dim,
+                    vector_bytes: layout.token_head_bytes(),
+                }),
                 _ => pages * head_bytes,
             };
             stats.pages_read += seen as u64;
