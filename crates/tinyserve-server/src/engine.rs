@@ -57,6 +57,7 @@ fn request(submission: Submission, config: &TinyServeConfig) -> Result<Request, 
         priority: settings.priority,
         session,
         attention: attention(&settings.extension, config)?,
+        plugins: settings.extension.plugins.clone().into_iter().collect(),
         cache_salt: settings.cache_salt.clone().unwrap_or_default(),
         ..Request::new(prompt)
     })
@@ -74,9 +75,13 @@ fn attention(
     let mut config = config.clone();
     config.attention = asked.attention.unwrap_or(config.attention);
     if let Some(ratio) = asked.selection_ratio {
-        (config.selection_ratio, config.token_budget) = (ratio, None);
+        config.selection_ratio = ratio;
+        (config.token_budget, config.top_p_pages) = (None, None);
     }
-    config.token_budget = asked.token_budget.or(config.token_budget);
+    if asked.token_budget.is_some() || asked.top_p_pages.is_some() {
+        (config.token_budget, config.top_p_pages) = (asked.token_budget, asked.top_p_pages);
+    }
+    config.group_reduce = asked.group_reduce.unwrap_or(config.group_reduce);
     config.scorer = asked.scorer.unwrap_or(config.scorer);
     config.sink_pages = asked.sink_pages.unwrap_or(config.sink_pages);
     config.recent_pages = asked.recent_pages.unwrap_or(config.recent_pages);
@@ -121,8 +126,10 @@ impl Choices {
         for submission in submissions {
             let (max_tokens, tells_more) =
                 (submission.max_tokens, submission.settings.extension.is_given);
-            let events =
-                engine.engine().submit(request(submission, engine.config())?).map_err(refused)?;
+            let events = engine
+                .engine()
+                .submit(request(submission, engine.config())?)
+                .map_err(|error| refused(&error))?;
             choices.streams.push(Some(Choice { events, max_tokens, tells_more }));
         }
         metrics.submitted(choices.streams.len());
@@ -140,8 +147,7 @@ impl Choices {
         let mut open = false;
         for offset in 0..count {
             let index = (self.next + offset) % count;
-            loop {
-                let Some(choice) = &mut self.streams[index] else { break };
+            while let Some(choice) = &mut self.streams[index] {
                 open = true;
                 let Poll::Ready(event) = choice.events.poll_next(cx) else { break };
                 let Some(event) = event else {
@@ -198,6 +204,7 @@ impl Choices {
                         None | Some(Stop::EndOfSequence(_)) => None,
                         Some(Stop::Token(id)) => Some(StopReason::Token(id)),
                         Some(Stop::Text(text)) => Some(StopReason::Text(text)),
+                        Some(Stop::Plugin { reason, .. }) => Some(StopReason::Text(reason)),
                     },
                     cached_tokens: finished.summary.usage.cached_tokens,
                     detail,
@@ -238,7 +245,7 @@ fn detail(summary: &Summary) -> serde_json::Value {
 }
 
 /// Why the engine does not take a request, as clients hear it.
-fn refused(error: AdmissionError) -> ApiError {
+fn refused(error: &AdmissionError) -> ApiError {
     let sentence = error.to_string();
     match error {
         AdmissionError::QueueFull { .. } => ApiError::overloaded(format!("{sentence}: try again")),

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -38,7 +38,7 @@ impl Listener {
     pub(crate) async fn bind(config: &ServerConfig) -> Result<Self, ServerError> {
         #[cfg(unix)]
         if let Some(path) = &config.uds {
-            return unix(path.clone());
+            return unix(path);
         }
         let bound = TcpListener::bind((config.host.as_str(), config.port)).await;
         bound.map(Self::Tcp).map_err(|error| ServerError::Bind {
@@ -85,22 +85,21 @@ impl Drop for Listener {
 
 /// A Unix socket; one that a server left behind is replaced, one that a server listens on is not.
 #[cfg(unix)]
-fn unix(path: PathBuf) -> Result<Listener, ServerError> {
+fn unix(path: &Path) -> Result<Listener, ServerError> {
     use std::os::unix::fs::FileTypeExt;
     let refused =
         |reason: String| ServerError::Bind { address: path.display().to_string(), reason };
-    if let Ok(found) = std::fs::symlink_metadata(&path) {
+    if let Ok(found) = std::fs::symlink_metadata(path) {
         if !found.file_type().is_socket() {
             return Err(refused("there is a file that is no socket".to_owned()));
         }
-        if std::os::unix::net::UnixStream::connect(&path).is_ok() {
+        if std::os::unix::net::UnixStream::connect(path).is_ok() {
             return Err(refused("another server listens on it".to_owned()));
         }
-        std::fs::remove_file(&path).map_err(|error| refused(error.to_string()))?;
+        std::fs::remove_file(path).map_err(|error| refused(error.to_string()))?;
     }
-    let listener =
-        tokio::net::UnixListener::bind(&path).map_err(|error| refused(error.to_string()));
-    Ok(Listener::Unix(listener?, path.clone()))
+    let listener = tokio::net::UnixListener::bind(path).map_err(|error| refused(error.to_string()));
+    Ok(Listener::Unix(listener?, path.to_owned()))
 }
 
 /// One connection.

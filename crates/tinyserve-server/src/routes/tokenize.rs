@@ -3,7 +3,7 @@
 use axum::extract::{Request, State};
 use axum::response::Response;
 use serde_json::{Map, json as object};
-use tinyserve::model::Tokenizer;
+use tinyserve::model::{ChatTemplate, Tokenizer};
 
 use super::{body, json};
 use crate::error::ApiError;
@@ -74,7 +74,8 @@ pub(super) async fn info(State(app): State<App>) -> Result<Response, ApiError> {
     }
     info.insert("vocab_size".to_owned(), tokenizer.vocab_size().into());
     info.insert("model_max_length".to_owned(), ready.limits.context.into());
-    info.insert("chat_template".to_owned(), ready.template.as_ref().map(|t| t.source()).into());
+    let template = ready.template.as_ref().map(ChatTemplate::source);
+    info.insert("chat_template".to_owned(), template.into());
     Ok(json(serde_json::Value::Object(info).to_string()))
 }
 
