@@ -10,6 +10,7 @@ mod clients;
 mod folder;
 mod induction_model;
 mod load;
+mod page;
 mod random_model;
 mod sources;
 
@@ -55,6 +56,10 @@ enum Command {
     /// Installs them into virtual environments under target/, with the versions that
     /// tests/clients/ names. Skipped, with a reason, where Python or its packages cannot be had.
     Clients(clients::Args),
+    /// Open the server's page in a headless browser, and look at what it shows.
+    ///
+    /// Skipped, with a reason, where there is no Chromium.
+    Page(page::Args),
     /// Load the server with impatient clients, and print what became of them.
     ///
     /// Fails when an answer is a 5xx or breaks off, or a page leaks.
@@ -73,6 +78,7 @@ fn main() -> ExitCode {
         Command::RandomModel(args) => random_model::run(&args),
         Command::InductionModel(args) => induction_model::run(&args),
         Command::Clients(args) => clients::run(&root(), args),
+        Command::Page(args) => page::run(&root(), &args),
         Command::Load(args) => load::run(&root(), &args),
         Command::BenchCpu(args) => bench_cpu::run(&root(), &args),
     };

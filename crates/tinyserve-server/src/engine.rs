@@ -254,7 +254,7 @@ fn refused(error: &AdmissionError) -> ApiError {
             ApiError::too_long("max_tokens", sentence)
         }
         AdmissionError::EmptyPrompt => ApiError::field("prompt", sentence),
-        AdmissionError::Setting { name, .. } => ApiError::field(name, sentence),
+        AdmissionError::Setting { name, .. } => ApiError::field(*name, sentence),
         _ => ApiError::invalid(sentence),
     }
 }
