@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use crate::server::{one_thread, quiet, shared, start};
 
 /// A completion with these fields besides a prompt.
-fn completion(fields: Value) -> Value {
+fn completion(fields: &Value) -> Value {
     let mut body = json!({"prompt": "Once", "max_tokens": 1});
     body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
     body
@@ -70,7 +70,7 @@ fn what_is_not_implemented_is_refused_with_its_field() {
             "tinyserve.token_budget",
         ),
     ] {
-        let error = server.post("/v1/completions", &completion(fields.clone())).error(400);
+        let error = server.post("/v1/completions", &completion(&fields)).error(400);
         assert_eq!(error["param"], param, "{fields} → {error}");
         assert_eq!(error["type"], "invalid_request_error");
         let message = error["message"].as_str().unwrap();
@@ -81,7 +81,7 @@ fn what_is_not_implemented_is_refused_with_its_field() {
 #[test]
 fn what_has_no_effect_is_ignored() {
     let server = shared();
-    let plain = completion(json!({"temperature": 0, "max_tokens": 4}));
+    let plain = completion(&json!({"temperature": 0, "max_tokens": 4}));
     let expected = server.post("/v1/completions", &plain).ok()["choices"][0]["text"].clone();
     for fields in [
         json!({"user": "me", "metadata": {"a": [1]}, "store": true, "service_tier": "auto"}),
@@ -119,7 +119,7 @@ fn bodies_that_are_no_json_object_are_told_so() {
 #[test]
 fn unknown_models_paths_and_methods_are_told_in_json() {
     let server = shared();
-    let error = server.post("/v1/completions", &completion(json!({"model": "gpt-4"}))).error(404);
+    let error = server.post("/v1/completions", &completion(&json!({"model": "gpt-4"}))).error(404);
     assert_eq!((&error["code"], &error["param"]), (&json!("model_not_found"), &json!("model")));
     server.get("/v1/models/gpt-4").error(404);
     server.get("/v1/nothing").error(404);
