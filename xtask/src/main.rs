@@ -9,6 +9,7 @@ mod ci;
 mod clients;
 mod folder;
 mod induction_model;
+mod kernels;
 mod load;
 mod page;
 mod random_model;
@@ -69,6 +70,16 @@ enum Command {
     /// Runs the release binary on random weights; the whole table takes the better part of an
     /// hour and 16 GB of memory. With --llama-bench, llama.cpp takes turns with it.
     BenchCpu(bench_cpu::Args),
+    /// Compile kernels/*.cu to the PTX that tinyserve-kernels embeds, and write their table.
+    ///
+    /// nvcc comes from NVCC, CUDA_HOME or PATH; where there is none, a private environment is made
+    /// from pinned wheels under target/ (about 110 MB to download, Python needed).
+    BuildKernels,
+    /// Check that the PTX is what the sources give, and that the kernels hold.
+    ///
+    /// Rules of the sources; the same PTX again; no spills; 16-byte loads; the assembler of the
+    /// oldest driver; every kernel under the emulator. Names what this machine has to skip.
+    CheckKernels(kernels::CheckArgs),
 }
 
 fn main() -> ExitCode {
@@ -81,6 +92,8 @@ fn main() -> ExitCode {
         Command::Page(args) => page::run(&root(), &args),
         Command::Load(args) => load::run(&root(), &args),
         Command::BenchCpu(args) => bench_cpu::run(&root(), &args),
+        Command::BuildKernels => kernels::build(&root()),
+        Command::CheckKernels(args) => kernels::check(&root(), &args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
