@@ -2,11 +2,14 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher, Hash};
+use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
+
+use tinyserve_model::ModelError;
 
 use crate::channel::{EventStream, Reply};
 use crate::intake::Limits;
-use crate::worker::{Command, EngineState, Worker};
+use crate::worker::{Command, EngineState, SessionFile, Worker};
 use crate::{AdmissionError, EngineConfig, Request, RequestId, Runner, SessionInfo, Stats};
 
 /// Tokens of a block by which the engine remembers who computed the beginning of a prompt.
@@ -189,6 +192,31 @@ impl Engine {
     pub fn delete_session(&self, id: impl Into<String>) -> Reply<bool> {
         let id = id.into();
         self.ask_about(&id.clone(), |reply| Command::DeleteSession(id, reply))
+    }
+
+    /// Saves the full pages that a session keeps between its requests to a file; the reply says how
+    /// many tokens they hold. `identity` names what pages depend on beside tokens and layout.
+    pub fn save_session(
+        &self,
+        id: impl Into<String>,
+        path: impl Into<PathBuf>,
+        identity: impl Into<String>,
+    ) -> Reply<Result<usize, ModelError>> {
+        let (id, path, identity) = (id.into(), path.into(), identity.into());
+        let session = SessionFile { id, path, identity };
+        self.ask_about(&session.id.clone(), |reply| Command::SaveSession(session, reply))
+    }
+
+    /// Restores a session from a file, in place of the one of this name.
+    pub fn restore_session(
+        &self,
+        id: impl Into<String>,
+        path: impl Into<PathBuf>,
+        identity: impl Into<String>,
+    ) -> Reply<Result<SessionInfo, ModelError>> {
+        let (id, path, identity) = (id.into(), path.into(), identity.into());
+        let session = SessionFile { id, path, identity };
+        self.ask_about(&session.id.clone(), |reply| Command::RestoreSession(session, reply))
     }
 
     /// Asks the worker of a session; one that has stopped answers nothing.

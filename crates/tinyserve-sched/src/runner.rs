@@ -1,8 +1,12 @@
 //! What a scheduler drives: a model with its pages, or a toy in their place.
 
+use std::path::Path;
+
 use tinyserve_kernels::{AttendStats, Backend};
 use tinyserve_kv::{KvError, PagePool, PageTable, Prefix, PrefixStats};
-use tinyserve_model::{Activations, Batch, KvCache, Model, ModelError, StepOutput};
+use tinyserve_model::{
+    Activations, Batch, KvCache, Model, ModelError, RestoredSession, SessionToSave, StepOutput,
+};
 
 /// Sizes of a runner, fixed for its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +78,26 @@ pub trait Runner: Send {
         }))
     }
 
+    /// Saves the full pages of a session to a file; see [`KvCache::save_session`].
+    ///
+    /// # Errors
+    /// When the file cannot be written. Unless it says otherwise, a runner has nothing to save.
+    fn save_session(&self, _path: &Path, _session: SessionToSave<'_>) -> Result<usize, ModelError> {
+        Err(no_files())
+    }
+
+    /// Reads a session from a file; see [`KvCache::restore_session`].
+    ///
+    /// # Errors
+    /// When the file is refused or too few pages are available; nothing has changed then.
+    fn restore_session(
+        &mut self,
+        _path: &Path,
+        _identity: &str,
+    ) -> Result<RestoredSession, ModelError> {
+        Err(no_files())
+    }
+
     /// Gives the pages of a sequence back.
     fn release(&mut self, table: PageTable);
 
@@ -107,6 +131,14 @@ pub trait Runner: Send {
     /// for it.
     fn attention_mass(&self, _sequence: usize) -> Option<&[f32]> {
         None
+    }
+}
+
+fn no_files() -> ModelError {
+    ModelError::Setting {
+        name: "session file",
+        found: "asked for".to_owned(),
+        expected: "a runner whose pages hold bytes".to_owned(),
     }
 }
 
@@ -182,6 +214,18 @@ impl<B: Backend> Runner for ModelRunner<B> {
 
     fn prune(&mut self, table: &mut PageTable, places: &[u32]) -> Result<(), ModelError> {
         self.cache.prune(self.model.backend(), table, places)
+    }
+
+    fn save_session(&self, path: &Path, session: SessionToSave<'_>) -> Result<usize, ModelError> {
+        self.cache.save_session(self.model.backend(), path, session)
+    }
+
+    fn restore_session(
+        &mut self,
+        path: &Path,
+        identity: &str,
+    ) -> Result<RestoredSession, ModelError> {
+        self.cache.restore_session(self.model.backend(), path, identity)
     }
 
     fn release(&mut self, table: PageTable) {

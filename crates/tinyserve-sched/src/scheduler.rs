@@ -19,6 +19,7 @@ use crate::{
 
 mod commit;
 mod hooks;
+mod saved;
 
 /// Sequences of a step that need no allocation.
 const ON_STACK: usize = 16;

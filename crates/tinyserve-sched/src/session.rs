@@ -119,6 +119,19 @@ impl Sessions {
         }
     }
 
+    /// Requests of the session that wait or run.
+    pub(crate) fn open_requests(&self, id: &str) -> usize {
+        self.by_id.get(id).map_or(0, |session| session.open_requests)
+    }
+
+    /// Leaves pages to a session; returns those that it had, or these if there is none.
+    pub(crate) fn keep(&mut self, id: &str, kept: Kept) -> Option<Kept> {
+        let (now, used) = (self.clock.time_of_day(), self.clock.now());
+        let Some(session) = self.by_id.get_mut(id) else { return Some(kept) };
+        (session.last_activity, session.used) = (now, used);
+        session.kept.replace(kept)
+    }
+
     /// Takes the session's pages.
     pub(crate) fn take(&mut self, id: &str) -> Option<Kept> {
         self.by_id.get_mut(id)?.kept.take()

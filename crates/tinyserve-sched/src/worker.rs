@@ -1,9 +1,12 @@
 //! One thread that owns a scheduler, and the handle through which an engine talks to it.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+
+use tinyserve_model::ModelError;
 
 use crate::channel::{EventStream, Reply, Responder, reply};
 use crate::intake::{Intake, Limits, Submission};
@@ -31,8 +34,18 @@ pub(crate) enum Command {
     ListSessions(Responder<Vec<SessionInfo>>),
     SessionInfo(String, Responder<Option<SessionInfo>>),
     DeleteSession(String, Responder<bool>),
+    SaveSession(SessionFile, Responder<Result<usize, ModelError>>),
+    RestoreSession(SessionFile, Responder<Result<SessionInfo, ModelError>>),
     Drain(Responder<()>),
     Shutdown,
+}
+
+/// A session, and the file that it is saved to or restored from.
+pub(crate) struct SessionFile {
+    pub(crate) id: String,
+    pub(crate) path: PathBuf,
+    /// What the engine's pages depend on beside tokens and layout.
+    pub(crate) identity: String,
 }
 
 /// A thread with a scheduler. Dropping it ends all its requests and the thread.
@@ -207,6 +220,12 @@ fn obey<R: Runner>(
         Command::ListSessions(reply) => reply.send(scheduler.list_sessions()),
         Command::SessionInfo(id, reply) => reply.send(scheduler.session_info(&id)),
         Command::DeleteSession(id, reply) => reply.send(scheduler.delete_session(&id)),
+        Command::SaveSession(SessionFile { id, path, identity }, reply) => {
+            reply.send(scheduler.save_session(&id, &path, &identity));
+        }
+        Command::RestoreSession(SessionFile { id, path, identity }, reply) => {
+            reply.send(scheduler.restore_session(&id, &path, &identity));
+        }
         Command::Drain(reply) => drains.push(reply),
         // The loop looks for it before.
         Command::Shutdown => {}

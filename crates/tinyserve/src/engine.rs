@@ -1,6 +1,7 @@
 //! The engine: a model, its cache and its tokenizer behind one handle.
 
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -39,6 +40,8 @@ pub struct TinyServe {
     tokenizer: Result<Tokenizer, String>,
     chat_template: Result<Option<ChatTemplate>, ModelError>,
     memory: PlannedMemory,
+    /// Names what keys and values depend on beside tokens and layout.
+    identity: String,
     weight_bytes: usize,
     load: Duration,
     backend_name: String,
@@ -187,7 +190,7 @@ impl TinyServeBuilder {
         // What keys and values depend on beside tokens and layout.
         let identity = format!(
             "{} {} {:?}",
-            config.model,
+            checkpoint.fingerprint(),
             config.weights.name(checkpoint.dtype()),
             config.rope_frequency_dtype
         );
@@ -224,6 +227,7 @@ impl TinyServeBuilder {
             tokenizer,
             chat_template,
             memory,
+            identity,
             weight_bytes,
             load: start.elapsed(),
             backend_name,
@@ -457,6 +461,38 @@ impl TinyServe {
     /// When the engine has stopped.
     pub fn delete_session(&self, session_id: impl Into<String>) -> Result<bool, TinyServeError> {
         answered(self.engine.delete_session(session_id).wait())
+    }
+
+    /// Saves what a session keeps between its requests to a file, as far as it fills whole pages;
+    /// returns how many tokens that is. The next request of a session that was restored computes
+    /// the others.
+    ///
+    /// The file is the old one or the new one whatever happens; see
+    /// [`tinyserve_model::KvCache::save_session`]. Other requests wait while it is written.
+    ///
+    /// # Errors
+    /// When there is no such session, a request of it runs, or the file cannot be written.
+    pub fn save_session(
+        &self,
+        session_id: impl Into<String>,
+        path: impl Into<PathBuf>,
+    ) -> Result<usize, TinyServeError> {
+        let saved = self.engine.save_session(session_id, path, &self.identity);
+        Ok(answered(saved.wait())??)
+    }
+
+    /// Restores a session from a file, in place of the one of this name, if there is one.
+    ///
+    /// # Errors
+    /// When requests of that session wait or run, too few pages are available, or the file is
+    /// damaged or of another model, kv_cache_dtype or page_size. The session is then what it was.
+    pub fn restore_session(
+        &self,
+        session_id: impl Into<String>,
+        path: impl Into<PathBuf>,
+    ) -> Result<SessionInfo, TinyServeError> {
+        let restored = self.engine.restore_session(session_id, path, &self.identity);
+        Ok(answered(restored.wait())??)
     }
 
     /// Totals over the requests that were answered, by their published names;
