@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod advisor;
 mod api;
 mod channel;
 mod clock;
@@ -14,6 +15,7 @@ mod sequence;
 mod session;
 mod text;
 
+pub use advisor::{Knob, Measured, Suggestion, Targets, Turn};
 pub use api::{
     AdmissionError, AttentionChoice, Event, Failure, FailureKind, FinishReason, Finished, KvUse,
     PromptToken, Request, RequestId, StopReason, Summary, Timings, Token, Usage,
