@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use smallvec::SmallVec;
 use tinyserve_kernels::Attention;
-use tinyserve_kv::PageTable;
+use tinyserve_kv::{PageId, PageTable};
 use tinyserve_model::{Batch, LogitRows, ModelError, SequenceStep};
 
 use crate::intake::{Intake, Submission};
@@ -71,6 +71,14 @@ impl<R: Runner> Scheduler<R> {
     #[must_use]
     pub fn intake(&self) -> &Arc<Intake> {
         &self.intake
+    }
+
+    /// Every page that a sequence or a session holds, as often as it is held: what is used in the
+    /// runner's pool and is not here has leaked.
+    pub fn held_pages(&self) -> impl Iterator<Item = PageId> {
+        let running = self.running.iter().chain(&self.waiting).map(|sequence| &sequence.table);
+        let tables = running.chain(self.sessions.tables());
+        tables.flat_map(|table| table.pages().iter().copied())
     }
 
     /// What it drives.
@@ -362,6 +370,7 @@ impl<R: Runner> Scheduler<R> {
                     FinishReason::Length => &metrics.finished_length,
                 };
                 count(counter, 1);
+                count(&metrics.finished_pages, summary.kv.pages as u64);
                 metrics.e2e.record(timings.e2e);
                 if summary.usage.completion_tokens > 1 {
                     let steps = summary.usage.completion_tokens as u32 - 1;

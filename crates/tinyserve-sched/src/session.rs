@@ -126,6 +126,11 @@ impl Sessions {
         self.by_id.get(id)?.kept.as_ref()
     }
 
+    /// The tables of sessions that rest.
+    pub(crate) fn tables(&self) -> impl Iterator<Item = &PageTable> {
+        self.by_id.values().filter_map(|session| Some(&session.kept.as_ref()?.table))
+    }
+
     /// Pages that sessions other than `but` hold.
     pub(crate) fn kept_pages(&self, but: Option<&str>) -> usize {
         let others = self.by_id.iter().filter(|(id, _)| Some(id.as_str()) != but);
