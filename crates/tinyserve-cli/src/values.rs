@@ -4,7 +4,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tinyserve::kernels::CpuPath;
 use tinyserve::kv::{KvError, Method};
-use tinyserve::{Device, GroupReduceName, KvCacheDtype, ScorerName, Weights};
+use tinyserve::{ApproximateAttention, Device, GroupReduceName, KvCacheDtype, ScorerName, Weights};
 
 /// A number of tokens: `512`, `4k` (4096), `1M`.
 pub(crate) fn size(text: &str) -> Result<usize, String> {
@@ -40,6 +40,14 @@ pub(crate) fn kv_cache_dtype(text: &str) -> Result<KvCacheDtype, String> {
 /// The name of a scorer.
 pub(crate) fn scorer(text: &str) -> Result<ScorerName, String> {
     ScorerName::try_from(text.to_owned()).map_err(|error| match error {
+        KvError::Invalid { expected, .. } => format!("expected one of {expected}"),
+        error => error.to_string(),
+    })
+}
+
+/// `off`, or the name of a scorer.
+pub(crate) fn approximate_attention(text: &str) -> Result<ApproximateAttention, String> {
+    ApproximateAttention::try_from(text.to_owned()).map_err(|error| match error {
         KvError::Invalid { expected, .. } => format!("expected one of {expected}"),
         error => error.to_string(),
     })

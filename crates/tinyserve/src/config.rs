@@ -6,7 +6,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tinyserve_kernels::{DType, WeightFormat};
 use tinyserve_kv::{Budget, GroupReduce, KvError, KvFormat, Scorer, SelectionPolicy};
-use tinyserve_sched::EngineConfig;
+use tinyserve_plugins::{EntropyExit, EntropySignal, PluginManager, TokenPruning};
+use tinyserve_sched::{EngineConfig, Targets};
 
 use crate::TinyServeError;
 
@@ -152,6 +153,55 @@ impl From<ScorerName> for String {
     }
 }
 
+/// `off`, or the name of a scorer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ApproximateAttention(pub Option<Scorer>);
+
+impl TryFrom<String> for ApproximateAttention {
+    type Error = KvError;
+
+    fn try_from(name: String) -> Result<Self, KvError> {
+        if name == "off" {
+            return Ok(Self(None));
+        }
+        Scorer::named(&name).map(|scorer| Self(Some(scorer))).map_err(|error| match error {
+            KvError::Invalid { found, expected, .. } => KvError::Invalid {
+                what: "approximate_attention",
+                found,
+                expected: format!("off, {expected}"),
+            },
+            error => error,
+        })
+    }
+}
+
+impl From<ApproximateAttention> for String {
+    fn from(name: ApproximateAttention) -> Self {
+        name.0.map_or("off", |scorer| scorer.name()).to_owned()
+    }
+}
+
+/// Whose entropy ends a request early.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EntropySignalName {
+    /// That of the attention weights.
+    #[default]
+    Attention,
+    /// That of the next token's distribution.
+    NextToken,
+}
+
+impl From<EntropySignalName> for EntropySignal {
+    fn from(name: EntropySignalName) -> Self {
+        match name {
+            EntropySignalName::Attention => Self::Attention,
+            EntropySignalName::NextToken => Self::NextToken,
+        }
+    }
+}
+
 /// How the scores of the query heads that share a KV head become one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -206,6 +256,9 @@ pub struct TinyServeConfig {
     pub scorer: ScorerName,
     /// How the scores of the query heads that share a KV head become one.
     pub group_reduce: GroupReduceName,
+    /// A scorer by which every step at every length approximates attention, or `off`: the same as
+    /// `attention = "sparse"` with that `scorer`.
+    pub approximate_attention: ApproximateAttention,
     /// First pages that are always read.
     pub sink_pages: usize,
     /// Last pages that are always read.
@@ -244,6 +297,26 @@ pub struct TinyServeConfig {
     /// Most memory of the process, in units of 10⁹ bytes; unless set, 80 % of what is available.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_memory_gb: Option<f64>,
+    /// Most milliseconds for each token after the first: what suggestions and optimised settings
+    /// aim at.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_latency_ms: Option<f64>,
+    /// Whether requests end when the model has become certain.
+    pub enable_entropy_early_exit: bool,
+    /// Nats below which an entropy is certainty.
+    pub entropy_threshold: f64,
+    /// Tokens that are generated before an early exit.
+    pub min_tokens_before_exit: usize,
+    /// Whose entropy decides.
+    pub entropy_signal: EntropySignalName,
+    /// Steps in a row whose entropy has to lie below the threshold.
+    pub entropy_patience: usize,
+    /// Whether tokens with little attention are removed from the cache.
+    pub enable_token_pruning: bool,
+    /// Share of the cached tokens that one pruning removes at most, 0 to 1.
+    pub pruning_ratio: f64,
+    /// Tokens that always stay in the cache.
+    pub min_tokens_after_pruning: usize,
 }
 
 impl Default for TinyServeConfig {
@@ -261,6 +334,7 @@ impl Default for TinyServeConfig {
             top_p_pages: None,
             scorer: ScorerName::default(),
             group_reduce: GroupReduceName::Max,
+            approximate_attention: ApproximateAttention::default(),
             sink_pages: policy.sink_pages,
             recent_pages: policy.recent_pages,
             dense_layers: policy.dense_layers,
@@ -276,6 +350,15 @@ impl Default for TinyServeConfig {
             priority_ageing: 10.0,
             session_timeout: 300.0,
             target_memory_gb: None,
+            target_latency_ms: None,
+            enable_entropy_early_exit: false,
+            entropy_threshold: 0.5,
+            min_tokens_before_exit: 10,
+            entropy_signal: EntropySignalName::Attention,
+            entropy_patience: 1,
+            enable_token_pruning: false,
+            pruning_ratio: 0.1,
+            min_tokens_after_pruning: 100,
         }
     }
 }
@@ -358,14 +441,33 @@ impl TinyServeConfig {
             }
         }
         self.scheduling().check()?;
-        if let Some(gigabytes) = self.target_memory_gb
-            && !(gigabytes > 0.0 && gigabytes.is_finite())
-        {
-            return Err(TinyServeError::Setting {
-                field: "target_memory_gb",
-                found: gigabytes.to_string(),
-                expected: "a number above 0".to_owned(),
-            });
+        let targets = [
+            ("target_memory_gb", self.target_memory_gb),
+            ("target_latency_ms", self.target_latency_ms),
+        ];
+        for (field, target) in targets {
+            if let Some(target) = target
+                && !(target > 0.0 && target.is_finite())
+            {
+                return Err(TinyServeError::Setting {
+                    field,
+                    found: target.to_string(),
+                    expected: "a number above 0".to_owned(),
+                });
+            }
+        }
+        self.entropy_exit().check()?;
+        self.token_pruning().check()?;
+        if let Some(scorer) = self.approximate_attention.0 {
+            let named = ScorerName(scorer);
+            let other = self.scorer != ScorerName::default() && self.scorer != named;
+            if self.attention == AttentionMode::Dense || other {
+                return Err(TinyServeError::Setting {
+                    field: "approximate_attention",
+                    found: scorer.name().to_owned(),
+                    expected: "off where attention is dense or another scorer is set".to_owned(),
+                });
+            }
         }
         Ok(self.selection_policy().check()?)
     }
@@ -388,16 +490,57 @@ impl TinyServeConfig {
         }
     }
 
+    fn entropy_exit(&self) -> EntropyExit {
+        EntropyExit {
+            signal: self.entropy_signal.into(),
+            threshold: self.entropy_threshold,
+            min_tokens: self.min_tokens_before_exit,
+            patience: self.entropy_patience,
+        }
+    }
+
+    fn token_pruning(&self) -> TokenPruning {
+        TokenPruning {
+            ratio: self.pruning_ratio,
+            min_tokens: self.min_tokens_after_pruning,
+            sink_tokens: self.sink_pages.saturating_mul(self.page_size),
+            recent_tokens: self.recent_pages.saturating_mul(self.page_size),
+        }
+    }
+
+    /// Registers the built-in plugins, those that are not enabled switched off.
+    pub(crate) fn register_plugins(&self, plugins: &PluginManager) -> Result<(), TinyServeError> {
+        plugins.register(EntropyExit::NAME, self.entropy_exit())?;
+        plugins.register(TokenPruning::NAME, self.token_pruning())?;
+        for (name, enabled) in [
+            (EntropyExit::NAME, self.enable_entropy_early_exit),
+            (TokenPruning::NAME, self.enable_token_pruning),
+        ] {
+            if !enabled {
+                plugins.disable(name)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What suggestions aim at.
+    #[must_use]
+    pub fn targets(&self) -> Targets {
+        Targets { latency_ms: self.target_latency_ms, memory_gb: self.target_memory_gb }
+    }
+
     /// The policy that these settings describe.
     #[must_use]
     pub fn selection_policy(&self) -> SelectionPolicy {
+        let approximate = self.approximate_attention.0;
         let min_context = match self.attention {
+            _ if approximate.is_some() => 0,
             AttentionMode::Sparse => 0,
             AttentionMode::Auto | AttentionMode::Dense => SelectionPolicy::default().min_context,
         };
         let ratio = self.top_p_pages.map_or(Budget::Ratio(self.selection_ratio), Budget::TopP);
         SelectionPolicy {
-            scorer: self.scorer.0,
+            scorer: approximate.unwrap_or(self.scorer.0),
             budget: self.token_budget.map_or(ratio, Budget::Tokens),
             sink_pages: self.sink_pages,
             recent_pages: self.recent_pages,

@@ -10,15 +10,18 @@ use tinyserve_model::{
     ChatTemplate, Checkpoint, KvCache, MemoryPlan, Model, ModelConfig, ModelError, Perplexity,
     PerplexityWindow, Tokenizer, perplexity_windows,
 };
+use tinyserve_plugins::{Plugin, PluginManager};
 use tinyserve_sched::{
-    AttentionChoice, Engine, EngineConfig, Event, EventStream, ModelRunner, Request, SessionInfo,
-    Summary, Token,
+    AttentionChoice, Engine, EngineConfig, Event, EventStream, Measured, ModelRunner, Request,
+    SessionInfo, Suggestion, Summary, Token,
 };
 
+use crate::request::stop_reason;
+
 use crate::{
-    AttentionMode, FinishReason, KvUsage, PlannedMemory, Prompt, RopeFrequencyDtype, Stats,
-    StreamEvent, Timings, TinyServeConfig, TinyServeError, TinyServeRequest, TinyServeResponse,
-    Weights,
+    AttentionMode, FinishReason, KvUsage, Optimised, PlannedMemory, Prompt, RopeFrequencyDtype,
+    Stats, StreamEvent, Timings, TinyServeConfig, TinyServeError, TinyServeRequest,
+    TinyServeResponse, Weights,
 };
 
 /// A loaded model that answers requests, many at once.
@@ -42,6 +45,7 @@ pub struct TinyServe {
     weight_bytes: usize,
     load: Duration,
     backend_name: String,
+    plugins: PluginManager,
     engine: Engine,
 }
 
@@ -57,6 +61,7 @@ pub struct TinyServeBuilder {
     config: TinyServeConfig,
     selector: Option<Arc<dyn PageSelector>>,
     checkpoint: Option<Checkpoint>,
+    plugins: PluginManager,
     cpu: CpuOptions,
 }
 
@@ -131,6 +136,13 @@ impl TinyServeBuilder {
         self
     }
 
+    /// Plugins of your own; the built-in ones are registered beside them.
+    #[must_use]
+    pub fn plugins(mut self, plugins: PluginManager) -> Self {
+        self.plugins = plugins;
+        self
+    }
+
     /// A checkpoint that is open already, in place of the one that `model` names.
     #[must_use]
     pub fn checkpoint(mut self, checkpoint: Checkpoint) -> Self {
@@ -180,7 +192,10 @@ impl TinyServeBuilder {
             (AttentionMode::Dense, None) => AttentionChoice::Dense,
             (_, None) => AttentionChoice::Policy(config.selection_policy()),
         };
+        let plugins = self.plugins;
+        config.register_plugins(&plugins)?;
         let scheduling = EngineConfig {
+            plugins: plugins.clone(),
             max_sequence_length: memory.max_sequence_length,
             attention,
             eos: checkpoint.config().eos.clone(),
@@ -196,6 +211,7 @@ impl TinyServeBuilder {
             weight_bytes,
             load: start.elapsed(),
             backend_name,
+            plugins,
             engine,
             config,
         })
@@ -270,6 +286,42 @@ impl TinyServe {
         &self.engine
     }
 
+    /// The plugins: registers more, switches them, tells what they did.
+    #[must_use]
+    pub fn plugins(&self) -> &PluginManager {
+        &self.plugins
+    }
+
+    /// Registers a plugin, enabled, for requests from now on.
+    ///
+    /// # Errors
+    /// When there is one of this name.
+    pub fn register_plugin(
+        &self,
+        name: impl Into<String>,
+        plugin: impl Plugin + 'static,
+    ) -> Result<(), TinyServeError> {
+        Ok(self.plugins.register(name, plugin)?)
+    }
+
+    /// What the engine's counters suggest to change.
+    #[must_use]
+    pub fn suggestions(&self) -> Vec<Suggestion> {
+        self.measured().suggestions(&self.config.targets())
+    }
+
+    /// The settings, changed towards `target_latency_ms` and `target_memory_gb`, checked, and why.
+    ///
+    /// # Errors
+    /// When the changed settings would be out of range.
+    pub fn get_optimized_config(&self) -> Result<Optimised, TinyServeError> {
+        self.config.optimised(&self.measured())
+    }
+
+    fn measured(&self) -> Measured {
+        self.engine.stats().measured(self.engine.limits())
+    }
+
     /// Answers a request.
     ///
     /// # Errors
@@ -302,6 +354,7 @@ impl TinyServe {
                 Event::Token(token) => (answer.push(token), None),
                 Event::Finished(finished) => {
                     let reason = FinishReason::from(&finished);
+                    answer.stop_reason = finished.stop_reason.clone().and_then(stop_reason);
                     (answer.rest(&finished.summary), Some((reason, finished.summary)))
                 }
                 Event::Aborted(summary) => {
@@ -347,6 +400,7 @@ impl TinyServe {
             ignore_eos: request.ignore_eos,
             priority: request.priority,
             session: request.session_id,
+            plugins: request.plugins,
             ..Request::new(prompt)
         })?)
     }
@@ -467,6 +521,7 @@ impl TinyServe {
             prompt_tokens: usage.prompt_tokens,
             cached_tokens: usage.cached_tokens,
             finish_reason,
+            stop_reason: answer.stop_reason,
             latency_ms: milliseconds(timings.e2e),
             memory_usage_gb: (self.weight_bytes + bytes_resident) as f64 / 1e9,
             // No measurement means that no step left a page out, so nothing was missed.
@@ -486,6 +541,8 @@ impl TinyServe {
                 bytes_dense: stats.bytes_dense,
                 bytes_read_ratio: stats.bytes_ratio(),
                 recall: stats.recall(),
+                pruned_tokens: summary.kv.pruned_tokens,
+                pruned_bytes: summary.kv.pruned_bytes,
             },
         }
     }
@@ -503,6 +560,7 @@ struct Answer {
     text: String,
     tokens: Vec<u32>,
     logprobs: Vec<f32>,
+    stop_reason: Option<String>,
 }
 
 impl Answer {
