@@ -10,8 +10,8 @@ mod plan;
 mod request;
 
 pub use config::{
-    ApproximateAttention, AttentionMode, Device, EntropySignalName, GroupReduceName, KvCacheDtype,
-    RopeFrequencyDtype, ScorerName, TinyServeConfig, Weights,
+    ApproximateAttention, AttentionMode, Device, EntropySignalName, EvictionName, GroupReduceName,
+    KvCacheDtype, RopeFrequencyDtype, ScorerName, TinyServeConfig, Weights,
 };
 pub use engine::{TinyServe, TinyServeBuilder};
 pub use error::TinyServeError;
