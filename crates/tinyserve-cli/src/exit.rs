@@ -86,7 +86,10 @@ fn setting(error: &Error) -> Option<String> {
 /// The flag that sets `name`, if one does.
 fn flag(name: &str) -> Option<String> {
     let flags = [
+        "approximate_attention",
         "attention_chunk_size",
+        "entropy_patience",
+        "entropy_threshold",
         "frequency_penalty",
         "max_num_batched_tokens",
         "max_num_seqs",
@@ -95,6 +98,7 @@ fn flag(name: &str) -> Option<String> {
         "min_p",
         "page_size",
         "presence_penalty",
+        "pruning_ratio",
         "repetition_penalty",
         "scorer",
         "replicas",
