@@ -72,6 +72,11 @@ pub trait Runner: Send {
     /// When there is no such sequence.
     fn read(&self, sequence: usize) -> AttendStats;
 
+    /// What the last step read in each layer; none where there are no layers.
+    fn layers(&self) -> &[AttendStats] {
+        &[]
+    }
+
     /// Entropy of the attention weights of sequence `sequence` in the last step,
     /// `[layers, q_heads]`, if it asked for it.
     fn attention_entropy(&self, _sequence: usize) -> Option<&[f32]> {
@@ -154,6 +159,10 @@ impl<B: Backend> Runner for ModelRunner<B> {
 
     fn read(&self, sequence: usize) -> AttendStats {
         *self.output.sequence_stats(sequence)
+    }
+
+    fn layers(&self) -> &[AttendStats] {
+        self.output.layer_stats()
     }
 
     fn attention_entropy(&self, sequence: usize) -> Option<&[f32]> {

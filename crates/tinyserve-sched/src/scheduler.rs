@@ -299,6 +299,10 @@ impl<R: Runner> Scheduler<R> {
         self.decode_steps += u64::from(somebody);
         let failure = match self.forward(members, measure_recall) {
             Ok(Ok(())) => {
+                // Prompts are read in full, whatever the selection: they would hide it.
+                if members.iter().all(|&i| self.running[i].planned == 1) {
+                    self.metrics.read_in_layers(self.runner.layers());
+                }
                 for (row, &i) in members.iter().enumerate() {
                     self.commit(row, i);
                 }
