@@ -14,7 +14,7 @@ pub use backend::{
     MatrixLayout, NormArgs, NormKind, ObserveArgs, RotaryAnglesArgs, RotaryArgs, Store,
     WeightFormat,
 };
-pub use cpu::{Cpu, CpuLinear, CpuOptions, CpuPath, CpuTensor, CpuVector};
+pub use cpu::{Cpu, CpuLinear, CpuOptions, CpuPath, CpuTensor, CpuVector, SelectionTimes};
 pub use error::KernelError;
 pub use profiled::{Profile, Profiled};
 pub use tensor::{DType, HostTensor};

@@ -15,6 +15,7 @@ use std::sync::{Mutex, PoisonError, RwLock};
 
 use tinyserve_kv::{HostPages, KvElement, PageId, ScoreCost, with_element};
 
+use super::clock::Clock;
 use super::columns::Columns;
 use super::path::CpuPath;
 use super::select::{Choice, Chosen, choose};
@@ -76,6 +77,7 @@ struct Pages {
 /// What every unit of a call needs.
 pub(super) struct Context<'a> {
     pub(super) path: CpuPath,
+    pub(super) clock: &'a Clock,
     pub(super) layer: usize,
     pub(super) heads: Heads,
     pub(super) pages: &'a HostPages,
@@ -150,6 +152,7 @@ pub(super) fn attend(cpu: &Cpu, args: AttendArgs<'_, Cpu>) -> Result<AttendStats
     };
     let context = Context {
         path,
+        clock: &cpu.clock,
         layer,
         heads,
         pages,
@@ -257,6 +260,7 @@ impl Context<'_> {
             cpu.scratch[thread].lock().unwrap_or_else(PoisonError::into_inner)
         };
         let nobody_selects = units.iter().all(|unit| !unit.selects);
+        let choosing = if nobody_selects { None } else { self.clock.start() };
         each(units.len(), nobody_selects, &|thread, index| {
             let mut chosen = pages[index].write().unwrap_or_else(PoisonError::into_inner);
             let choice = &mut scratch(thread).choice;
@@ -264,6 +268,7 @@ impl Context<'_> {
                 self.choose::<E>(&units[index], choice, &mut chosen);
             });
         });
+        self.clock.chose(choosing);
         // In the order of the units, so that neither sums nor errors depend on who was faster.
         items.clear();
         let (part, mut first) = (part_pages(self.pages.layout().page_size()), 0);

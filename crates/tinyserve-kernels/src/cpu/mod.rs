@@ -2,6 +2,7 @@
 
 mod activate;
 mod attend;
+mod clock;
 mod columns;
 mod embed;
 mod linear;
@@ -23,6 +24,7 @@ use std::sync::{Mutex, PoisonError};
 use tinyserve_kv::{HostPages, KvLayout, PageCopy, TokenMove};
 
 pub(crate) use packed::{GROUP, Packed, packed_bytes};
+pub use clock::SelectionTimes;
 pub use path::CpuPath;
 pub(crate) use quantised::RowGroup;
 pub use tensor::{CpuLinear, CpuTensor, CpuVector};
@@ -34,6 +36,7 @@ use crate::{
     Store,
 };
 use activate::Activate;
+use clock::Clock;
 use embed::Embed;
 use norm::Norm;
 use pool::Pool;
@@ -61,6 +64,8 @@ pub struct Cpu {
     plan: Mutex<attend::Plan>,
     /// Input rows of the running product over quantised weights; grows, and is kept.
     quantised: Mutex<Vec<RowGroup>>,
+    /// Times the choice of pages, when asked to.
+    clock: Clock,
 }
 
 /// Most threads that can be asked for: beyond it a number is a typing mistake.
@@ -96,7 +101,7 @@ impl Cpu {
         })?;
         let scratch = (0..threads).map(|_| Mutex::default()).collect();
         let (plan, quantised) = Default::default();
-        Ok(Self { pool, path, scratch, plan, quantised })
+        Ok(Self { pool, path, scratch, plan, quantised, clock: Clock::default() })
     }
 
     /// The scalar reference, on the thread that calls it: what other backends are held to.
@@ -108,6 +113,7 @@ impl Cpu {
             scratch: vec![Mutex::default()],
             plan: Mutex::default(),
             quantised: Mutex::default(),
+            clock: Clock::default(),
         }
     }
 
@@ -121,6 +127,17 @@ impl Cpu {
     #[must_use]
     pub fn path(&self) -> CpuPath {
         self.path
+    }
+
+    /// Starts or stops timing the choice of pages.
+    pub fn time_selection(&self, on: bool) {
+        self.clock.switch(on);
+    }
+
+    /// What choosing pages took since the last call, while it was timed. Policies without kernels
+    /// are counted as scoring.
+    pub fn take_selection_times(&self) -> SelectionTimes {
+        self.clock.take()
     }
 
     /// Runs `f` on pairs of input and output rows, on several threads when there is much to do.
