@@ -23,8 +23,8 @@ use std::sync::{Mutex, PoisonError};
 
 use tinyserve_kv::{HostPages, KvLayout, PageCopy, TokenMove};
 
-pub(crate) use packed::{GROUP, Packed, packed_bytes};
 pub use clock::SelectionTimes;
+pub(crate) use packed::{GROUP, Packed, packed_bytes};
 pub use path::CpuPath;
 pub(crate) use quantised::RowGroup;
 pub use tensor::{CpuLinear, CpuTensor, CpuVector};
