@@ -10,9 +10,10 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args};
 use tinyserve::kernels::{Cpu, CpuOptions, CpuPath};
+use tinyserve::model::Checkpoint;
 use tinyserve::{
     AttentionMode, Device, GroupReduceName, KvCacheDtype, RopeFrequencyDtype, ScorerName,
-    TinyServe, TinyServeConfig, Weights,
+    TinyServe, TinyServeBuilder, TinyServeConfig, Weights,
 };
 
 use crate::exit::{Usage, out_of_range};
@@ -86,6 +87,27 @@ impl MemoryArgs {
     }
 }
 
+/// How requests share steps.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Scheduling")]
+pub(crate) struct ScheduleArgs {
+    /// Most sequences that run together [default: 16].
+    #[arg(long, value_name = "N", env = "TINYSERVE_MAX_NUM_SEQS", value_parser = values::size)]
+    max_num_seqs: Option<usize>,
+    /// Most tokens of one step, decodes and prefill chunks together [default: 512, or more where
+    /// --attention-chunk-size or --max-num-seqs are more].
+    #[arg(long, value_name = "TOKENS", env = "TINYSERVE_MAX_NUM_BATCHED_TOKENS",
+          value_parser = values::size)]
+    max_num_batched_tokens: Option<usize>,
+}
+
+impl ScheduleArgs {
+    pub(crate) fn apply(&self, config: &mut TinyServeConfig) {
+        set(&mut config.max_num_seqs, self.max_num_seqs);
+        set_some(&mut config.max_num_batched_tokens, self.max_num_batched_tokens);
+    }
+}
+
 /// Where the model runs.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Device")]
@@ -128,8 +150,20 @@ impl DeviceArgs {
 
     /// Loads the model of `config`, with a progress bar if that takes long.
     pub(crate) fn load(&self, config: TinyServeConfig) -> Result<TinyServe> {
+        self.build(TinyServe::builder().config(config))
+    }
+
+    /// As [`Self::load`], from a checkpoint that is open already.
+    pub(crate) fn load_open(
+        &self,
+        config: TinyServeConfig,
+        checkpoint: Checkpoint,
+    ) -> Result<TinyServe> {
+        self.build(TinyServe::builder().config(config).checkpoint(checkpoint))
+    }
+
+    fn build(&self, mut builder: TinyServeBuilder) -> Result<TinyServe> {
         let mut progress = Progress::new("loading");
-        let mut builder = TinyServe::builder().config(config);
         if let Some(path) = self.cpu {
             builder = builder.cpu_path(path);
         }

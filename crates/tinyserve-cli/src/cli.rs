@@ -3,7 +3,7 @@
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
-use crate::{analyze, bench, doctor, eval, inspect, output, run, tokenize};
+use crate::{analyze, bench, chat, doctor, eval, inspect, output, run, tokenize};
 
 const NOTES: &str = "\
 Numbers of tokens take suffixes: k or K is 1024, m or M is 1024², g or G is 1024³.
@@ -25,6 +25,9 @@ pub(crate) enum Command {
     /// Continues a prompt: text to stdout as it is made, speed and cache use to stderr.
     #[command(after_help = NOTES)]
     Run(run::RunArgs),
+    /// A conversation in the terminal: each turn computes only what is new.
+    #[command(after_help = NOTES)]
+    Chat(chat::ChatArgs),
     /// Shows how a text becomes tokens.
     Tokenize(tokenize::TokenizeArgs),
     /// Shows a model's shape and the memory it needs, without loading it.
@@ -75,6 +78,9 @@ pub(crate) enum BenchCommand {
     /// Speed of many sequences together, from prompt to last token, at each batch size.
     #[command(after_help = NOTES)]
     Throughput(bench::ThroughputArgs),
+    /// Throughput and latencies of requests that arrive over time, in the words of vllm bench serve.
+    #[command(after_help = NOTES)]
+    Serve(bench::ServeArgs),
     /// Speed of one attention step alone, sparse beside dense.
     #[command(after_help = NOTES)]
     Attention(bench::AttentionArgs),

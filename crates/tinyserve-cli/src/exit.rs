@@ -88,6 +88,8 @@ fn flag(name: &str) -> Option<String> {
     let flags = [
         "attention_chunk_size",
         "frequency_penalty",
+        "max_num_batched_tokens",
+        "max_num_seqs",
         "max_sequence_length",
         "max_tokens",
         "min_p",

@@ -4,6 +4,7 @@
 mod analyze;
 mod args;
 mod bench;
+mod chat;
 mod cli;
 mod doctor;
 mod eval;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let result = match &cli.command {
         Command::Run(args) => run::run(args, sources),
+        Command::Chat(args) => chat::chat(args, sources),
         Command::Tokenize(args) => tokenize::tokenize(args),
         Command::Inspect(args) => inspect::inspect(args),
         Command::Doctor(args) => doctor::doctor(args),
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
             BenchCommand::Latency(args) => bench::latency(args, sources),
             BenchCommand::Throughput(args) => bench::throughput(args, sources),
             BenchCommand::Attention(args) => bench::attention(args),
+            BenchCommand::Serve(args) => bench::serve(args, sources),
         },
         Command::Analyze(args) => analyze::analyze(args),
         Command::Completions { shell } => cli::completions(*shell),

@@ -1,10 +1,12 @@
 //! Settings of an engine: one name each in code, files, flags and the environment.
 
 use std::path::Path;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tinyserve_kernels::{DType, WeightFormat};
 use tinyserve_kv::{Budget, GroupReduce, KvError, KvFormat, Scorer, SelectionPolicy};
+use tinyserve_sched::EngineConfig;
 
 use crate::TinyServeError;
 
@@ -223,6 +225,22 @@ pub struct TinyServeConfig {
     /// or fewer where memory holds fewer.
     #[serde(alias = "max_model_len", skip_serializing_if = "Option::is_none")]
     pub max_sequence_length: Option<usize>,
+    /// Most sequences that run together.
+    pub max_num_seqs: usize,
+    /// Most tokens of one step, decodes and prefill chunks together; unless set, 512, or more where
+    /// `attention_chunk_size` or `max_num_seqs` are more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_num_batched_tokens: Option<usize>,
+    /// Most requests that wait for their first step; no limit unless set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_num_queued_reqs: Option<usize>,
+    /// Most prompt tokens of the requests that wait for their first step; no limit unless set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_num_queued_tokens: Option<usize>,
+    /// Seconds of waiting that count as much as one step of priority.
+    pub priority_ageing: f64,
+    /// Seconds without a request after which a session is deleted.
+    pub session_timeout: f64,
     /// Most memory of the process, in units of 10⁹ bytes; unless set, 80 % of what is available.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_memory_gb: Option<f64>,
@@ -251,10 +269,19 @@ impl Default for TinyServeConfig {
             rope_frequency_dtype: RopeFrequencyDtype::F32,
             attention_chunk_size: 256,
             max_sequence_length: None,
+            max_num_seqs: 16,
+            max_num_batched_tokens: None,
+            max_num_queued_reqs: None,
+            max_num_queued_tokens: None,
+            priority_ageing: 10.0,
+            session_timeout: 300.0,
             target_memory_gb: None,
         }
     }
 }
+
+/// Most tokens of a step when neither the user nor a larger setting asks for more.
+const DEFAULT_MAX_NUM_BATCHED_TOKENS: usize = 512;
 
 /// Most tokens of a sequence when neither the user nor the model asks for fewer.
 const DEFAULT_MAX_SEQUENCE_LENGTH: usize = 8192;
@@ -307,6 +334,8 @@ impl TinyServeConfig {
             ("attention_chunk_size", Some(self.attention_chunk_size)),
             ("threads", self.threads),
             ("max_sequence_length", self.max_sequence_length),
+            ("max_num_seqs", Some(self.max_num_seqs)),
+            ("max_num_batched_tokens", self.max_num_batched_tokens),
         ];
         for (field, value) in at_least_one {
             if value == Some(0) {
@@ -317,6 +346,18 @@ impl TinyServeConfig {
                 });
             }
         }
+        for (field, seconds) in
+            [("priority_ageing", self.priority_ageing), ("session_timeout", self.session_timeout)]
+        {
+            if Duration::try_from_secs_f64(seconds).is_err() {
+                return Err(TinyServeError::Setting {
+                    field,
+                    found: seconds.to_string(),
+                    expected: "seconds, 0 or more".to_owned(),
+                });
+            }
+        }
+        self.scheduling().check()?;
         if let Some(gigabytes) = self.target_memory_gb
             && !(gigabytes > 0.0 && gigabytes.is_finite())
         {
@@ -327,6 +368,24 @@ impl TinyServeConfig {
             });
         }
         Ok(self.selection_policy().check()?)
+    }
+
+    /// What the scheduler is told; the facade adds what only a loaded model knows.
+    pub(crate) fn scheduling(&self) -> EngineConfig {
+        let seconds = |seconds| Duration::try_from_secs_f64(seconds).unwrap_or_default();
+        let most = self.attention_chunk_size.max(self.max_num_seqs);
+        EngineConfig {
+            max_num_seqs: self.max_num_seqs,
+            max_num_batched_tokens: self
+                .max_num_batched_tokens
+                .unwrap_or(most.max(DEFAULT_MAX_NUM_BATCHED_TOKENS)),
+            attention_chunk_size: self.attention_chunk_size,
+            max_num_queued_reqs: self.max_num_queued_reqs,
+            max_num_queued_tokens: self.max_num_queued_tokens,
+            priority_ageing: seconds(self.priority_ageing),
+            session_timeout: seconds(self.session_timeout),
+            ..EngineConfig::default()
+        }
     }
 
     /// The policy that these settings describe.
@@ -425,6 +484,13 @@ mod tests {
             ("c.json", r#"{"selection_ratio": 1.5}"#, "selection_ratio is 1.5"),
             ("d.toml", "page_size = 0", "page_size is 0"),
             ("e.toml", "num_gpus = 2", "num_gpus"),
+            ("l.toml", "max_num_seqs = 0", "max_num_seqs is 0"),
+            (
+                "m.toml",
+                "max_num_batched_tokens = 3",
+                "max_num_batched_tokens is 3, expected at least 16",
+            ),
+            ("n.toml", "session_timeout = -1.0", "session_timeout is -1"),
             ("j.toml", "target_memory_gb = 0.0", "target_memory_gb is 0"),
             ("k.toml", "target_memory_gb = inf", "target_memory_gb is inf"),
             ("i.toml", "weights = \"int3\"", "int3"),
