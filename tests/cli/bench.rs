@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::binary::{tinyserve, words};
+use crate::binary::{text, tinyserve, words};
 
 fn rows(args: &str) -> Vec<Value> {
     let rows = words(&format!("bench latency -o json {args}")).json();
@@ -208,7 +208,8 @@ fn attention_is_compared_with_dense() {
         assert_eq!((&two[1]["n_sequences"], &two[1]["placement"]), (&2.into(), &placement.into()));
     }
     for (flags, sentence) in [
-        ("--kv-heads 3", "--kv-heads is 3"),
+        ("--kv-heads 1,3", "--kv-heads is 3"),
+        ("--plot x.png", "--plot is x.png"),
         ("--sequences 0", "--sequences is 0"),
         ("--placement alternating", "--sequences is 1"),
         ("--ratios 1.5", "--ratios is 1.5"),
@@ -218,6 +219,37 @@ fn attention_is_compared_with_dense() {
     ] {
         words(&format!("bench attention {flags}")).refused_with(2, &[sentence, "expected"]);
     }
+}
+
+#[test]
+fn attention_is_swept_and_split() {
+    let home = tempfile::tempdir().unwrap();
+    let plot = home.path().join("plot.svg");
+    let sweep = "bench attention --q-heads 8 --kv-heads 2 --head-dim 64 --tokens 1k,2k -r 2 -t 1 \
+                 --ratios 0.25 --warm-ups 0";
+    let command = format!("{sweep} --num-pages 32 -o json --plot {}", text(&plot));
+    let rows = words(&command).json();
+    let rows = rows.as_array().unwrap();
+    let sizes: Vec<_> = rows
+        .iter()
+        .map(|row| [&row["n_tokens"], &row["page_size"]].map(|n| n.as_u64().unwrap()))
+        .collect();
+    assert_eq!(sizes, [[1024, 32], [1024, 32], [2048, 64], [2048, 64]]);
+    for row in rows {
+        let ms = number(row, "avg_attention_time_ms");
+        assert!((1e6 * ms / number(row, "avg_ns") - 1.0).abs() < 1e-9, "{row}");
+        let throughput = number(row, "throughput_tokens_per_ms");
+        assert!((throughput * ms / number(row, "n_tokens") - 1.0).abs() < 1e-9, "{row}");
+        let [score, select, attend] =
+            ["score_ns", "select_ns", "attend_ns"].map(|phase| number(row, phase));
+        assert!(attend > 0.0, "{row}");
+        assert_eq!(score + select > 0.0, row["attention"] == "sparse", "{row}");
+    }
+    assert!(std::fs::read_to_string(&plot).unwrap().contains("ratio 0.25, pages of 32"));
+    let table = words(&format!("{sweep} --page-size 16")).done();
+    let last = table.trim_end().lines().last().unwrap();
+    assert!(last.starts_with("ratio 0.25, pages of 16, f16, 8/2 heads: "), "{table}");
+    assert!(last.contains("pay"), "{table}");
 }
 
 #[test]
