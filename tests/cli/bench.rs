@@ -297,7 +297,7 @@ fn requests_that_arrive_over_time_are_counted_in_vllms_words() {
 fn traces_are_replayed() {
     for (name, prompts) in [("azure-conversation.csv", 6), ("mooncake-conversation.jsonl", 6)] {
         let trace = tinyserve_tests::data(&format!("data/traces/{name}"));
-        let trace = crate::binary::text(&trace);
+        let trace = text(&trace);
         let scale = ["--time-scale", "0", "--length-scale", "0.01", "--num-prompts", "6"];
         let args = ["bench", "serve", "--trace", trace, "--json", "-t", "1"];
         let object = tinyserve(&[&args[..], &scale].concat()).json();
