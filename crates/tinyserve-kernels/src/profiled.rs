@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tinyserve_kv::{KvLayout, PageCopy, TokenMove};
+use tinyserve_kv::{KvLayout, PageCopy, PageId, TokenMove};
 
 use crate::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
@@ -91,6 +91,24 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
         self.inner.copy_page(pages, copy);
     }
 
+    fn download_page(
+        &self,
+        pages: &B::KvPages,
+        page: PageId,
+        out: &mut Vec<u8>,
+    ) -> Result<(), KernelError> {
+        self.inner.download_page(pages, page, out)
+    }
+
+    fn upload_page(
+        &self,
+        pages: &mut B::KvPages,
+        page: PageId,
+        bytes: &[u8],
+    ) -> Result<(), KernelError> {
+        self.inner.upload_page(pages, page, bytes)
+    }
+
     fn move_tokens(&self, pages: &mut B::KvPages, moves: &[TokenMove]) -> Result<(), KernelError> {
         self.inner.move_tokens(pages, moves)
     }
@@ -168,5 +186,9 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
 
     fn upload(&self, values: &[f32], out: &mut B::Tensor) {
         self.inner.upload(values, out);
+    }
+
+    fn check(&self) -> Result<(), KernelError> {
+        self.inner.check()
     }
 }

@@ -21,13 +21,15 @@ mod turned;
 
 use std::sync::{Mutex, PoisonError};
 
-use tinyserve_kv::{HostPages, KvLayout, PageCopy, TokenMove};
+use tinyserve_kv::{HostPages, KvLayout, PageCopy, PageId, TokenMove};
 
 pub use clock::SelectionTimes;
-pub(crate) use packed::{GROUP, Packed, packed_bytes};
+pub(crate) use packed::{CodeBits, GROUP, Packed, packed_bytes};
 pub use path::CpuPath;
 pub(crate) use quantised::RowGroup;
+pub(crate) use select::ask_selector;
 pub use tensor::{CpuLinear, CpuTensor, CpuVector};
+pub(crate) use tensor::{CpuWeights, vector};
 
 use crate::reference;
 use crate::{
@@ -42,7 +44,7 @@ use norm::Norm;
 use pool::Pool;
 use rotary::Rotary;
 use simd::dispatch;
-use tensor::{CpuWeights, Elements};
+use tensor::Elements;
 
 /// How a [`Cpu`] is set up.
 #[derive(Debug, Clone, Copy, Default)]
@@ -192,6 +194,26 @@ impl Backend for Cpu {
 
     fn copy_page(&self, pages: &mut HostPages, copy: PageCopy) {
         pages.copy(copy);
+    }
+
+    fn download_page(
+        &self,
+        pages: &HostPages,
+        page: PageId,
+        out: &mut Vec<u8>,
+    ) -> Result<(), KernelError> {
+        pages.read_page(page, out);
+        Ok(())
+    }
+
+    fn upload_page(
+        &self,
+        pages: &mut HostPages,
+        page: PageId,
+        bytes: &[u8],
+    ) -> Result<(), KernelError> {
+        pages.write_page(page, bytes);
+        Ok(())
     }
 
     fn move_tokens(&self, pages: &mut HostPages, moves: &[TokenMove]) -> Result<(), KernelError> {
