@@ -56,6 +56,8 @@ fn rows_hold_together() {
             }
         }
         assert!(row["cpu_path"].is_string() && row["attention"].is_string());
+        // The plan is kept.
+        assert!(number(row, "rss_bytes") <= 1.05 * number(row, "planned_bytes"), "{row}");
         assert_eq!(row["bytes_read_ratio"], 1.0);
         let tokens = (sizes(row)[0] + sizes(row)[1]) as f64;
         let ns: Vec<_> = row["samples_ns"].as_array().unwrap().iter().collect();
