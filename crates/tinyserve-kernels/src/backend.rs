@@ -3,7 +3,7 @@
 use std::fmt;
 use std::ops::Range;
 
-use tinyserve_kv::{KvLayout, PageCopy, PageId, PageSelector, SelectionPolicy, Slot};
+use tinyserve_kv::{KvLayout, PageCopy, PageId, PagePool, PageSelector, SelectionPolicy, Slot};
 
 use crate::{HostTensor, KernelError};
 
@@ -357,6 +357,11 @@ pub trait Backend: Send + Sized {
 
     /// Copies a page, for copy on write.
     fn copy_page(&self, pages: &mut Self::KvPages, copy: PageCopy);
+
+    /// Lets go of what it keeps, apart from the pages' own places, of pages that nobody holds.
+    ///
+    /// Called after pages were released. A backend that keeps nothing elsewhere does nothing.
+    fn forget_free_pages(&self, _pages: &mut Self::KvPages, _pool: &PagePool) {}
 
     /// Looks rows up in an embedding table.
     fn embed(&self, args: EmbedArgs<'_, Self>);

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tinyserve_kv::{KvLayout, PageCopy};
+use tinyserve_kv::{KvLayout, PageCopy, PagePool};
 
 use crate::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
@@ -89,6 +89,10 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
 
     fn copy_page(&self, pages: &mut B::KvPages, copy: PageCopy) {
         self.inner.copy_page(pages, copy);
+    }
+
+    fn forget_free_pages(&self, pages: &mut B::KvPages, pool: &PagePool) {
+        self.inner.forget_free_pages(pages, pool);
     }
 
     fn embed(&self, args: EmbedArgs<'_, Self>) {

@@ -1,10 +1,13 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod append;
+mod codes;
 mod error;
 mod format;
 mod layout;
 mod memory;
+mod open;
 mod pages;
 mod policy;
 mod pool;
@@ -12,6 +15,8 @@ mod select;
 mod selector;
 mod table;
 
+pub use append::NewToken;
+pub use codes::{CodeLayout, CodePage};
 pub use error::KvError;
 pub use format::{KvElement, KvFormat};
 pub use layout::{GROUP_PAGES, KvLayout, KvShape, MAX_PAGE_SIZE};

@@ -11,6 +11,8 @@ pub struct KvCache<B: Backend> {
     layout: KvLayout,
     pool: PagePool,
     pub(crate) pages: B::KvPages,
+    /// Whether pages were released that the backend has not been told of.
+    released: bool,
 }
 
 impl<B: Backend> KvCache<B> {
@@ -23,6 +25,7 @@ impl<B: Backend> KvCache<B> {
             layout,
             pool: PagePool::new(pages)?,
             pages: backend.allocate_pages(layout, pages)?,
+            released: false,
         })
     }
 
@@ -54,6 +57,9 @@ impl<B: Backend> KvCache<B> {
         table: &mut PageTable,
         tokens: usize,
     ) -> Result<(), ModelError> {
+        if std::mem::take(&mut self.released) {
+            backend.forget_free_pages(&mut self.pages, &self.pool);
+        }
         if let Some(copy) = table.extend(&mut self.pool, tokens)? {
             backend.copy_page(&mut self.pages, copy);
         }
@@ -79,13 +85,21 @@ impl<B: Backend> KvCache<B> {
         Ok(copy)
     }
 
-    /// Forgets the tokens of a sequence from `tokens` on.
-    pub fn truncate(&mut self, table: &mut PageTable, tokens: usize) {
+    /// Forgets the tokens of a sequence from `tokens` on; the number that are left.
+    ///
+    /// A sealed page of codes cannot be opened again: where the format has codes and `tokens` ends
+    /// within such a page, the whole page is forgotten, and its tokens are to be computed again.
+    #[must_use = "fewer tokens may be left than were asked for"]
+    pub fn truncate(&mut self, table: &mut PageTable, tokens: usize) -> usize {
+        let tokens = self.layout.cut(table.len(), tokens.min(table.len()));
         table.truncate(&mut self.pool, tokens);
+        self.released = true;
+        tokens
     }
 
     /// Gives the pages of a sequence back.
     pub fn release(&mut self, table: PageTable) {
         table.release(&mut self.pool);
+        self.released = true;
     }
 }

@@ -20,7 +20,7 @@ mod turned;
 
 use std::sync::{Mutex, PoisonError};
 
-use tinyserve_kv::{HostPages, KvLayout, PageCopy};
+use tinyserve_kv::{HostPages, KvLayout, NewToken, PageCopy, PagePool};
 
 pub(crate) use packed::{GROUP, Packed};
 pub use path::CpuPath;
@@ -177,6 +177,10 @@ impl Backend for Cpu {
         pages.copy(copy);
     }
 
+    fn forget_free_pages(&self, pages: &mut HostPages, pool: &PagePool) {
+        pages.forget_free(pool);
+    }
+
     fn embed(&self, args: EmbedArgs<'_, Self>) {
         let EmbedArgs { table, ids, store, out } = args;
         assert_eq!(out.columns(), table.inputs, "width of an embedding");
@@ -300,9 +304,12 @@ impl Backend for Cpu {
         assert_eq!(qkv.columns(), heads.qkv_width(), "width of queries, keys and values");
         assert_eq!(qkv.rows(), slots.len(), "one slot per row");
         // One thread: rounding a chunk's keys takes less than a thousandth of projecting them.
-        for (row, &slot) in qkv.values().chunks_exact(heads.qkv_width()).zip(slots) {
-            pages.append(layer, slot, &row[heads.k_columns()], &row[heads.v_columns()]);
-        }
+        let rows = qkv.values().chunks_exact(heads.qkv_width()).zip(slots);
+        let tokens = rows.map(|(row, &slot)| {
+            let (keys, values) = (&row[heads.k_columns()], &row[heads.v_columns()]);
+            NewToken { slot, keys, values }
+        });
+        pages.append_tokens(layer, tokens);
     }
 
     fn attend(&self, args: AttendArgs<'_, Self>) -> Result<AttendStats, KernelError> {
