@@ -79,7 +79,18 @@ impl Backend for Recorder {
         self.cpu.append_kv(AppendKvArgs { layer, heads, qkv, slots, pages });
     }
     fn attend(&self, args: AttendArgs<'_, Self>) -> Result<AttendStats, KernelError> {
-        let AttendArgs { layer, heads, qkv, scale, sequences, pages, measure_recall, out } = args;
+        let AttendArgs {
+            layer,
+            heads,
+            qkv,
+            scale,
+            sequences,
+            pages,
+            measure_recall,
+            sequence_stats,
+            observe,
+            out,
+        } = args;
         let stats = self.cpu.attend(AttendArgs {
             layer,
             heads,
@@ -88,6 +99,8 @@ impl Backend for Recorder {
             sequences,
             pages,
             measure_recall,
+            sequence_stats,
+            observe,
             out: &mut *out,
         });
         self.record("attend", out);

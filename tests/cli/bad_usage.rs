@@ -43,8 +43,7 @@ fn values_out_of_range_are_one_sentence() {
 #[test]
 fn what_comes_later_is_refused_by_name() {
     let cases = [
-        ("--kv-cache-dtype int8", ["--kv-cache-dtype", "int8 is not implemented yet"]),
-        ("--kv-cache-dtype int4", ["--kv-cache-dtype", "int4 is not implemented yet"]),
+        ("--kv-cache-dtype fp8", ["--kv-cache-dtype", "bf16, int8 or int4"]),
         ("--scorer mean-std", ["--scorer", "mean-std is not implemented yet"]),
         ("--scorer cuboid-mean", ["--scorer", "cuboid-mean is not implemented yet"]),
         ("--device cuda", ["--device", "CUDA is not built into this version"]),

@@ -34,6 +34,7 @@ const ROOMS: &[(&[&str], &[&str])] = &[
         &["memmap2"],
         &["tinyserve-kv", "tinyserve-kernels", "tinyserve-model", "tinyserve-tests", "xtask"],
     ),
+    (&["minijinja", "minijinja-contrib"], &["tinyserve-model"]),
     (&["axum", "tokio", "hyper"], &["tinyserve-server"]),
     (&["clap", "anyhow", "indicatif"], &["tinyserve-cli", "xtask"]),
     (&["proptest", "criterion", "tempfile"], &["tinyserve-tests"]),

@@ -87,10 +87,12 @@ fn setting(error: &Error) -> Option<String> {
 fn flag(name: &str) -> Option<String> {
     let flags = [
         "attention_chunk_size",
+        "frequency_penalty",
         "max_sequence_length",
         "max_tokens",
         "min_p",
         "page_size",
+        "presence_penalty",
         "repetition_penalty",
         "selection_ratio",
         "stride",

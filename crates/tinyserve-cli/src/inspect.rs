@@ -79,7 +79,7 @@ fn plan(layout: &KvLayout, weight_bytes: u64, longest: usize) -> Vec<PlanRow> {
         .map(|context| {
             let pages = layout.pages_for(context);
             // A configuration may describe a context that no machine can hold.
-            let per_page = (layout.page_size() * layout.bytes_per_token()) as u64;
+            let per_page = (layout.bytes_per_page() - layout.box_bytes_per_page()) as u64;
             let kv_bytes = per_page.saturating_mul(pages as u64);
             let box_bytes = box_bytes_per_page(layout).saturating_mul(pages as u64);
             let total_bytes = weight_bytes.saturating_add(kv_bytes).saturating_add(box_bytes);
@@ -89,7 +89,7 @@ fn plan(layout: &KvLayout, weight_bytes: u64, longest: usize) -> Vec<PlanRow> {
 }
 
 fn box_bytes_per_page(layout: &KvLayout) -> u64 {
-    (layout.bytes_per_page() - layout.page_size() * layout.bytes_per_token()) as u64
+    layout.box_bytes_per_page() as u64
 }
 
 fn activation_name(activation: Activation) -> &'static str {

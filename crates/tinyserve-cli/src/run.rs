@@ -94,6 +94,24 @@ struct SamplingArgs {
         allow_negative_numbers = true
     )]
     repetition_penalty: f32,
+    /// Takes this off the logits of tokens that were generated before, -2 to 2.
+    #[arg(
+        long,
+        value_name = "X",
+        default_value = "0",
+        env = "TINYSERVE_PRESENCE_PENALTY",
+        allow_negative_numbers = true
+    )]
+    presence_penalty: f32,
+    /// Takes this off the logit of a token for each time it was generated before, -2 to 2.
+    #[arg(
+        long,
+        value_name = "X",
+        default_value = "0",
+        env = "TINYSERVE_FREQUENCY_PENALTY",
+        allow_negative_numbers = true
+    )]
+    frequency_penalty: f32,
     /// The same seed gives the same text [default: a new one each time].
     #[arg(long, value_name = "N", env = "TINYSERVE_SEED")]
     seed: Option<u64>,
@@ -107,6 +125,8 @@ impl SamplingArgs {
             top_p: self.top_p,
             min_p: self.min_p,
             repetition_penalty: self.repetition_penalty,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
             seed: self.seed,
         };
         params.check().map_err(TinyServeError::from)?;

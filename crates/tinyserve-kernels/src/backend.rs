@@ -257,8 +257,40 @@ pub struct AttendArgs<'a, B: Backend> {
     pub pages: &'a B::KvPages,
     /// Whether to measure recall too, which reads every key of the sequences that select.
     pub measure_recall: bool,
+    /// What each sequence read `[sequences]`, added to what is there: requests that share a step
+    /// are told apart.
+    pub sequence_stats: Option<&'a mut [AttendStats]>,
+    /// What to tell about the weights; nothing of it is computed unless it is asked for.
+    pub observe: Option<ObserveArgs<'a, B::Tensor>>,
     /// `[rows, q_heads·head_dim]`.
     pub out: &'a mut B::Tensor,
+}
+
+/// What attention tells about its weights `p_t = exp(s_t − lse)`, where `s_t` is the scaled score
+/// of token `t` and the tokens are those that were read.
+#[derive(Debug)]
+pub struct ObserveArgs<'a, T> {
+    /// Log-sum-exp of the scores, `ln Σ_t exp(s_t)`, `[rows, q_heads]`.
+    pub lse: &'a mut T,
+    /// Entropy of the weights in nats, `lse − Σ_t p_t·s_t`, `[rows, q_heads]`. It comes out of the
+    /// pass that computes the result.
+    pub entropy: &'a mut T,
+    /// What each token got, which costs a pass over weights that are kept for it, but none over
+    /// keys.
+    pub mass: Option<MassArgs<'a, T>>,
+}
+
+/// The attention mass of each token: its weights, added up over rows and the query heads of a KV
+/// head.
+#[derive(Debug)]
+pub struct MassArgs<'a, T> {
+    /// For each sequence, those of its rows whose weights are added up; it may be empty.
+    pub rows: &'a [Range<usize>],
+    /// How the result is stored; what is added to has the same shape.
+    pub store: Store,
+    /// `[rows of pages, page_size]`: for each sequence whose rows are not empty, in order, a row of
+    /// pages `[kv_heads, pages of the sequence]`. Tokens that were not read have no mass.
+    pub out: &'a mut T,
 }
 
 /// What attention read, added up over rows, heads and layers.

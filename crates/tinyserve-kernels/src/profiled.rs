@@ -126,8 +126,30 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
     }
 
     fn attend(&self, args: AttendArgs<'_, Self>) -> Result<AttendStats, KernelError> {
-        let AttendArgs { layer, heads, qkv, scale, sequences, pages, measure_recall, out } = args;
-        let args = AttendArgs { layer, heads, qkv, scale, sequences, pages, measure_recall, out };
+        let AttendArgs {
+            layer,
+            heads,
+            qkv,
+            scale,
+            sequences,
+            pages,
+            measure_recall,
+            sequence_stats,
+            observe,
+            out,
+        } = args;
+        let args = AttendArgs {
+            layer,
+            heads,
+            qkv,
+            scale,
+            sequences,
+            pages,
+            measure_recall,
+            sequence_stats,
+            observe,
+            out,
+        };
         self.timed(&self.attend, || self.inner.attend(args))
     }
 

@@ -11,6 +11,7 @@ mod open;
 mod pages;
 mod policy;
 mod pool;
+mod prefix;
 mod select;
 mod selector;
 mod table;
@@ -23,6 +24,9 @@ pub use layout::{GROUP_PAGES, KvLayout, KvShape, MAX_PAGE_SIZE};
 pub use pages::{HeadPage, HostPages, PageBox};
 pub use policy::{Budget, GroupReduce, Scorer, SelectionPolicy};
 pub use pool::{PageId, PagePool};
+pub use prefix::{
+    EvictionCause, EvictionPolicy, PageHash, Prefix, PrefixIndex, PrefixOptions, PrefixStats,
+};
 pub use select::{attention_mass, score_box, select_pages};
 pub use selector::{PageSelector, SelectFields, SelectInput};
 pub use table::{PageCopy, PageTable, Slot};

@@ -106,7 +106,8 @@ impl PageTable {
         }
         let copy = match shared_open {
             Some(open) => {
-                let copy = PageCopy { from: self.pages[open], to: pool.allocate()? };
+                let before = open.checked_sub(1).map(|before| self.pages[before]);
+                let copy = PageCopy { from: self.pages[open], to: pool.allocate_after(before)? };
                 pool.release(copy.from);
                 self.pages[open] = copy.to;
                 Some(copy)
@@ -114,10 +115,22 @@ impl PageTable {
             None => None,
         };
         while self.pages.len() < total {
-            self.pages.push(pool.allocate()?);
+            self.pages.push(pool.allocate_after(self.pages.last().copied())?);
         }
         self.tokens += tokens;
         Ok(copy)
+    }
+
+    /// A table over full pages that others hold, which it shares with them.
+    pub(crate) fn sharing(pool: &mut PagePool, pages: Vec<PageId>, page_size: usize) -> Self {
+        pages.iter().for_each(|&page| pool.retain(page));
+        Self { tokens: pages.len() * page_size, pages, page_size }
+    }
+
+    /// Shares `page`, which holds the same, in place of the table's own page `index`.
+    pub(crate) fn share(&mut self, pool: &mut PagePool, index: usize, page: PageId) {
+        pool.retain(page);
+        pool.release(std::mem::replace(&mut self.pages[index], page));
     }
 
     /// A second table over the same pages, which are now shared.

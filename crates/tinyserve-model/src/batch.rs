@@ -53,6 +53,8 @@ pub struct StepOutput {
     pub(crate) vocab: usize,
     pub(crate) rows: Vec<Range<usize>>,
     pub(crate) stats: AttendStats,
+    /// One for each sequence.
+    pub(crate) sequence_stats: Vec<AttendStats>,
 }
 
 impl StepOutput {
@@ -63,6 +65,15 @@ impl StepOutput {
     pub fn logits(&self, sequence: usize) -> impl ExactSizeIterator<Item = &[f32]> {
         let rows = self.rows[sequence].clone();
         rows.map(|row| &self.logits[row * self.vocab..(row + 1) * self.vocab])
+    }
+
+    /// What attention read for sequence `sequence`, over all layers.
+    ///
+    /// # Panics
+    /// When the step had no such sequence.
+    #[must_use]
+    pub fn sequence_stats(&self, sequence: usize) -> &AttendStats {
+        &self.sequence_stats[sequence]
     }
 
     /// What attention read, over all layers and sequences.

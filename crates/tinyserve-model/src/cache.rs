@@ -1,15 +1,22 @@
 //! A page pool with its bytes on a backend.
 
 use tinyserve_kernels::Backend;
-use tinyserve_kv::{KvLayout, PageCopy, PagePool, PageTable};
+use tinyserve_kv::{
+    EvictionCause, KvError, KvLayout, PageCopy, PagePool, PageTable, Prefix, PrefixIndex,
+};
 
 use crate::ModelError;
 
 /// The KV cache of one model on one device: which pages are free, and their bytes.
+///
+/// With a [`PrefixIndex`], full pages outlive their sequences: [`Self::start`] begins a sequence
+/// with those that it shares with earlier ones, [`Self::remember`] offers a sequence's pages to
+/// later ones, and [`Self::extend`] evicts pages that nobody uses when too few are free.
 #[derive(Debug)]
 pub struct KvCache<B: Backend> {
     layout: KvLayout,
     pool: PagePool,
+    prefixes: Option<PrefixIndex>,
     pub(crate) pages: B::KvPages,
     /// Whether pages were released that the backend has not been told of.
     released: bool,
@@ -24,9 +31,24 @@ impl<B: Backend> KvCache<B> {
         Ok(Self {
             layout,
             pool: PagePool::new(pages)?,
+            prefixes: None,
             pages: backend.allocate_pages(layout, pages)?,
             released: false,
         })
+    }
+
+    /// Keeps full pages for sequences that begin alike, in `index`, which is empty and made for
+    /// this cache's layout.
+    #[must_use]
+    pub fn with_prefix_index(mut self, index: PrefixIndex) -> Self {
+        self.prefixes = Some(index);
+        self
+    }
+
+    /// The prefix index, if there is one.
+    #[must_use]
+    pub fn prefix_index(&self) -> Option<&PrefixIndex> {
+        self.prefixes.as_ref()
     }
 
     /// The layout of each page.
@@ -41,16 +63,50 @@ impl<B: Backend> KvCache<B> {
         &self.pool
     }
 
+    /// Pages that a sequence can get: free ones, and those that only the prefix index holds.
+    #[must_use]
+    pub fn available_pages(&self) -> usize {
+        self.pool.free_pages() + self.pool.idle_pages()
+    }
+
+    /// A sequence that holds as much of the beginning of `prompt` as the prefix index knows, at
+    /// most all but its last token; its length is how many tokens need not be computed.
+    #[must_use]
+    pub fn start(&mut self, prompt: Prefix<'_>) -> PageTable {
+        match &mut self.prefixes {
+            Some(index) => index.lookup(&mut self.pool, prompt),
+            None => self.new_table(),
+        }
+    }
+
+    /// Offers the full pages of a sequence, whose first tokens are `prefix`, to later ones.
+    ///
+    /// All of `prefix` must have been computed, with dense attention; see
+    /// [`PrefixIndex::insert`]. Without an index nothing happens.
+    pub fn remember(&mut self, prefix: Prefix<'_>, table: &mut PageTable) {
+        if let Some(index) = &mut self.prefixes {
+            index.insert(&mut self.pool, prefix, table);
+        }
+    }
+
+    /// Forgets every prefix; pages that sequences use stay with them.
+    pub fn forget_prefixes(&mut self) {
+        if let Some(index) = &mut self.prefixes {
+            index.clear(&mut self.pool);
+        }
+    }
+
     /// An empty sequence.
     #[must_use]
     pub fn new_table(&self) -> PageTable {
         PageTable::new(self.layout.page_size())
     }
 
-    /// Makes room for `tokens` more tokens of a sequence, copying its open page if it is shared.
+    /// Makes room for `tokens` more tokens of a sequence, copying its open page if it is shared and
+    /// evicting idle pages if too few are free.
     ///
     /// # Errors
-    /// When too few pages are free; nothing has changed then.
+    /// When too few pages are available; nothing has changed then.
     pub fn extend(
         &mut self,
         backend: &B,
@@ -60,7 +116,19 @@ impl<B: Backend> KvCache<B> {
         if std::mem::take(&mut self.released) {
             backend.forget_free_pages(&mut self.pages, &self.pool);
         }
-        if let Some(copy) = table.extend(&mut self.pool, tokens)? {
+        let copy = match (table.extend(&mut self.pool, tokens), &mut self.prefixes) {
+            (Err(KvError::OutOfPages { needed, free, capacity }), Some(index)) => {
+                let available = free + self.pool.idle_pages();
+                if needed > available {
+                    let free = available;
+                    return Err(KvError::OutOfPages { needed, free, capacity }.into());
+                }
+                index.evict(&mut self.pool, needed - free, EvictionCause::Room);
+                table.extend(&mut self.pool, tokens)?
+            }
+            (result, _) => result?,
+        };
+        if let Some(copy) = copy {
             backend.copy_page(&mut self.pages, copy);
         }
         Ok(())

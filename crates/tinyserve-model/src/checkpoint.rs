@@ -11,7 +11,7 @@ use crate::json::Fields;
 use crate::mmap::MappedFile;
 use crate::tokenizer::token_text;
 use crate::weights::{Stored, WeightFiles};
-use crate::{Architecture, ModelConfig, ModelError, Tokenizer};
+use crate::{Architecture, ChatTemplate, ModelConfig, ModelError, Tokenizer};
 
 const HEAD: &str = "lm_head.weight";
 
@@ -194,6 +194,25 @@ impl Checkpoint {
     /// [`ModelError::NoTokenizer`] when there is none or it cannot be used.
     pub fn tokenizer(&self) -> Result<Tokenizer, ModelError> {
         Tokenizer::from_files(&self.files)
+    }
+
+    /// The checkpoint's chat template; `None` when it has none.
+    ///
+    /// # Errors
+    /// When a file cannot be read or is no template.
+    pub fn chat_template(&self) -> Result<Option<ChatTemplate>, ModelError> {
+        let eos = self.config.eos.first().copied();
+        ChatTemplate::from_files(&self.files, (self.config.bos, eos))
+    }
+
+    /// The texts of the checkpoint's special tokens by the names that chat templates use, such as
+    /// `bos_token`.
+    ///
+    /// # Errors
+    /// When a file cannot be read or names a token in another way than as a text.
+    pub fn special_tokens(&self) -> Result<Vec<(&'static str, String)>, ModelError> {
+        let eos = self.config.eos.first().copied();
+        crate::chat_template::special_tokens(&self.files, self.config.bos, eos)
     }
 
     fn embedding(&self) -> &'static str {

@@ -100,6 +100,8 @@ impl<B: Backend> Model<B> {
             });
         }
         output.stats = AttendStats::default();
+        output.sequence_stats.clear();
+        output.sequence_stats.resize(batch.sequences.len(), AttendStats::default());
         let mut row = 0;
         let sequences: SmallVec<[_; SEQUENCES_ON_STACK]> = batch
             .sequences
@@ -116,7 +118,8 @@ impl<B: Backend> Model<B> {
             })
             .collect();
         for layer in 0..self.blocks.len() {
-            let stats = self.attention(a, cache, layer, &sequences, batch.measure_recall)?;
+            let read = (batch.measure_recall, &mut output.sequence_stats[..]);
+            let stats = self.attention(a, cache, layer, &sequences, read)?;
             output.stats.add(&stats);
             self.feed_forward(a, layer);
         }
@@ -175,7 +178,7 @@ impl<B: Backend> Model<B> {
         cache: &mut KvCache<B>,
         layer: usize,
         sequences: &[AttendSequence<'_>],
-        measure_recall: bool,
+        (measure_recall, sequence_stats): (bool, &mut [AttendStats]),
     ) -> Result<AttendStats, ModelError> {
         let (backend, block, heads) = (&self.backend, &self.blocks[layer], self.structure.heads);
         self.norm(&block.attention_norm, &a.hidden, &mut a.normed);
@@ -203,6 +206,8 @@ impl<B: Backend> Model<B> {
             sequences,
             pages: &cache.pages,
             measure_recall,
+            sequence_stats: Some(sequence_stats),
+            observe: None,
             out: &mut a.attended,
         })?;
         backend.linear(LinearArgs {

@@ -4,6 +4,7 @@
 mod batch;
 mod builtin;
 mod cache;
+mod chat_template;
 mod checkpoint;
 mod config;
 mod error;
@@ -26,6 +27,9 @@ mod weights;
 pub use batch::{Batch, LogitRows, SequenceStep, StepOutput};
 pub use builtin::BUILTIN_MODEL;
 pub use cache::KvCache;
+pub use chat_template::{
+    ChatInput, ChatMessage, ChatTemplate, TemplateMap, TemplateValue, template_value,
+};
 pub use checkpoint::{Checkpoint, TensorInfo};
 pub use config::{Architecture, ModelConfig};
 pub use error::ModelError;
@@ -35,7 +39,7 @@ pub use incremental::IncrementalDecoder;
 pub use model::Model;
 pub use perplexity::Perplexity;
 pub use rope::{RopeConfig, RopeScaling};
-pub use sampler::{SampledToken, Sampler, SamplingParams, logprob, top_logprobs};
+pub use sampler::{SampleContext, SampledToken, Sampler, SamplingParams, logprob, top_logprobs};
 pub use stop::StopMatcher;
 pub use synthetic::{SyntheticModel, SyntheticNormal, SyntheticShape, SyntheticTensor};
 pub use tokenizer::Tokenizer;

@@ -1,5 +1,7 @@
 //! Cases of the operations over pages: appending, selecting, attending.
 
+use std::ops::Range;
+
 use tinyserve_kv::{
     Budget, KvFormat, KvLayout, KvShape, PageCopy, PagePool, PageSelector, PageTable, SelectInput,
     SelectionPolicy, Slot,
@@ -9,7 +11,7 @@ use super::input::Numbers;
 use super::{CaseOutcome, max_error, values};
 use crate::{
     AppendKvArgs, AttendArgs, AttendSequence, AttendStats, Attention, Backend, Cpu, Heads,
-    KernelError,
+    KernelError, MassArgs, ObserveArgs, Store,
 };
 
 /// A softmax and sums over a few hundred tokens in f32 against f64.
@@ -51,9 +53,21 @@ pub(super) fn run<B: Backend>(
     outcomes: &mut Vec<CaseOutcome>,
 ) -> Result<(), KernelError> {
     for case in cases() {
-        let (found, found_stats) = attend(backend, &case)?;
-        let (expected, expected_stats) = attend(reference, &case)?;
+        let (found, found_stats, found_told) = attend(backend, &case)?;
+        let (expected, expected_stats, expected_told) = attend(reference, &case)?;
         let error = max_error(&found, &expected);
+        // Entropies and scores near zero are as good as their terms, which are near one.
+        let floor = |values: &[f32]| [values, &[1.0]].concat();
+        let told = found_told.iter().zip(&expected_told);
+        let told = told.map(|(found, expected)| max_error(&floor(found), &floor(expected)));
+        outcomes.push(CaseOutcome {
+            op: "observe attention",
+            case: case.describe(),
+            // Not f32::max, which would drop a NaN.
+            max_error: told
+                .fold(0.0, |worst, it| if it > worst || it.is_nan() { it } else { worst }),
+            tolerance: TOLERANCE,
+        });
         // What was read is counted, not computed: it is equal or wrong.
         let same = same_counts(&found_stats, &expected_stats);
         let op = match case.reads {
@@ -170,7 +184,11 @@ fn keys(numbers: &mut Numbers, position: usize, page_size: usize, head_dim: usiz
     (0..head_dim).map(|d| height * direction(d) * (1.0 + 0.001 * numbers.next())).collect()
 }
 
-fn attend<B: Backend>(backend: &B, case: &Case) -> Result<(Vec<f32>, AttendStats), KernelError> {
+/// What attention gives, what it counts, and what it tells about its weights: log-sum-exp,
+/// entropy and mass.
+type Attended = (Vec<f32>, AttendStats, [Vec<f32>; 3]);
+
+fn attend<B: Backend>(backend: &B, case: &Case) -> Result<Attended, KernelError> {
     let Case { heads, page_size, format, layer, .. } = *case;
     let layout = KvLayout::new(KvShape {
         layers: 2,
@@ -246,15 +264,38 @@ fn attend<B: Backend>(backend: &B, case: &Case) -> Result<(Vec<f32>, AttendStats
     }
     let qkv = append(&qkv, &slots, &mut pages);
     let mut out = backend.tensor(heads.q_columns().len());
-    let stats = backend.attend(AttendArgs {
-        layer,
-        heads,
-        qkv: &qkv,
-        scale: (heads.head_dim as f32).sqrt().recip(),
-        sequences: &sequences,
-        pages: &pages,
-        measure_recall: true,
-        out: &mut out,
-    })?;
-    Ok((values(backend, &out), stats))
+    let attend = |observe: Option<ObserveArgs<'_, B::Tensor>>, out: &mut B::Tensor| {
+        backend.attend(AttendArgs {
+            layer,
+            heads,
+            qkv: &qkv,
+            scale: (heads.head_dim as f32).sqrt().recip(),
+            sequences: &sequences,
+            pages: &pages,
+            measure_recall: observe.is_none(),
+            sequence_stats: None,
+            observe,
+            out,
+        })
+    };
+    let stats = attend(None, &mut out)?;
+    let (mut lse, mut entropy) = (backend.tensor(heads.q_heads), backend.tensor(heads.q_heads));
+    let (mut mass, mut again) =
+        (backend.tensor(page_size), backend.tensor(heads.q_columns().len()));
+    // Every second sequence, and of each all but the first rows.
+    let counted = |(i, sequence): (usize, &AttendSequence<'_>)| -> Range<usize> {
+        let Range { start, end } = sequence.rows;
+        if i.is_multiple_of(2) { start + (end - start) / 3..end } else { start..start }
+    };
+    let rows: Vec<_> = sequences.iter().enumerate().map(counted).collect();
+    // Adding costs the reference another run: some cases are enough.
+    let stores =
+        if page_size == 4 { &[Store::Overwrite, Store::Add][..] } else { &[Store::Overwrite] };
+    for &store in stores {
+        let told = MassArgs { rows: &rows, store, out: &mut mass };
+        let told = ObserveArgs { lse: &mut lse, entropy: &mut entropy, mass: Some(told) };
+        attend(Some(told), &mut again)?;
+    }
+    let told = [lse, entropy, mass].map(|told| values(backend, &told));
+    Ok((values(backend, &out), stats, told))
 }

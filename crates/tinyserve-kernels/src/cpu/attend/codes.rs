@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use tinyserve_kv::{CodeLayout, CodePage, GROUP_PAGES, KvElement};
 
+use super::observe::Records;
 use super::products::{self, BLOCK, LARGEST, PIECES, TINY, Values};
 use super::softmax::{self, Shape, State};
 use super::tile::{Tile, TileScratch};
@@ -61,6 +62,7 @@ impl<E: KvElement + Element> Tile<'_, E> {
         simd: S,
         pages: Range<usize>,
         (shape, chunk): (Shape, usize),
+        (records, chunk_index): (Records, usize),
         layout: CodeLayout,
         scratch: &mut TileScratch,
     ) {
@@ -87,7 +89,11 @@ impl<E: KvElement + Element> Tile<'_, E> {
         for query in 0..shape.queries {
             let weights = &mut scratch.weights[query * chunk..(query + 1) * chunk];
             scratch.shifts[query] =
-                state.soften(simd, query, weights, at + seen(query), self.context.scale);
+                state.soften(simd, query, &mut weights[..], at + seen(query), self.context.scale);
+            if records.counted {
+                let weights = &weights[..at + seen(query)];
+                records.keep(&mut scratch.records, (chunk_index, query), weights, &state);
+            }
         }
         if !sealed.is_empty() {
             let state = &mut state;

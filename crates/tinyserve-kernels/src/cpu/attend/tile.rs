@@ -5,10 +5,12 @@
 //! and whoever computes its parts, so it gets bit for bit what it gets alone.
 
 use std::marker::PhantomData;
+use std::sync::{Mutex, PoisonError};
 
 use tinyserve_kv::{HeadPage, KvElement};
 
 use super::codes::CodeScratch;
+use super::observe::Records;
 use super::softmax::{self, Shape, State};
 use super::{Context, Unit, products};
 use crate::cpu::simd::{Element, Kernel, Simd};
@@ -25,7 +27,7 @@ const PREFETCH_BYTES: usize = 16 * 1024;
 const PREFETCH_PAGES: usize = 4;
 
 /// Pages of a chunk.
-fn chunk_pages(page_size: usize) -> usize {
+pub(super) fn chunk_pages(page_size: usize) -> usize {
     (CHUNK_TOKENS / page_size).max(1)
 }
 
@@ -78,6 +80,8 @@ pub(super) struct TileScratch {
     pub(super) part: Vec<f32>,
     /// The softmax of all parts before it.
     pub(super) total: Vec<f32>,
+    /// The [`Records`] of the tile's list, when mass is asked for.
+    pub(super) records: Vec<f32>,
     /// What pages of codes need.
     pub(super) codes: CodeScratch,
 }
@@ -86,7 +90,7 @@ pub(super) struct TileScratch {
 pub(super) enum Target<'a> {
     /// In the rows of the output.
     Rows,
-    /// In a [`State`], to be merged with those of other parts.
+    /// In a [`State`], to be merged with those of other parts; its [`Records`] follow it.
     Part(&'a mut [f32]),
 }
 
@@ -99,6 +103,8 @@ pub(super) struct Tile<'a, E> {
     pub(super) range: std::ops::Range<usize>,
     pub(super) target: Target<'a>,
     pub(super) scratch: &'a mut TileScratch,
+    /// Where the mass of the list's tokens goes, unless the list is read in parts.
+    pub(super) mass: &'a Mutex<Vec<f32>>,
     pub(super) element: PhantomData<E>,
 }
 
@@ -121,6 +127,10 @@ impl<E: KvElement + Element> Kernel for Tile<'_, E> {
         scratch.weights.resize(shape.queries * chunk, 0.0);
         scratch.shifts.resize(shape.queries, 0.0);
         let (chunk_pages, part_pages) = (chunk_pages(size), part_pages(size));
+        let counted = context.mass_queries(unit);
+        let mut records = context.records(unit.rows.len());
+        records.counted = !counted.is_empty();
+        scratch.records.resize(records.len(self.range.len()), 0.0);
         let mut first = self.range.start;
         while first < self.range.end {
             let end = (first + part_pages).min(self.range.end);
@@ -128,16 +138,19 @@ impl<E: KvElement + Element> Kernel for Tile<'_, E> {
             while first < end {
                 let pages = first..(first + chunk_pages).min(end);
                 first = pages.end;
-                let scratch = &mut scratch;
+                let records = (records, (pages.start - self.range.start) / chunk_pages);
+                let (shape, scratch) = ((shape, chunk), &mut scratch);
                 match codes {
-                    Some(codes) => {
-                        self.add_code_chunk(simd, pages, (shape, chunk), codes, scratch);
-                    }
-                    None => self.add_chunk(simd, pages, (shape, chunk), scratch),
+                    Some(codes) => self.add_code_chunk(simd, pages, shape, records, codes, scratch),
+                    None => self.add_chunk(simd, pages, shape, records, scratch),
                 }
             }
             match &mut self.target {
-                Target::Part(part) => part.copy_from_slice(&scratch.part),
+                Target::Part(part) => {
+                    let (state, kept) = part.split_at_mut(scratch.part.len());
+                    state.copy_from_slice(&scratch.part);
+                    kept[..scratch.records.len()].copy_from_slice(&scratch.records);
+                }
                 Target::Rows if end <= part_pages => {
                     std::mem::swap(&mut scratch.part, &mut scratch.total);
                 }
@@ -147,6 +160,13 @@ impl<E: KvElement + Element> Kernel for Tile<'_, E> {
             }
         }
         if matches!(self.target, Target::Rows) {
+            if records.counted {
+                let mut mass = self.mass.lock().unwrap_or_else(PoisonError::into_inner);
+                mass.clear();
+                mass.resize(self.list.len() * size, 0.0);
+                let state = State::new(&mut scratch.total, shape);
+                records.add_mass(&scratch.records, &state, counted, &mut mass);
+            }
             context.finish(unit, &mut scratch.total);
         }
         *self.scratch = scratch;
@@ -223,6 +243,7 @@ impl<E: KvElement + Element> Tile<'_, E> {
         simd: S,
         pages: std::ops::Range<usize>,
         (shape, chunk): (Shape, usize),
+        (records, chunk_index): (Records, usize),
         scratch: &mut TileScratch,
     ) {
         let (size, group) = (self.context.pages.layout().page_size(), shape.group);
@@ -286,6 +307,10 @@ impl<E: KvElement + Element> Tile<'_, E> {
             let weights = &mut scratch.weights[query * chunk..(query + 1) * chunk];
             scratch.shifts[query] =
                 state.soften(simd, query, &mut weights[..], tokens, self.context.scale);
+            if records.counted {
+                let weights = &weights[..tokens];
+                records.keep(&mut scratch.records, (chunk_index, query), weights, &state);
+            }
         }
         let together = if S::LANES == 16 { 4 } else { 2 };
         let mut query = 0;
