@@ -1,4 +1,5 @@
 //! What the tests of stored pages share: shapes, and a widened view of a page.
+#![allow(dead_code, reason = "each test binary uses its own part")]
 
 mod numbers;
 
