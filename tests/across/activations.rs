@@ -9,7 +9,7 @@ use tinyserve_kernels::{
     CpuTensor, CpuVector, EmbedArgs, HostTensor, KernelError, LinearArgs, LinearSpec, NormArgs,
     RotaryAnglesArgs, RotaryArgs,
 };
-use tinyserve_kv::{HostPages, KvFormat, KvLayout, PageCopy};
+use tinyserve_kv::{HostPages, KvFormat, KvLayout, PageCopy, TokenMove};
 use tinyserve_model::{Checkpoint, LogitRows};
 use tinyserve_tests::{Runner, assert_close, cpu, data};
 
@@ -50,6 +50,9 @@ impl Backend for Recorder {
     }
     fn copy_page(&self, pages: &mut HostPages, copy: PageCopy) {
         self.cpu.copy_page(pages, copy);
+    }
+    fn move_tokens(&self, pages: &mut HostPages, moves: &[TokenMove]) -> Result<(), KernelError> {
+        self.cpu.move_tokens(pages, moves)
     }
     fn embed(&self, args: EmbedArgs<'_, Self>) {
         let EmbedArgs { table, ids, store, out } = args;

@@ -201,8 +201,16 @@ fn attention_is_compared_with_dense() {
     assert!((ceiling - 1.0 / (0.25 + 1.0 / 32.0)).abs() < 0.1, "{ceiling}");
     let wide = words(&format!("{command} --kv-cache-dtype f32 --ratios 0.5 -o json")).json();
     assert_eq!(number(&wide[0], "bytes_per_step"), 2.0 * of_one);
+    for placement in ["groups", "alternating"] {
+        let flags = format!("--sequences 2 --placement {placement} --ratios 0.5 -o json");
+        let two = words(&format!("{command} {flags}")).json();
+        assert_eq!(number(&two[0], "bytes_per_step"), 2.0 * of_one);
+        assert_eq!((&two[1]["n_sequences"], &two[1]["placement"]), (&2.into(), &placement.into()));
+    }
     for (flags, sentence) in [
         ("--kv-heads 3", "--kv-heads is 3"),
+        ("--sequences 0", "--sequences is 0"),
+        ("--placement alternating", "--sequences is 1"),
         ("--ratios 1.5", "--ratios is 1.5"),
         ("--tokens 0", "--tokens is 0"),
         ("-r 0", "--repetitions is 0"),

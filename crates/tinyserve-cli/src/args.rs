@@ -17,7 +17,7 @@ use tinyserve::{
 
 use crate::exit::{Usage, out_of_range};
 use crate::progress::Progress;
-use crate::values;
+use crate::{plan, values};
 
 /// Heading of the flags that decide which pages are read.
 pub(crate) const SELECTION: &str = "Page selection";
@@ -45,6 +45,43 @@ impl ModelArgs {
     }
 }
 
+/// How weights are kept.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Device")]
+pub(crate) struct WeightsArgs {
+    /// How weights are kept: auto (as stored), the stored type by name (f32, f16, bf16), or
+    /// quantised while they are loaded: int8 or int4.
+    #[arg(long, value_name = "DTYPE", env = "TINYSERVE_WEIGHTS", value_parser = values::weights)]
+    weights: Option<Weights>,
+}
+
+impl WeightsArgs {
+    pub(crate) fn apply(&self, config: &mut TinyServeConfig) {
+        set(&mut config.weights, self.weights);
+    }
+}
+
+/// How much memory there is.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "KV cache")]
+pub(crate) struct MemoryArgs {
+    /// Most memory of the process, in GB of 10⁹ bytes; pages get what weights and activations leave
+    /// [default: 80 % of what is available].
+    #[arg(
+        long,
+        value_name = "GB",
+        env = "TINYSERVE_TARGET_MEMORY_GB",
+        allow_negative_numbers = true
+    )]
+    target_memory_gb: Option<f64>,
+}
+
+impl MemoryArgs {
+    pub(crate) fn apply(&self, config: &mut TinyServeConfig) {
+        set_some(&mut config.target_memory_gb, self.target_memory_gb);
+    }
+}
+
 /// Where the model runs.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Device")]
@@ -59,11 +96,9 @@ pub(crate) struct DeviceArgs {
     /// [default: the best there is].
     #[arg(long, value_name = "PATH", env = "TINYSERVE_CPU", value_parser = values::cpu_path)]
     cpu: Option<CpuPath>,
-    /// How weights are kept: auto (as stored), the stored type by name (f32, f16, bf16), or
-    /// quantised while they are loaded: int8 or int4.
-    #[arg(long, value_name = "DTYPE", env = "TINYSERVE_WEIGHTS", value_parser = values::weights)]
-    weights: Option<Weights>,
-    /// Prints the settings and the device to stderr.
+    #[command(flatten)]
+    weights: WeightsArgs,
+    /// Prints the settings, the device and the memory plan to stderr.
     #[arg(short, long, env = "TINYSERVE_VERBOSE", value_parser = clap::builder::BoolishValueParser::new())]
     verbose: bool,
 }
@@ -72,7 +107,7 @@ impl DeviceArgs {
     pub(crate) fn apply(&self, config: &mut TinyServeConfig) -> Result<()> {
         set(&mut config.device, self.device);
         set_some(&mut config.threads, self.threads);
-        set(&mut config.weights, self.weights);
+        self.weights.apply(config);
         match (self.cpu, config.threads) {
             (Some(CpuPath::Scalar), Some(threads)) if threads > 1 => {
                 Err(out_of_range("--threads", threads, "1 with --cpu scalar"))
@@ -97,6 +132,9 @@ impl DeviceArgs {
         let engine = builder.build_with_progress(|done, total| progress.update(done, total))?;
         progress.finish();
         self.tell(engine.config(), engine.backend_name());
+        if self.verbose {
+            eprint!("{}", plan::lines(engine.memory()));
+        }
         Ok(engine)
     }
 

@@ -9,12 +9,11 @@ mod eval;
 mod exit;
 mod inspect;
 mod interrupt;
-mod memory;
 mod output;
+mod plan;
 mod progress;
 mod prompt;
 mod run;
-
 mod self_test;
 mod tokenize;
 mod units;
@@ -23,6 +22,7 @@ mod values;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches};
+use tinyserve::memory;
 
 use cli::{BenchCommand, Cli, Command, EvalCommand};
 

@@ -11,13 +11,13 @@ use tinyserve::{
     TinyServeResponse,
 };
 
-use crate::args::{self, ForwardArgs, SelectionArgs, Sources};
+use crate::args::{self, ForwardArgs, MemoryArgs, SelectionArgs, Sources};
 use crate::exit::{Quiet, out_of_range};
 use crate::interrupt::Interrupt;
 use crate::progress::Progress;
 use crate::prompt::PromptArgs;
 use crate::units::{as_milliseconds, bytes, count, milliseconds, percent};
-use crate::{output, values};
+use crate::{memory, output, values};
 
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
@@ -48,6 +48,8 @@ pub(crate) struct RunArgs {
     selection: SelectionArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
+    #[command(flatten)]
+    memory: MemoryArgs,
 }
 
 /// How tokens are drawn.
@@ -136,7 +138,9 @@ impl SamplingArgs {
 
 /// Generates and prints.
 pub(crate) fn run(args: &RunArgs, sources: Sources) -> Result<()> {
-    let config = args.forward.selecting(&args.selection, args.attention, sources)?;
+    let mut config = args.forward.selecting(&args.selection, args.attention, sources)?;
+    args.memory.apply(&mut config);
+    config.check()?;
     let sampling = args.sampling.params()?;
     if args.max_tokens == 0 {
         return Err(out_of_range("--max-tokens (-n)", 0, "at least 1"));
@@ -211,6 +215,15 @@ struct Report<'a> {
     finish_reason: &'static str,
     timings: ReportTimings,
     kv: &'a KvUsage,
+    memory: ReportMemory,
+}
+
+#[derive(Serialize)]
+struct ReportMemory {
+    /// Most bytes that the plan allows to be resident.
+    planned_bytes: u64,
+    /// Most bytes that were.
+    resident_bytes: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -241,6 +254,10 @@ fn report<'a>(engine: &TinyServe, response: &'a TinyServeResponse) -> Report<'a>
             decode_tok_s: timings.decode_tok_s,
         },
         kv: &response.kv,
+        memory: ReportMemory {
+            planned_bytes: engine.memory().plan.total_bytes(),
+            resident_bytes: memory::peak_resident(),
+        },
     }
 }
 
@@ -277,6 +294,11 @@ fn summary(engine: &TinyServe, response: &TinyServeResponse) -> String {
     }
     if let Some(recall) = kv.recall {
         lines += &format!("; recall {}", percent(recall));
+    }
+    lines.push('\n');
+    lines += &format!("memory    planned {}", bytes(engine.memory().plan.total_bytes()));
+    if let Some(resident) = memory::peak_resident() {
+        lines += &format!(", resident at most {}", bytes(resident));
     }
     lines.push('\n');
     lines

@@ -3,9 +3,12 @@
 use std::fmt;
 use std::ops::Range;
 
-use tinyserve_kv::{KvLayout, PageCopy, PageId, PagePool, PageSelector, SelectionPolicy, Slot};
+use tinyserve_kv::{
+    KvLayout, PageCopy, PageId, PagePool, PageSelector, SelectionPolicy, Slot, TokenMove,
+};
 
-use crate::{HostTensor, KernelError};
+use crate::cpu::packed_bytes;
+use crate::{DType, HostTensor, KernelError};
 
 /// Pointwise function of a feed-forward layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -47,6 +50,39 @@ pub enum WeightFormat {
     Int8,
     /// Four bits each, with an f16 scale and minimum for every 32 inputs of an output: 5 bits.
     Int4,
+}
+
+/// The size of a linear layer, known before its weights are loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinearSize {
+    /// Width of the input.
+    pub inputs: usize,
+    /// Width of the output, all parts together.
+    pub outputs: usize,
+    /// Whether it has biases.
+    pub biased: bool,
+    /// Element type of the stored weights.
+    pub stored: DType,
+    /// How they are kept.
+    pub format: WeightFormat,
+}
+
+impl LinearSize {
+    /// Bytes that the CPU backend takes for it; what [`Backend::linear_bytes`] says afterwards.
+    ///
+    /// Sizes that no machine can hold are saturated.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        let (inputs, outputs) = (self.inputs as u64, self.outputs as u64);
+        match self.format {
+            WeightFormat::Stored => {
+                let biases = if self.biased { 4 * outputs } else { 0 };
+                let elements = inputs.saturating_mul(outputs);
+                elements.saturating_mul(self.stored.size() as u64).saturating_add(biases)
+            }
+            format => packed_bytes(format, inputs, outputs),
+        }
+    }
 }
 
 /// One of the matrices that a linear layer puts side by side.
@@ -232,7 +268,8 @@ impl fmt::Debug for Attention<'_> {
 pub struct AttendSequence<'a> {
     /// Rows of the batch that are this sequence's, in order of position; no other sequence's.
     pub rows: Range<usize>,
-    /// Position of the first row; row `i` sees tokens `0..=first_position + i`.
+    /// Position of the first row among the tokens in the cache; row `i` sees tokens
+    /// `0..=first_position + i`. Pruned tokens are not counted.
     pub first_position: usize,
     /// The sequence's pages; they hold the rows' own keys already.
     pub pages: &'a [PageId],
@@ -394,6 +431,17 @@ pub trait Backend: Send + Sized {
     ///
     /// Called after pages were released. A backend that keeps nothing elsewhere does nothing.
     fn forget_free_pages(&self, _pages: &mut Self::KvPages, _pool: &PagePool) {}
+
+    /// Moves tokens within pages, in order, after some were pruned, and rebuilds the boxes of the
+    /// pages that they reach, up to the last token that came: keys, values and boxes of all layers.
+    ///
+    /// # Errors
+    /// When pages of this format cannot be taken apart.
+    fn move_tokens(
+        &self,
+        pages: &mut Self::KvPages,
+        moves: &[TokenMove],
+    ) -> Result<(), KernelError>;
 
     /// Looks rows up in an embedding table.
     fn embed(&self, args: EmbedArgs<'_, Self>);

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tinyserve_kv::{KvLayout, PageCopy, PagePool};
+use tinyserve_kv::{KvLayout, PageCopy, PagePool, TokenMove};
 
 use crate::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
@@ -93,6 +93,10 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
 
     fn forget_free_pages(&self, pages: &mut B::KvPages, pool: &PagePool) {
         self.inner.forget_free_pages(pages, pool);
+    }
+
+    fn move_tokens(&self, pages: &mut B::KvPages, moves: &[TokenMove]) -> Result<(), KernelError> {
+        self.inner.move_tokens(pages, moves)
     }
 
     fn embed(&self, args: EmbedArgs<'_, Self>) {

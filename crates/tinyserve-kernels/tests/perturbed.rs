@@ -5,7 +5,7 @@ use tinyserve_kernels::{
     CpuTensor, CpuVector, EmbedArgs, HostTensor, KernelError, LinearArgs, LinearSpec, MassArgs,
     NormArgs, ObserveArgs, RotaryAnglesArgs, RotaryArgs, conformance,
 };
-use tinyserve_kv::{HostPages, KvLayout, PageCopy};
+use tinyserve_kv::{HostPages, KvLayout, PageCopy, TokenMove};
 
 /// What is done to an operation's result.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -67,6 +67,9 @@ impl Backend for Perturbed {
         if self.op != "copy_page" {
             self.cpu.copy_page(pages, copy);
         }
+    }
+    fn move_tokens(&self, pages: &mut HostPages, moves: &[TokenMove]) -> Result<(), KernelError> {
+        self.cpu.move_tokens(pages, moves)
     }
     fn embed(&self, args: EmbedArgs<'_, Self>) {
         let EmbedArgs { table, ids, store, out } = args;

@@ -3,6 +3,7 @@
 
 mod append;
 mod codes;
+mod compact;
 mod error;
 mod format;
 mod layout;
@@ -29,7 +30,7 @@ pub use prefix::{
 };
 pub use select::{attention_mass, score_box, select_pages};
 pub use selector::{PageSelector, SelectFields, SelectInput};
-pub use table::{PageCopy, PageTable, Slot};
+pub use table::{PageCopy, PageTable, Slot, TokenMove};
 
 #[doc(hidden)]
 pub use half;

@@ -220,6 +220,19 @@ impl HostPages {
         with_element!(self.layout.shape().format, E => self.copy_as::<E>(copy));
     }
 
+    /// The pages of a layer, where the format has no codes.
+    pub(crate) fn layer_elements_mut<E: KvElement>(&mut self, layer: usize) -> &mut [E] {
+        assert_eq!(E::FORMAT, self.layout.shape().format, "the pages hold another element type");
+        let length = self.layer_bytes() / size_of::<E>();
+        self.pages.elements_mut(layer * length..(layer + 1) * length)
+    }
+
+    /// The boxes of a layer.
+    pub(crate) fn layer_boxes_mut<E: KvElement>(&mut self, layer: usize) -> &mut [E] {
+        let length = self.layer_box_elements();
+        self.boxes.elements_mut(layer * length..(layer + 1) * length)
+    }
+
     fn copy_as<E: KvElement>(&mut self, PageCopy { from, to }: PageCopy) {
         self.check_page(from);
         self.check_page(to);

@@ -201,7 +201,8 @@ impl PrefixIndex {
         prefix: Prefix<'_>,
         table: &mut PageTable,
     ) -> usize {
-        let tokens = &prefix.tokens[..prefix.tokens.len().min(table.len())];
+        // Behind a pruned token, pages hold other tokens than the prefix has there.
+        let tokens = &prefix.tokens[..prefix.tokens.len().min(table.intact())];
         let prefix = Prefix { tokens, ..prefix };
         self.leaves.tick();
         let (mut parent, mut inserted) = (None, 0);

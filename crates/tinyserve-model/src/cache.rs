@@ -147,13 +147,47 @@ impl<B: Backend> KvCache<B> {
     pub fn duplicate(&mut self, backend: &B, table: &PageTable) -> Result<PageTable, ModelError> {
         let mut copy = self.new_table();
         self.extend(backend, &mut copy, table.len())?;
+        copy.copy_positions(table);
         for (&from, &to) in table.pages().iter().zip(copy.pages()) {
             backend.copy_page(&mut self.pages, PageCopy { from, to });
         }
         Ok(copy)
     }
 
-    /// Forgets the tokens of a sequence from `tokens` on; the number that are left.
+    /// Removes the tokens of a sequence at `places`, which are ascending, from every layer: those
+    /// that are left move together and keep their positions, and pages that hold none any more are
+    /// free again.
+    ///
+    /// # Errors
+    /// When a shared page would have to be replaced and too few are available, or pages of this
+    /// format cannot be taken apart; nothing has changed then.
+    ///
+    /// # Panics
+    /// When the places are not ascending or the sequence has no such token.
+    pub fn prune(
+        &mut self,
+        backend: &B,
+        table: &mut PageTable,
+        places: &[u32],
+    ) -> Result<(), ModelError> {
+        // Asked first: a table that has been pruned cannot be put back.
+        backend.move_tokens(&mut self.pages, &[])?;
+        let moves = match (table.prune(&mut self.pool, places), &mut self.prefixes) {
+            (Err(KvError::OutOfPages { needed, free, capacity }), Some(index)) => {
+                let available = free + self.pool.idle_pages();
+                if needed > available {
+                    let free = available;
+                    return Err(KvError::OutOfPages { needed, free, capacity }.into());
+                }
+                index.evict(&mut self.pool, needed - free, EvictionCause::Room);
+                table.prune(&mut self.pool, places)?
+            }
+            (result, _) => result?,
+        };
+        Ok(backend.move_tokens(&mut self.pages, &moves)?)
+    }
+
+    /// Forgets the tokens of a sequence from place `tokens` on; the number that are left.
     ///
     /// A sealed page of codes cannot be opened again: where the format has codes and `tokens` ends
     /// within such a page, the whole page is forgotten, and its tokens are to be computed again.

@@ -157,6 +157,12 @@ impl Checkpoint {
         self.weights.files.iter().map(|file| (file.name.as_str(), file.bytes.len()))
     }
 
+    /// Whether the tensors lie in memory and in no file.
+    #[must_use]
+    pub fn is_in_memory(&self) -> bool {
+        matches!(self.files, Files::None(_))
+    }
+
     /// Takes what was read of the weight files out of this process's memory: a backend that keeps
     /// weights in another form has no use for it. Tensors stay valid, and are read again.
     pub(crate) fn release_memory(&self) {

@@ -7,7 +7,7 @@ use tinyserve_kernels::{AttendStats, Attention, Backend};
 use tinyserve_kv::PageTable;
 
 use crate::{
-    Activations, Batch, KvCache, LogitRows, Model, ModelError, SampledToken, Sampler,
+    Activations, Batch, KvCache, LogitRows, Model, ModelError, Observe, SampledToken, Sampler,
     SamplingParams, SequenceStep, StepOutput,
 };
 
@@ -273,7 +273,8 @@ impl<B: Backend> Generator<B> {
         measure_recall: bool,
     ) -> Result<(), ModelError> {
         self.cache.extend(self.model.backend(), table, tokens.len())?;
-        let step = SequenceStep { tokens, table, attention, logits };
+        let observe = Observe::NOTHING;
+        let step = SequenceStep { tokens, table, attention, logits, observe };
         let batch = Batch { sequences: &[step], measure_recall };
         self.model.forward(&mut self.activations, &mut self.cache, &batch, &mut self.output)
     }

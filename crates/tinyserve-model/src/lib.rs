@@ -16,7 +16,9 @@ mod json;
 #[allow(unsafe_code)]
 mod mmap;
 mod model;
+mod observe;
 mod perplexity;
+mod plan;
 mod rope;
 mod sampler;
 mod stop;
@@ -24,7 +26,7 @@ mod synthetic;
 mod tokenizer;
 mod weights;
 
-pub use batch::{Batch, LogitRows, SequenceStep, StepOutput};
+pub use batch::{Batch, LogitRows, Observe, SequenceStep, StepOutput};
 pub use builtin::BUILTIN_MODEL;
 pub use cache::KvCache;
 pub use chat_template::{
@@ -38,6 +40,7 @@ pub use generate::{FinishReason, Generation, GenerationEvent, GenerationOutcome,
 pub use incremental::IncrementalDecoder;
 pub use model::Model;
 pub use perplexity::Perplexity;
+pub use plan::{LargestStep, MemoryPlan};
 pub use rope::{RopeConfig, RopeScaling};
 pub use sampler::{SampleContext, SampledToken, Sampler, SamplingParams, logprob, top_logprobs};
 pub use stop::StopMatcher;

@@ -189,9 +189,13 @@ pub struct TinyServeConfig {
     pub rope_frequency_dtype: RopeFrequencyDtype,
     /// Most prompt tokens of one prefill step.
     pub attention_chunk_size: usize,
-    /// Most tokens of a sequence, prompt included; unless set, the model's context, at most 8192.
+    /// Most tokens of a sequence, prompt included; unless set, the model's context, at most 8192,
+    /// or fewer where memory holds fewer.
     #[serde(alias = "max_model_len", skip_serializing_if = "Option::is_none")]
     pub max_sequence_length: Option<usize>,
+    /// Most memory of the process, in units of 10⁹ bytes; unless set, 80 % of what is available.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_memory_gb: Option<f64>,
 }
 
 impl Default for TinyServeConfig {
@@ -215,6 +219,7 @@ impl Default for TinyServeConfig {
             rope_frequency_dtype: RopeFrequencyDtype::F32,
             attention_chunk_size: 256,
             max_sequence_length: None,
+            target_memory_gb: None,
         }
     }
 }
@@ -279,6 +284,15 @@ impl TinyServeConfig {
                     expected: "at least 1".to_owned(),
                 });
             }
+        }
+        if let Some(gigabytes) = self.target_memory_gb
+            && !(gigabytes > 0.0 && gigabytes.is_finite())
+        {
+            return Err(TinyServeError::Setting {
+                field: "target_memory_gb",
+                found: gigabytes.to_string(),
+                expected: "a number above 0".to_owned(),
+            });
         }
         Ok(self.selection_policy().check()?)
     }
@@ -375,6 +389,8 @@ mod tests {
             ("c.json", r#"{"selection_ratio": 1.5}"#, "selection_ratio is 1.5"),
             ("d.toml", "page_size = 0", "page_size is 0"),
             ("e.toml", "num_gpus = 2", "num_gpus"),
+            ("j.toml", "target_memory_gb = 0.0", "target_memory_gb is 0"),
+            ("k.toml", "target_memory_gb = inf", "target_memory_gb is inf"),
             ("i.toml", "weights = \"int3\"", "int3"),
             ("f.toml", "kv_cache_dtype = \"int3\"", "int3"),
             ("g.json", "{", "EOF"),

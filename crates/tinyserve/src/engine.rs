@@ -8,12 +8,12 @@ use tinyserve_kernels::{Attention, Cpu, CpuOptions};
 use tinyserve_kv::{PageSelector, SelectionPolicy};
 use tinyserve_model::{
     Checkpoint, FinishReason, Generation, GenerationEvent, GenerationOutcome, Generator,
-    IncrementalDecoder, KvCache, Model, ModelConfig, ModelError, Perplexity, StopMatcher,
-    Tokenizer,
+    IncrementalDecoder, KvCache, MemoryPlan, Model, ModelConfig, ModelError, Perplexity,
+    StopMatcher, Tokenizer,
 };
 
 use crate::{
-    AttentionMode, KvUsage, Prompt, RopeFrequencyDtype, Stats, StreamEvent, Timings,
+    AttentionMode, KvUsage, PlannedMemory, Prompt, RopeFrequencyDtype, Stats, StreamEvent, Timings,
     TinyServeConfig, TinyServeError, TinyServeRequest, TinyServeResponse, Weights,
 };
 
@@ -37,7 +37,7 @@ pub struct TinyServe {
     attention: DecodeAttention,
     model: ModelConfig,
     tokenizer: Result<Tokenizer, String>,
-    max_sequence_length: usize,
+    memory: PlannedMemory,
     weight_bytes: usize,
     load: Duration,
     backend_name: String,
@@ -176,15 +176,13 @@ impl TinyServeBuilder {
         if config.rope_frequency_dtype == RopeFrequencyDtype::Weights {
             checkpoint.round_rope_frequencies();
         }
-        let max_sequence_length = config.sequence_limit(checkpoint.config().max_positions)?;
-        let format = config.kv_cache_dtype.resolve(checkpoint.dtype());
-        let layout = checkpoint.config().kv_layout(config.page_size, format)?;
         let weights = config.weights.resolve(checkpoint.dtype())?;
         // Only text needs a tokenizer: a checkpoint without one still serves token ids.
         let tokenizer = checkpoint.tokenizer().map_err(|error| error.to_string());
+        let memory = PlannedMemory::new(&config, &checkpoint, backend.threads())?;
         let model = Model::load_as(backend, &checkpoint, weights, progress)?;
         let weight_bytes = model.weight_bytes();
-        let pages = layout.pages_for(max_sequence_length);
+        let MemoryPlan { layout, pages, .. } = memory.plan;
         let cache = KvCache::new(model.backend(), layout, pages)?;
         let attention = match (config.attention, self.selector) {
             (_, Some(selector)) => DecodeAttention::Custom(selector),
@@ -195,7 +193,7 @@ impl TinyServeBuilder {
             attention,
             model: checkpoint.config().clone(),
             tokenizer,
-            max_sequence_length,
+            memory,
             weight_bytes,
             load: start.elapsed(),
             backend_name,
@@ -231,7 +229,13 @@ impl TinyServe {
     /// Most tokens of a sequence, prompt included.
     #[must_use]
     pub fn max_sequence_length(&self) -> usize {
-        self.max_sequence_length
+        self.memory.max_sequence_length
+    }
+
+    /// Where the memory of the process goes, as planned before the model was loaded.
+    #[must_use]
+    pub fn memory(&self) -> &PlannedMemory {
+        &self.memory
     }
 
     /// What the model runs on, in words.
@@ -289,7 +293,7 @@ impl TinyServe {
             stop_tokens,
             attention: self.attention.as_kernel(),
             prefill_chunk: self.config.attention_chunk_size,
-            max_sequence_length: self.max_sequence_length,
+            max_sequence_length: self.max_sequence_length(),
             recall_interval: RECALL_INTERVAL,
         };
         let mut state = self.lock()?;
@@ -345,7 +349,7 @@ impl TinyServe {
         progress: impl FnMut(usize, usize),
     ) -> Result<Perplexity, TinyServeError> {
         let tokens = self.tokenizer()?.encode(text, true)?;
-        let window = self.max_sequence_length;
+        let window = self.max_sequence_length();
         let windows = (window, stride.unwrap_or((window / 2).max(1)));
         let chunk = self.config.attention_chunk_size;
         Ok(self.lock()?.generator.perplexity(&tokens, windows, chunk, progress)?)

@@ -4,6 +4,8 @@
 mod config;
 mod engine;
 mod error;
+pub mod memory;
+mod plan;
 mod request;
 
 pub use config::{
@@ -11,6 +13,7 @@ pub use config::{
 };
 pub use engine::{TinyServe, TinyServeBuilder};
 pub use error::TinyServeError;
+pub use plan::PlannedMemory;
 pub use request::{
     KvUsage, Prompt, Stats, StreamEvent, Timings, TinyServeRequest, TinyServeResponse,
 };

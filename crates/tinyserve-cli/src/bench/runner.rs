@@ -7,7 +7,7 @@ use tinyserve::TinyServeError;
 use tinyserve::kernels::{AttendStats, Attention, Cpu, Profile, Profiled};
 use tinyserve::kv::PageTable;
 use tinyserve::model::{
-    Activations, Batch, KvCache, LogitRows, Model, ModelError, SequenceStep, StepOutput,
+    Activations, Batch, KvCache, LogitRows, Model, ModelError, Observe, SequenceStep, StepOutput,
     SyntheticNormal,
 };
 
@@ -195,6 +195,7 @@ impl Runner {
                     table: &tables[piece.sequence],
                     attention,
                     logits: if piece.last { last } else { LogitRows::None },
+                    observe: Observe::NOTHING,
                 })
                 .collect();
             let batch = Batch { sequences: &sequences, measure_recall: false };

@@ -26,6 +26,8 @@ struct Case {
     sequences: Vec<(usize, usize)>,
     reads: Reads,
     layer: usize,
+    /// Whether every third cached token is pruned before the step.
+    pruned: bool,
 }
 
 /// Which pages the rows of a case read.
@@ -71,6 +73,7 @@ pub(super) fn run<B: Backend>(
         // What was read is counted, not computed: it is equal or wrong.
         let same = same_counts(&found_stats, &expected_stats);
         let op = match case.reads {
+            _ if case.pruned => "move_tokens and attend",
             Reads::Everything => "append_kv and attend",
             Reads::Chosen(_) | Reads::TwoOfThree => "select and attend",
         };
@@ -94,7 +97,8 @@ fn same_counts(found: &AttendStats, expected: &AttendStats) -> bool {
 impl Case {
     fn describe(&self) -> String {
         let Heads { q_heads, kv_heads, head_dim } = self.heads;
-        let Self { page_size, format, sequences, reads, layer, .. } = self;
+        let Self { page_size, format, sequences, reads, layer, pruned, .. } = self;
+        let pruned = if *pruned { ", every third pruned" } else { "" };
         let reads = match reads {
             Reads::Everything => String::new(),
             Reads::Chosen(policy) => format!(" {:?} in layer {layer}", policy.budget),
@@ -102,7 +106,7 @@ impl Case {
         };
         format!(
             "{format} {q_heads} over {kv_heads} heads of {head_dim}, pages of {page_size}, \
-             (cached, new) {sequences:?}{reads}"
+             (cached, new) {sequences:?}{reads}{pruned}"
         )
     }
 }
@@ -138,6 +142,7 @@ fn cases() -> Vec<Case> {
                     sequences: sequences.to_vec(),
                     reads,
                     layer,
+                    pruned: false,
                 };
                 cases.push(case(&sequences[(i + j) % 5], Reads::Everything, 1));
                 cases.push(case(&sequences[(i + j + 2) % 5], Reads::Everything, 0));
@@ -158,6 +163,8 @@ fn cases() -> Vec<Case> {
                     cases.push(case(&sequences, Reads::Chosen(policy), 1));
                 }
                 cases.push(case(&[(100, 1)], Reads::Chosen(policy), 0));
+                let pruned = case(&[(90, 1), (12, 3)], Reads::Chosen(policy), 1);
+                cases.push(Case { pruned: true, ..pruned });
                 cases.push(case(&[(70, 1), (9, 3)], Reads::TwoOfThree, 1));
             }
         }
@@ -227,13 +234,19 @@ fn attend<B: Backend>(backend: &B, case: &Case) -> Result<Attended, KernelError>
     let mut tables: Vec<PageTable> = Vec::new();
     for &(cached, new) in &case.sequences {
         let mut table = PageTable::new(page_size);
-        let none = table.extend(&mut pool, cached + new)?;
+        let none = table.extend(&mut pool, cached)?;
         debug_assert!(none.is_none(), "nothing is shared");
         let qkv: Vec<f32> = (0..cached).flat_map(|p| row(p, &mut numbers)).collect();
         let slots: Vec<Slot> = (0..cached).map(|p| table.slot(p)).collect();
         if cached > 0 {
             append(&qkv, &slots, &mut pages);
         }
+        if case.pruned {
+            let every_third: Vec<u32> = (0..cached as u32).skip(1).step_by(3).collect();
+            backend.move_tokens(&mut pages, &table.prune(&mut pool, &every_third)?)?;
+        }
+        let none = table.extend(&mut pool, new)?;
+        debug_assert!(none.is_none(), "nothing is shared");
         tables.push(table);
     }
     // A copied page is read like the page it was copied from.
@@ -241,15 +254,15 @@ fn attend<B: Backend>(backend: &B, case: &Case) -> Result<Attended, KernelError>
     let first = tables[0].pages()[0];
     backend.copy_page(&mut pages, PageCopy { from: first, to: moved });
     let mut lists: Vec<_> = tables.iter().map(|table| table.pages().to_vec()).collect();
-    if case.sequences[0].0 >= page_size {
+    if tables[0].len() - case.sequences[0].1 >= page_size {
         lists[0][0] = moved;
     }
     let (mut qkv, mut slots, mut sequences) = (Vec::new(), Vec::new(), Vec::new());
-    for (i, &(cached, new)) in case.sequences.iter().enumerate() {
-        let start = slots.len();
-        for position in cached..cached + new {
-            qkv.extend(row(position, &mut numbers));
-            slots.push(tables[i].slot(position));
+    for (i, &(_, new)) in case.sequences.iter().enumerate() {
+        let (start, cached) = (slots.len(), tables[i].len() - new);
+        for place in cached..cached + new {
+            qkv.extend(row(tables[i].position(place), &mut numbers));
+            slots.push(tables[i].slot(place));
         }
         sequences.push(AttendSequence {
             rows: start..slots.len(),

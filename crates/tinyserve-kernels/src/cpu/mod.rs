@@ -20,9 +20,9 @@ mod turned;
 
 use std::sync::{Mutex, PoisonError};
 
-use tinyserve_kv::{HostPages, KvLayout, NewToken, PageCopy, PagePool};
+use tinyserve_kv::{HostPages, KvLayout, NewToken, PageCopy, PagePool, TokenMove};
 
-pub(crate) use packed::{GROUP, Packed};
+pub(crate) use packed::{GROUP, Packed, packed_bytes};
 pub use path::CpuPath;
 pub(crate) use quantised::RowGroup;
 pub use tensor::{CpuLinear, CpuTensor, CpuVector};
@@ -179,6 +179,20 @@ impl Backend for Cpu {
 
     fn forget_free_pages(&self, pages: &mut HostPages, pool: &PagePool) {
         pages.forget_free(pool);
+    }
+
+    fn move_tokens(&self, pages: &mut HostPages, moves: &[TokenMove]) -> Result<(), KernelError> {
+        let format = pages.layout().shape().format;
+        if format.is_quantised() {
+            return Err(KernelError::Invalid {
+                what: "kv_cache_dtype",
+                found: format.to_string(),
+                expected: "f32, f16 or bf16 where tokens are pruned: codes of a page share its box"
+                    .to_owned(),
+            });
+        }
+        pages.move_tokens(moves);
+        Ok(())
     }
 
     fn embed(&self, args: EmbedArgs<'_, Self>) {

@@ -232,6 +232,7 @@ mod tests {
                 table: &table,
                 attention: tinyserve_kernels::Attention::Dense,
                 logits: LogitRows::Last,
+                observe: crate::Observe::NOTHING,
             };
             let batch = Batch { sequences: &[sequence], measure_recall: false };
             model.forward(&mut activations, &mut cache, &batch, &mut output).unwrap();
