@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops::Range;
 
 use tinyserve_kv::{
-    KvLayout, PageCopy, PageId, PagePool, PageSelector, SelectionPolicy, Slot, TokenMove,
+    KvFormat, KvLayout, PageCopy, PageId, PagePool, PageSelector, SelectionPolicy, Slot, TokenMove,
 };
 
 use crate::cpu::packed_bytes;
@@ -418,7 +418,12 @@ pub trait Backend: Send + Sized {
     /// Bytes that the weights and biases of a linear layer take.
     fn linear_bytes(&self, linear: &Self::Linear) -> usize;
 
-    /// Memory for `pages` pages.
+    /// The formats of keys and values that it has: those without codes, unless it says more.
+    fn kv_formats(&self) -> &'static [KvFormat] {
+        &KvFormat::FLOATS
+    }
+
+    /// Memory for `pages` pages, in one of [`Self::kv_formats`].
     ///
     /// # Errors
     /// When the device has no memory for them.

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tinyserve_kv::{KvLayout, PageCopy, PagePool, TokenMove};
+use tinyserve_kv::{KvFormat, KvLayout, PageCopy, PagePool, TokenMove};
 
 use crate::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
@@ -85,6 +85,10 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
 
     fn allocate_pages(&self, layout: KvLayout, pages: usize) -> Result<B::KvPages, KernelError> {
         self.inner.allocate_pages(layout, pages)
+    }
+
+    fn kv_formats(&self) -> &'static [KvFormat] {
+        self.inner.kv_formats()
     }
 
     fn copy_page(&self, pages: &mut B::KvPages, copy: PageCopy) {

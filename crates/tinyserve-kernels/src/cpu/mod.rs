@@ -20,7 +20,7 @@ mod turned;
 
 use std::sync::{Mutex, PoisonError};
 
-use tinyserve_kv::{HostPages, KvLayout, NewToken, PageCopy, PagePool, TokenMove};
+use tinyserve_kv::{HostPages, KvFormat, KvLayout, NewToken, PageCopy, PagePool, TokenMove};
 
 pub(crate) use packed::{GROUP, Packed, packed_bytes};
 pub use path::CpuPath;
@@ -171,6 +171,10 @@ impl Backend for Cpu {
 
     fn allocate_pages(&self, layout: KvLayout, pages: usize) -> Result<HostPages, KernelError> {
         Ok(HostPages::new(layout, pages)?)
+    }
+
+    fn kv_formats(&self) -> &'static [KvFormat] {
+        &KvFormat::ALL
     }
 
     fn copy_page(&self, pages: &mut HostPages, copy: PageCopy) {
