@@ -44,8 +44,8 @@ fn values_out_of_range_are_one_sentence() {
 fn what_comes_later_is_refused_by_name() {
     let cases = [
         ("--kv-cache-dtype fp8", ["--kv-cache-dtype", "bf16, int8 or int4"]),
-        ("--scorer mean-std", ["--scorer", "mean-std is not implemented yet"]),
-        ("--scorer cuboid-mean", ["--scorer", "cuboid-mean is not implemented yet"]),
+        ("--scorer bocks", ["--scorer", "expected one of box, mean-std"]),
+        ("--scorer h2o", ["--scorer", "expected one of box, mean-std"]),
         ("--device cuda", ["--device", "CUDA is not built into this version"]),
         ("--device cuda:1", ["--device", "CUDA is not built into this version"]),
     ];

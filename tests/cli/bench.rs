@@ -236,3 +236,42 @@ fn what_cannot_be_run_is_refused() {
         assert!(stderr.contains(word), "{stderr}");
     }
 }
+
+#[test]
+fn requests_that_arrive_over_time_are_counted_in_vllms_words() {
+    let command = "bench serve -p 20 -n 5 --num-prompts 9 --request-rate 200 -t 1";
+    let text = words(command).done();
+    for line in [
+        "============ Serving Benchmark Result ============",
+        "Successful requests:                     9",
+        "Total input tokens:                      180",
+        "Total generated tokens:                  45",
+        "---------------Time to First Token----------------",
+        "-----Time per Output Token (excl. 1st token)------",
+        "---------------Inter-token Latency----------------",
+    ] {
+        assert!(text.contains(line), "{line:?} is not in\n{text}");
+    }
+    let object = words(&format!("{command} --json --max-num-seqs 2 --max-concurrency 3")).json();
+    assert_eq!((&object["completed"], &object["failed"]), (&9.into(), &0.into()));
+    for (name, kind) in [("ttft", "mean"), ("tpot", "median"), ("itl", "p99")] {
+        assert!(number(&object, &format!("{kind}_{name}_ms")) > 0.0, "{object}");
+    }
+    let rate = number(&object, "total_output_tokens") / number(&object, "duration");
+    assert!((rate / number(&object, "output_throughput") - 1.0).abs() < 1e-9);
+}
+
+#[test]
+fn traces_are_replayed() {
+    for (name, prompts) in [("azure-conversation.csv", 6), ("mooncake-conversation.jsonl", 6)] {
+        let trace = tinyserve_tests::data(&format!("data/traces/{name}"));
+        let trace = crate::binary::text(&trace);
+        let scale = ["--time-scale", "0", "--length-scale", "0.01", "--num-prompts", "6"];
+        let args = ["bench", "serve", "--trace", trace, "--json", "-t", "1"];
+        let object = tinyserve(&[&args[..], &scale].concat()).json();
+        assert_eq!(object["completed"], prompts, "{object}");
+    }
+    words("bench serve --trace none.csv").refused_with(1, &["none.csv", "cannot be read"]);
+    words("bench serve --request-rate 0").refused_with(2, &["--request-rate is 0"]);
+    words("bench serve --num-prompts 0").refused_with(2, &["--num-prompts is 0"]);
+}

@@ -16,11 +16,12 @@ const CRATES: &[(&str, &[&str])] = &[
     ("tinyserve-kv", &[]),
     ("tinyserve-kernels", &["tinyserve-kv"]),
     ("tinyserve-model", &["tinyserve-kernels"]),
+    ("tinyserve-lab", &["tinyserve-model"]),
     ("tinyserve-plugins", &["tinyserve-kv"]),
     ("tinyserve-sched", &["tinyserve-model", "tinyserve-plugins"]),
     ("tinyserve", &["tinyserve-sched"]),
     ("tinyserve-server", &["tinyserve"]),
-    ("tinyserve-cli", &["tinyserve"]),
+    ("tinyserve-cli", &["tinyserve", "tinyserve-lab"]),
 ];
 
 /// Packages that check the others: they may depend on all of them, and none depends on these.

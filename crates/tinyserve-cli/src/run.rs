@@ -5,9 +5,9 @@ use std::ops::ControlFlow;
 use anyhow::{Result, anyhow};
 use clap::Args;
 use serde::Serialize;
-use tinyserve::model::{FinishReason, SamplingParams};
+use tinyserve::model::SamplingParams;
 use tinyserve::{
-    AttentionMode, KvUsage, StreamEvent, TinyServe, TinyServeError, TinyServeRequest,
+    AttentionMode, FinishReason, KvUsage, StreamEvent, TinyServe, TinyServeError, TinyServeRequest,
     TinyServeResponse,
 };
 
@@ -55,7 +55,7 @@ pub(crate) struct RunArgs {
 /// How tokens are drawn.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Sampling")]
-struct SamplingArgs {
+pub(crate) struct SamplingArgs {
     /// Divides the logits; 0 takes the most likely token.
     #[arg(
         long,
@@ -120,7 +120,7 @@ struct SamplingArgs {
 }
 
 impl SamplingArgs {
-    fn params(&self) -> Result<SamplingParams> {
+    pub(crate) fn params(&self) -> Result<SamplingParams> {
         let params = SamplingParams {
             temperature: self.temperature,
             top_k: self.top_k,
@@ -139,6 +139,8 @@ impl SamplingArgs {
 /// Generates and prints.
 pub(crate) fn run(args: &RunArgs, sources: Sources) -> Result<()> {
     let mut config = args.forward.selecting(&args.selection, args.attention, sources)?;
+    // One request: memory for others would only make the plan larger.
+    config.max_num_seqs = 1;
     args.memory.apply(&mut config);
     config.check()?;
     let sampling = args.sampling.params()?;

@@ -93,12 +93,14 @@ proptest! {
                             .sum();
                         let own = (0..seen).filter(of_page).count();
                         let dense = bytes(true, own) + bytes(false, seen - own);
-                        // Codes mean nothing without their box, a selector looks at all of them.
+                        // A selector looks at all boxes; codes mean nothing without theirs.
                         let boxes = 2 * dim * element;
                         let dense_boxes = if codes { (pages - 1) * boxes } else { 0 };
+                        let own_read = list.last() == Some(&(pages as u32 - 1));
+                        let sealed = if codes { list.len() - usize::from(own_read) } else { 0 };
                         expected_stats.pages_read += list.len() as u64;
                         expected_stats.pages_total += pages as u64;
-                        expected_stats.bytes_read += (read + pages * boxes) as u64;
+                        expected_stats.bytes_read += (read + (pages + sealed) * boxes) as u64;
                         expected_stats.bytes_dense += (dense + dense_boxes) as u64;
                     }
                 }

@@ -10,7 +10,6 @@ mod config;
 mod error;
 mod files;
 mod forward;
-mod generate;
 mod incremental;
 mod json;
 #[allow(unsafe_code)]
@@ -36,13 +35,15 @@ pub use checkpoint::{Checkpoint, TensorInfo};
 pub use config::{Architecture, ModelConfig};
 pub use error::ModelError;
 pub use forward::Activations;
-pub use generate::{FinishReason, Generation, GenerationEvent, GenerationOutcome, Generator};
 pub use incremental::IncrementalDecoder;
 pub use model::Model;
-pub use perplexity::Perplexity;
+pub use perplexity::{Perplexity, PerplexityWindow, perplexity_windows};
 pub use plan::{LargestStep, MemoryPlan};
 pub use rope::{RopeConfig, RopeScaling};
 pub use sampler::{SampleContext, SampledToken, Sampler, SamplingParams, logprob, top_logprobs};
 pub use stop::StopMatcher;
-pub use synthetic::{SyntheticModel, SyntheticNormal, SyntheticShape, SyntheticTensor};
+pub use synthetic::{
+    InductionGeometry, InductionModel, LookupTokens, SyntheticModel, SyntheticNormal,
+    SyntheticShape, SyntheticTensor,
+};
 pub use tokenizer::Tokenizer;

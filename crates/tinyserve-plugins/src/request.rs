@@ -118,6 +118,12 @@ impl RequestPlugins {
         Self { request, parts: entries.into_iter().map(part).collect(), mass: Vec::new() }
     }
 
+    /// Who wants the tokens removed that the last verdict names.
+    pub fn pruning(&self) -> impl Iterator<Item = &str> {
+        let parts = self.parts.iter().filter(|part| !part.pruning.is_empty());
+        parts.map(|part| part.entry.name.as_str())
+    }
+
     /// Uses a plugin for this request or does not, whatever the engine does; `None` when there is
     /// none of this name.
     pub fn choose(&mut self, name: &str, enabled: bool) -> Option<()> {

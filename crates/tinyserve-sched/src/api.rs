@@ -85,6 +85,8 @@ pub struct Request {
     pub attention: Option<AttentionChoice>,
     /// Cached pages are shared only among requests of the same salt.
     pub cache_salt: String,
+    /// Plugins that this request uses, or does not, whatever the engine does.
+    pub plugins: Vec<(String, bool)>,
 }
 
 impl Request {
@@ -107,6 +109,7 @@ impl Request {
             session: None,
             attention: None,
             cache_salt: String::new(),
+            plugins: Vec::new(),
         }
     }
 
@@ -284,6 +287,13 @@ pub enum StopReason {
     Token(u32),
     /// One of the request's stop texts.
     Text(String),
+    /// A plugin.
+    Plugin {
+        /// Its name.
+        plugin: String,
+        /// Why, as the plugin says.
+        reason: String,
+    },
 }
 
 /// A complete answer.
@@ -347,6 +357,10 @@ pub struct KvUse {
     pub decode_steps: u64,
     /// What its decode steps read.
     pub decode: AttendStats,
+    /// Tokens that plugins had removed from it.
+    pub pruned_tokens: u64,
+    /// Bytes of the pages that it gave back then.
+    pub pruned_bytes: u64,
 }
 
 /// Why a request failed.
@@ -367,6 +381,8 @@ pub enum FailureKind {
     Model,
     /// The tokenizer could not decode what was generated.
     Tokenizer,
+    /// A plugin failed, or asked for what cannot be done.
+    Plugin,
     /// A bug: the step panicked.
     Panic,
     /// The engine ended before the request did.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use tinyserve_model::Tokenizer;
+use tinyserve_plugins::PluginManager;
 
 use crate::{AdmissionError, AttentionChoice, Clock};
 
@@ -38,6 +39,9 @@ pub struct EngineConfig {
     pub eos: Vec<u32>,
     /// Turns tokens into text; without one there is no text, and stop texts are refused.
     pub tokenizer: Option<Tokenizer>,
+    /// What steers how requests decode; the engine takes a handle, and who keeps another can
+    /// register plugins, switch them and look at their statistics meanwhile.
+    pub plugins: PluginManager,
     /// Where the time comes from.
     pub clock: Clock,
 }
@@ -57,6 +61,7 @@ impl Default for EngineConfig {
             attention: AttentionChoice::Dense,
             eos: Vec::new(),
             tokenizer: None,
+            plugins: PluginManager::new(),
             clock: Clock::system(),
         }
     }

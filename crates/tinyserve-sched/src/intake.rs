@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use tinyserve_kv::PageTable;
 use tinyserve_model::{ModelError, Sampler};
+use tinyserve_plugins::{PluginError, RequestInfo};
 
 use crate::channel::{EventStream, events};
 use crate::config::setting;
@@ -104,8 +105,19 @@ impl Intake {
         let tokenizer = self.config.tokenizer.as_ref();
         let text =
             TextStream::new(tokenizer, &request.prompt, (&request.stop, request.include_stop));
+        let choices = request.plugins.iter().map(|(name, enabled)| (name.as_str(), *enabled));
         let place = self.queue(request.prompt.len())?;
         let id = RequestId(self.next.fetch_add(1, Ordering::Relaxed));
+        let info = RequestInfo {
+            id: id.to_string(),
+            prompt: request.prompt.clone(),
+            max_tokens: request.max_tokens,
+            page_size: self.limits.page_size,
+        };
+        let plugins = self.config.plugins.begin(info, choices).map_err(|error| match error {
+            PluginError::Unknown { name, expected } => setting("plugins", name, &expected),
+            error => setting("plugins", error, "names of plugins"),
+        })?;
         let (events, stream) = events(id, move || on_abort(id));
         count(&self.metrics.requests, 1);
         let submitted = self.config.clock.now();
@@ -130,10 +142,12 @@ impl Intake {
             cache_salt: request.cache_salt,
             sampler,
             text,
+            plugins,
             prompt_len: request.prompt.len(),
             tokens: request.prompt,
             table: PageTable::new(self.limits.page_size),
             planned: 0,
+            fresh: true,
             place: Some(place),
             cached_tokens: 0,
             kv: KvUse::default(),

@@ -221,6 +221,8 @@ counters! {
     pages,
     /// Pages that running sequences and sessions hold now.
     pages_used,
+    /// Pages that finished requests held at their ends, added up.
+    finished_pages,
     /// Bytes that decode steps read in the cache.
     bytes_read,
     /// Bytes that dense decode steps would have read.

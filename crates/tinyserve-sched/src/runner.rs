@@ -36,6 +36,19 @@ pub trait Runner: Send {
     /// Forgets the tokens of a sequence from `tokens` on; how many are left, which may be fewer.
     fn truncate(&mut self, table: &mut PageTable, tokens: usize) -> usize;
 
+    /// Removes the tokens of a sequence at `places`, ascending, from every layer.
+    ///
+    /// # Errors
+    /// When pages are missing or cannot be taken apart; nothing has changed then. Unless it says
+    /// otherwise, a runner cannot do it.
+    fn prune(&mut self, _table: &mut PageTable, _places: &[u32]) -> Result<(), ModelError> {
+        Err(ModelError::Kv(KvError::Invalid {
+            what: "token pruning",
+            found: "asked for".to_owned(),
+            expected: "a cache that tokens can be removed from".to_owned(),
+        }))
+    }
+
     /// Gives the pages of a sequence back.
     fn release(&mut self, table: PageTable);
 
@@ -58,6 +71,18 @@ pub trait Runner: Send {
     /// # Panics
     /// When there is no such sequence.
     fn read(&self, sequence: usize) -> AttendStats;
+
+    /// Entropy of the attention weights of sequence `sequence` in the last step,
+    /// `[layers, q_heads]`, if it asked for it.
+    fn attention_entropy(&self, _sequence: usize) -> Option<&[f32]> {
+        None
+    }
+
+    /// Attention mass of each cached token of sequence `sequence` in the last step, if it asked
+    /// for it.
+    fn attention_mass(&self, _sequence: usize) -> Option<&[f32]> {
+        None
+    }
 }
 
 /// A model on a backend.
@@ -110,6 +135,10 @@ impl<B: Backend> Runner for ModelRunner<B> {
         self.cache.truncate(table, tokens)
     }
 
+    fn prune(&mut self, table: &mut PageTable, places: &[u32]) -> Result<(), ModelError> {
+        self.cache.prune(self.model.backend(), table, places)
+    }
+
     fn release(&mut self, table: PageTable) {
         self.cache.release(table);
     }
@@ -125,5 +154,13 @@ impl<B: Backend> Runner for ModelRunner<B> {
 
     fn read(&self, sequence: usize) -> AttendStats {
         *self.output.sequence_stats(sequence)
+    }
+
+    fn attention_entropy(&self, sequence: usize) -> Option<&[f32]> {
+        self.output.attention_entropy(sequence)
+    }
+
+    fn attention_mass(&self, sequence: usize) -> Option<&[f32]> {
+        self.output.attention_mass(sequence)
     }
 }

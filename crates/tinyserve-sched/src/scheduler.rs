@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use smallvec::SmallVec;
 use tinyserve_kernels::Attention;
-use tinyserve_kv::PageTable;
-use tinyserve_model::{Batch, LogitRows, ModelError, Observe, SequenceStep};
+use tinyserve_kv::{PageId, PageTable};
+use tinyserve_model::{Batch, LogitRows, ModelError, SequenceStep};
 
 use crate::intake::{Intake, Submission};
 use crate::metrics::{Metrics, count, gauge};
@@ -18,6 +18,7 @@ use crate::{
 };
 
 mod commit;
+mod hooks;
 
 /// Sequences of a step that need no allocation.
 const ON_STACK: usize = 16;
@@ -37,6 +38,8 @@ pub struct Scheduler<R: Runner> {
     sessions: Sessions,
     /// Steps in which somebody decoded.
     decode_steps: u64,
+    /// Logits that plugins may change.
+    logits: Vec<f32>,
 }
 
 impl<R: Runner> Scheduler<R> {
@@ -59,6 +62,7 @@ impl<R: Runner> Scheduler<R> {
             running: Vec::new(),
             sessions,
             decode_steps: 0,
+            logits: Vec::new(),
             config,
         })
     }
@@ -67,6 +71,14 @@ impl<R: Runner> Scheduler<R> {
     #[must_use]
     pub fn intake(&self) -> &Arc<Intake> {
         &self.intake
+    }
+
+    /// Every page that a sequence or a session holds, as often as it is held: what is used in the
+    /// runner's pool and is not here has leaked.
+    pub fn held_pages(&self) -> impl Iterator<Item = PageId> {
+        let running = self.running.iter().chain(&self.waiting).map(|sequence| &sequence.table);
+        let tables = running.chain(self.sessions.tables());
+        tables.flat_map(|table| table.pages().iter().copied())
     }
 
     /// What it drives.
@@ -93,9 +105,14 @@ impl<R: Runner> Scheduler<R> {
 
     /// Takes a request; it joins the batch in a later step.
     pub fn add(&mut self, submission: Submission) {
-        let sequence = *submission.0;
+        let mut sequence = *submission.0;
         if let Some(session) = &sequence.session {
             self.sessions.open(session);
+        }
+        hooks::request(&mut sequence);
+        if sequence.end.is_some() {
+            self.retire([sequence]);
+            return;
         }
         insert(&mut self.waiting, sequence);
         self.set_gauges();
@@ -203,6 +220,7 @@ impl<R: Runner> Scheduler<R> {
         let empty = PageTable::new(sequence.table.page_size());
         self.runner.release(std::mem::replace(&mut sequence.table, empty));
         sequence.times.preemptions += 1;
+        sequence.fresh = true;
         count(&self.metrics.preemptions, 1);
         let planned = std::mem::take(&mut sequence.planned);
         insert(&mut self.waiting, sequence);
@@ -227,8 +245,10 @@ impl<R: Runner> Scheduler<R> {
         let session = sequence.session.as_deref();
         let kept = session.and_then(|session| self.sessions.kept(session));
         let reused = kept.map_or(0, |kept| reusable(sequence, kept));
-        let needed = (sequence.tokens.len() + 1).div_ceil(page_size) - reused.div_ceil(page_size);
-        let own = kept.map_or(0, |kept| kept.table.pages().len() - reused.div_ceil(page_size));
+        let reused_pages = kept.map_or(0, |kept| kept.pages_of(reused));
+        // Where tokens were pruned, a few fewer would do.
+        let needed = (sequence.tokens.len() - reused + 1).div_ceil(page_size);
+        let own = kept.map_or(0, |kept| kept.table.pages().len() - reused_pages);
         let others = self.sessions.kept_pages(session);
         let available = self.runner.pool().free_pages() + own + others;
         // Each that runs may need a page soon; it would have to be taken away again.
@@ -237,8 +257,11 @@ impl<R: Runner> Scheduler<R> {
         }
         let mut sequence = self.waiting.remove(index);
         let kept = sequence.session.as_deref().and_then(|session| self.sessions.take(session));
-        let reused = kept.map_or(0, |Kept { mut table, .. }| {
-            let reused = self.runner.truncate(&mut table, reused);
+        let reused = kept.map_or(0, |Kept { mut table, tokens, .. }| {
+            let reused = match reused < tokens.len() {
+                true => self.runner.truncate(&mut table, reused),
+                false => reused,
+            };
             sequence.table = table;
             reused
         });
@@ -266,7 +289,7 @@ impl<R: Runner> Scheduler<R> {
     fn run(&mut self, members: &[usize]) {
         let interval = self.config.recall_interval as u64;
         let decodes = |sequence: &Sequence| {
-            sequence.planned == 1 && sequence.table.len() > sequence.prompt_len
+            sequence.planned == 1 && sequence.computed() > sequence.prompt_len
         };
         let mut decoding =
             members.iter().map(|&i| &self.running[i]).filter(|s| decodes(s)).peekable();
@@ -330,6 +353,7 @@ impl<R: Runner> Scheduler<R> {
             (Ok(rest), end) => (rest, end),
             (Err(error), _) => (String::new(), End::Failed(tokenizer_failure(&error))),
         };
+        hooks::finish(&mut sequence, &end);
         let summary = sequence.summary(rest, now);
         let failed = matches!(end, End::Failed(_));
         let (metrics, timings) = (&self.metrics, &summary.timings);
@@ -348,6 +372,7 @@ impl<R: Runner> Scheduler<R> {
                     FinishReason::Length => &metrics.finished_length,
                 };
                 count(counter, 1);
+                count(&metrics.finished_pages, summary.kv.pages as u64);
                 metrics.e2e.record(timings.e2e);
                 if summary.usage.completion_tokens > 1 {
                     let steps = summary.usage.completion_tokens as u32 - 1;
@@ -360,7 +385,7 @@ impl<R: Runner> Scheduler<R> {
         let kept = match session {
             Some(session) => {
                 let total = tokens.len();
-                tokens.truncate(table.len());
+                tokens.truncate(table.next_position());
                 let keeps = !failed && !table.is_empty();
                 if keeps {
                     let kept = Kept { table, tokens, cache_salt };
@@ -473,17 +498,19 @@ fn reusable(sequence: &Sequence, kept: &Kept) -> usize {
         return 0;
     }
     let most = sequence.tokens.len() - 1;
+    let intact = kept.table.intact();
     let same = sequence.tokens.iter().zip(&kept.tokens).take_while(|(a, b)| a == b).count();
     let page_size = kept.table.page_size();
     match same.min(most) {
         all if all == kept.tokens.len() => all,
-        some => some - some % page_size,
+        // Where tokens were pruned, what lies behind them is all that follows or nothing.
+        some => some.min(intact) - some.min(intact) % page_size,
     }
 }
 
 /// What a sequence does in the step that is planned.
 fn step(sequence: &Sequence) -> SequenceStep<'_> {
-    let end = sequence.table.len();
+    let end = sequence.computed();
     let start = end - sequence.planned;
     let in_prompt = start < sequence.prompt_len;
     let logits = if in_prompt && sequence.prompt_logprobs.is_some() {
@@ -499,7 +526,7 @@ fn step(sequence: &Sequence) -> SequenceStep<'_> {
         table: &sequence.table,
         attention,
         logits,
-        observe: Observe::NOTHING,
+        observe: hooks::observe(sequence, end),
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use tinyserve_kernels::AttendStats;
 use tinyserve_kv::PageTable;
 use tinyserve_model::Sampler;
+use tinyserve_plugins::RequestPlugins;
 
 use crate::channel::EventSender;
 use crate::metrics::Metrics;
@@ -81,13 +82,16 @@ pub(crate) struct Sequence {
     pub(crate) cache_salt: String,
     pub(crate) sampler: Sampler,
     pub(crate) text: TextStream,
+    pub(crate) plugins: RequestPlugins,
     /// The prompt, then what was generated.
     pub(crate) tokens: Vec<u32>,
     pub(crate) prompt_len: usize,
-    /// The pages; between steps they hold the first `table.len()` of `tokens`.
+    /// The pages; between steps they hold the first `computed()` of `tokens`, less what is pruned.
     pub(crate) table: PageTable,
     /// Tokens that the step being planned computes.
     pub(crate) planned: usize,
+    /// Whether none of its steps has run since it got its pages.
+    pub(crate) fresh: bool,
     pub(crate) place: Option<QueuePlace>,
     pub(crate) cached_tokens: usize,
     pub(crate) kv: KvUse,
@@ -134,9 +138,14 @@ impl Times {
 }
 
 impl Sequence {
+    /// Of its tokens, those that were computed or are planned; pruned ones are counted.
+    pub(crate) fn computed(&self) -> usize {
+        self.table.next_position()
+    }
+
     /// Tokens to compute before the next one is drawn.
     pub(crate) fn pending(&self) -> usize {
-        self.tokens.len() - self.table.len()
+        self.tokens.len() - self.computed()
     }
 
     pub(crate) fn generated(&self) -> &[u32] {
@@ -151,7 +160,7 @@ impl Sequence {
     /// Most tokens that one step may compute: prompts read every page and what was generated
     /// selects, so a step has only one of them.
     pub(crate) fn uniform(&self, most: usize) -> usize {
-        let done = self.table.len();
+        let done = self.computed();
         let end = if done < self.prompt_len { self.prompt_len } else { self.tokens.len() };
         most.min(end - done)
     }

@@ -44,9 +44,18 @@ struct Session {
 #[derive(Debug)]
 pub(crate) struct Kept {
     pub(crate) table: PageTable,
-    /// The tokens that the pages hold.
+    /// The tokens that were computed into the pages; some may be pruned.
     pub(crate) tokens: Vec<u32>,
     pub(crate) cache_salt: String,
+}
+
+impl Kept {
+    /// Pages that hold the first `reused` tokens, of which pruned ones are either all or none.
+    pub(crate) fn pages_of(&self, reused: usize) -> usize {
+        let all = reused == self.tokens.len();
+        let places = if all { self.table.len() } else { reused };
+        places.div_ceil(self.table.page_size())
+    }
 }
 
 /// The sessions of an engine.
@@ -115,6 +124,11 @@ impl Sessions {
 
     pub(crate) fn kept(&self, id: &str) -> Option<&Kept> {
         self.by_id.get(id)?.kept.as_ref()
+    }
+
+    /// The tables of sessions that rest.
+    pub(crate) fn tables(&self) -> impl Iterator<Item = &PageTable> {
+        self.by_id.values().filter_map(|session| Some(&session.kept.as_ref()?.table))
     }
 
     /// Pages that sessions other than `but` hold.
@@ -190,7 +204,7 @@ impl Sessions {
             last_activity: session.last_activity,
             request_count: session.request_count,
             total_tokens: session.total_tokens,
-            cached_tokens: kept.map_or(0, |kept| kept.tokens.len()),
+            cached_tokens: kept.map_or(0, |kept| kept.table.len()),
             cached_pages: kept.map_or(0, |kept| kept.table.pages().len()),
         })
     }

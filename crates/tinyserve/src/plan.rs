@@ -36,9 +36,14 @@ impl PlannedMemory {
         let layout = checkpoint.config().kv_layout(config.page_size, format)?;
         let weights = config.weights.resolve(checkpoint.dtype())?;
         let limit = config.sequence_limit(checkpoint.config().max_positions)?;
-        let step = LargestStep { tokens: config.attention_chunk_size, logits: 1, threads };
+        let sequences = config.max_num_seqs;
+        let chunks = config.attention_chunk_size.saturating_mul(sequences);
+        let tokens = config.scheduling().max_num_batched_tokens.min(chunks);
+        let step = LargestStep { tokens, logits: sequences, threads };
+        // Room for the longest sequence as often as sequences run together, or for what fits.
+        let pages = layout.pages_for(limit).saturating_mul(sequences).min(u32::MAX as usize);
         let resident = memory::resident().unwrap_or(0);
-        let wanted = MemoryPlan::new(checkpoint, weights, layout, step, layout.pages_for(limit));
+        let wanted = MemoryPlan::new(checkpoint, weights, layout, step, pages);
         let wanted = wanted.process_bytes(resident);
         let target_bytes = match config.target_memory_gb {
             Some(gigabytes) => Some((gigabytes * 1e9) as u64),

@@ -210,7 +210,7 @@ pub(crate) fn attention(args: &AttentionArgs) -> Result<()> {
             let (time, bytes) = (median(samples), stats.bytes_read as f64 / layers as f64);
             let ratio = mode.as_ref().and_then(|policy| match policy.budget {
                 Budget::Ratio(ratio) => Some(ratio),
-                Budget::Tokens(_) => None,
+                Budget::Tokens(_) | Budget::TopP(_) => None,
             });
             Row {
                 q_heads: args.q_heads,

@@ -214,17 +214,21 @@ struct Piece {
 }
 
 /// The same tokens in every run of the program (splitmix64).
-struct RandomTokens {
+pub(super) struct RandomTokens {
     state: u64,
     vocab: u64,
 }
 
 impl RandomTokens {
-    fn new(vocab: usize) -> Self {
-        Self { state: 0, vocab: vocab as u64 }
+    pub(super) fn new(vocab: usize) -> Self {
+        Self::seeded(0, vocab)
     }
 
-    fn next(&mut self) -> u32 {
+    pub(super) fn seeded(state: u64, vocab: usize) -> Self {
+        Self { state, vocab: vocab as u64 }
+    }
+
+    pub(super) fn next(&mut self) -> u32 {
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.state;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use tinyserve_model::{SampleContext, logprob, top_logprobs};
 
-use super::{Scheduler, model_failure, panicked, tokenizer_failure};
+use super::{Scheduler, hooks, model_failure, panicked, tokenizer_failure};
 use crate::metrics::{Metrics, count};
 use crate::sequence::{End, Sequence};
 use crate::{Event, Failure, FinishReason, PromptToken, Runner, StopReason, Token};
@@ -13,9 +13,10 @@ use crate::{Event, Failure, FinishReason, PromptToken, Runner, StopReason, Token
 impl<R: Runner> Scheduler<R> {
     /// Hands the results of member `row` of the last step to running sequence `index`.
     pub(super) fn commit(&mut self, row: usize, index: usize) {
-        let (runner, sequence) = (&self.runner, &mut self.running[index]);
+        let Self { runner, running, metrics, logits, .. } = self;
+        let sequence = &mut running[index];
         let now = self.config.clock.now();
-        let commit = || sequence.commit((runner, row), now, &self.metrics);
+        let commit = || sequence.commit((runner, row), now, metrics, logits);
         let result = catch_unwind(AssertUnwindSafe(commit));
         let failure = match result {
             Ok(Ok(())) => return,
@@ -29,29 +30,32 @@ impl<R: Runner> Scheduler<R> {
 impl Sequence {
     fn commit<R: Runner>(
         &mut self,
-        (runner, row): (&R, usize),
+        (runner, row): (&mut R, usize),
         now: Instant,
         metrics: &Metrics,
+        edited: &mut Vec<f32>,
     ) -> Result<(), Failure> {
         let planned = std::mem::take(&mut self.planned);
-        let (end, total) = (self.table.len(), self.tokens.len());
+        let (end, total) = (self.computed(), self.tokens.len());
         let start = end - planned;
         let mut last_row = 0;
         if start < self.prompt_len
             && let Some(n) = self.prompt_logprobs
         {
-            self.commit_prompt((runner, row), start, n);
+            self.commit_prompt((&*runner, row), start, n);
             last_row = planned - 1;
         }
-        if planned == 1 && start >= self.prompt_len {
+        let decodes = planned == 1 && start >= self.prompt_len;
+        if decodes {
             let read = runner.read(row);
             self.note_decode(&read);
             metrics.read_by_decode(&read);
         } else {
             self.events.send(Event::Prefill { done: end, total });
             count(&metrics.prefill_tokens, planned as u64);
+            hooks::prefill((runner, row), self, start..end)?;
         }
-        if end < total {
+        if end < total || self.end.is_some() {
             return Ok(());
         }
         self.times.prefilled.get_or_insert(now);
@@ -59,7 +63,17 @@ impl Sequence {
             self.end_with(End::Finished(FinishReason::Length, None));
             return Ok(());
         }
-        self.draw(runner.logits(row, last_row))?;
+        if self.plugins.is_idle() {
+            self.draw(runner.logits(row, last_row))?;
+        } else {
+            edited.clear();
+            edited.extend_from_slice(runner.logits(row, last_row));
+            hooks::step((runner, row), self, edited, decodes)?;
+            if self.end.is_some() {
+                return Ok(());
+            }
+            self.draw(edited)?;
+        }
         self.note_token(now, metrics);
         Ok(())
     }
@@ -74,7 +88,7 @@ impl Sequence {
         // The logits after a token predict the next one. What was told before a preemption is not
         // told again.
         let next = self.prompt_told.max(start + 1).max(1);
-        for position in next..(self.table.len() + 1).min(self.prompt_len) {
+        for position in next..(self.computed() + 1).min(self.prompt_len) {
             let logits = runner.logits(row, position - 1 - start);
             let id = self.tokens[position];
             let logprob = Some(logprob(logits, id));

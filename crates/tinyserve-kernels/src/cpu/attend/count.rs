@@ -1,5 +1,7 @@
 //! What a unit reads, counted.
 
+use tinyserve_kv::ScoreCost;
+
 use super::tile::PageList;
 use super::{Context, Unit};
 use crate::cpu::select::Chosen;
@@ -29,17 +31,26 @@ impl Context<'_> {
                 }
             };
             let sealed = seen - usize::from(own_read);
-            // Of a query alone, a policy reads one of the two corners in each channel.
+            // Of a query alone, a kernel reads one of the two corners in each channel.
             let scored = match self.sequences[unit.sequence].attention {
                 _ if chosen == Chosen::Everything => 0,
-                Attention::Policy(_) if self.heads.group() == 1 => box_bytes / 2,
-                _ => box_bytes,
+                Attention::Policy(policy) if policy.has_kernels() && self.heads.group() == 1 => {
+                    pages * box_bytes / 2
+                }
+                Attention::Policy(policy) => policy.scorer.bytes_read(&ScoreCost {
+                    pages,
+                    budget: seen,
+                    page_size: size,
+                    head_dim: self.heads.head_dim,
+                    vector_bytes: self.heads.head_dim * element,
+                }),
+                _ => pages * box_bytes,
             };
-            // Codes mean nothing without their box, which is read once.
+            // Codes mean nothing without their box, whatever was read to choose them.
             let (boxes, dense_boxes) = if shape.format.is_quantised() {
-                (sealed * box_bytes + (pages - sealed) * scored, (pages - 1) * box_bytes)
+                (sealed * box_bytes + scored, (pages - 1) * box_bytes)
             } else {
-                (pages * scored, 0)
+                (scored, 0)
             };
             let bytes = |sealed: usize, own_read: bool| {
                 sealed * size * sealed_bytes + if own_read { own * own_bytes } else { 0 }
