@@ -3,7 +3,7 @@
 //! Each command flattens the groups whose settings change what it does, so that none is accepted
 //! and ignored. A flag comes before its environment variable, that before the configuration file.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -13,7 +13,7 @@ use tinyserve::kernels::{Cpu, CpuOptions, CpuPath};
 use tinyserve::model::Checkpoint;
 use tinyserve::{
     AttentionMode, Device, GroupReduceName, KvCacheDtype, RopeFrequencyDtype, ScorerName,
-    TinyServe, TinyServeBuilder, TinyServeConfig, Weights,
+    TinyServe, TinyServeBuilder, TinyServeConfig, TinyServeError, Weights,
 };
 
 use crate::exit::{Usage, out_of_range};
@@ -39,19 +39,29 @@ pub(crate) struct ModelArgs {
 }
 
 impl ModelArgs {
+    /// The file with settings, if one is given.
+    pub(crate) fn file(&self) -> Option<&Path> {
+        self.config.as_deref()
+    }
+
     /// The settings of the file, or the defaults, with the model that is asked for.
     pub(crate) fn config(&self) -> Result<TinyServeConfig> {
-        let mut config = match &self.config {
+        let config = match &self.config {
             Some(file) => TinyServeConfig::load(file)?,
             None => TinyServeConfig::default(),
         };
+        Ok(self.applied(config))
+    }
+
+    /// `config` with the model that is asked for.
+    fn applied(&self, mut config: TinyServeConfig) -> TinyServeConfig {
         set(&mut config.model, self.model.clone());
-        Ok(config)
+        config
     }
 }
 
 /// How weights are kept.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Device")]
 pub(crate) struct WeightsArgs {
     /// How weights are kept: auto (as stored), the stored type by name (f32, f16, bf16), or
@@ -109,7 +119,7 @@ impl ScheduleArgs {
 }
 
 /// Where the model runs.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Device")]
 pub(crate) struct DeviceArgs {
     /// auto or cpu.
@@ -145,11 +155,16 @@ impl DeviceArgs {
     /// The CPU backend that `config` and the flags ask for.
     pub(crate) fn backend(&self, config: &TinyServeConfig) -> Result<Cpu> {
         let options = CpuOptions { threads: config.threads, path: self.cpu };
-        Ok(Cpu::new(options).map_err(tinyserve::TinyServeError::from)?)
+        Ok(Cpu::new(options).map_err(TinyServeError::from)?)
     }
 
     /// Loads the model of `config`, with a progress bar if that takes long.
     pub(crate) fn load(&self, config: TinyServeConfig) -> Result<TinyServe> {
+        self.prepare(config).map_err(Into::into)
+    }
+
+    /// As [`Self::load`], with the facade's own error.
+    pub(crate) fn prepare(&self, config: TinyServeConfig) -> Result<TinyServe, TinyServeError> {
         self.build(TinyServe::builder().config(config))
     }
 
@@ -159,10 +174,10 @@ impl DeviceArgs {
         config: TinyServeConfig,
         checkpoint: Checkpoint,
     ) -> Result<TinyServe> {
-        self.build(TinyServe::builder().config(config).checkpoint(checkpoint))
+        Ok(self.build(TinyServe::builder().config(config).checkpoint(checkpoint))?)
     }
 
-    fn build(&self, mut builder: TinyServeBuilder) -> Result<TinyServe> {
+    fn build(&self, mut builder: TinyServeBuilder) -> Result<TinyServe, TinyServeError> {
         let mut progress = Progress::new("loading");
         if let Some(path) = self.cpu {
             builder = builder.cpu_path(path);
@@ -235,7 +250,10 @@ pub(crate) struct ForwardArgs {
 impl ForwardArgs {
     /// Settings whose values still have to be checked.
     fn unchecked(&self) -> Result<TinyServeConfig> {
-        let mut config = self.model.config()?;
+        self.applied(self.model.config()?)
+    }
+
+    fn applied(&self, mut config: TinyServeConfig) -> Result<TinyServeConfig> {
         self.device.apply(&mut config)?;
         self.layout.apply(&mut config);
         set(&mut config.attention_chunk_size, self.attention_chunk_size);
@@ -257,7 +275,18 @@ impl ForwardArgs {
         attention: Option<AttentionMode>,
         sources: Sources,
     ) -> Result<TinyServeConfig> {
-        let mut config = self.unchecked()?;
+        self.selecting_from(self.model.config()?, selection, attention, sources)
+    }
+
+    /// As [`Self::selecting`], over the settings of a file that was read already.
+    pub(crate) fn selecting_from(
+        &self,
+        file: TinyServeConfig,
+        selection: &SelectionArgs,
+        attention: Option<AttentionMode>,
+        sources: Sources,
+    ) -> Result<TinyServeConfig> {
+        let mut config = self.applied(self.model.applied(file))?;
         set(&mut config.attention, attention);
         selection.apply(&mut config, sources)?;
         config.check()?;

@@ -484,4 +484,15 @@ pub trait Backend: Send + Sized {
 
     /// Fills a tensor from the host; `values` is `[rows · columns]`.
     fn upload(&self, values: &[f32], out: &mut Self::Tensor);
+
+    /// Tells what went wrong on the device since it was last asked.
+    ///
+    /// Operations return before a device has run them, so that they cannot tell themselves; what
+    /// they wrote is then not defined. Ask after a download. The CPU has nothing to tell.
+    ///
+    /// # Errors
+    /// The first thing that went wrong.
+    fn check(&self) -> Result<(), KernelError> {
+        Ok(())
+    }
 }

@@ -177,4 +177,8 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
     fn upload(&self, values: &[f32], out: &mut B::Tensor) {
         self.inner.upload(values, out);
     }
+
+    fn check(&self) -> Result<(), KernelError> {
+        self.inner.check()
+    }
 }

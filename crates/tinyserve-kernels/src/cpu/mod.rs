@@ -22,10 +22,12 @@ use std::sync::{Mutex, PoisonError};
 
 use tinyserve_kv::{HostPages, KvFormat, KvLayout, NewToken, PageCopy, PagePool, TokenMove};
 
-pub(crate) use packed::{GROUP, Packed, packed_bytes};
+pub(crate) use packed::{CodeBits, GROUP, Packed, packed_bytes};
 pub use path::CpuPath;
 pub(crate) use quantised::RowGroup;
+pub(crate) use select::ask_selector;
 pub use tensor::{CpuLinear, CpuTensor, CpuVector};
+pub(crate) use tensor::{CpuWeights, vector};
 
 use crate::reference;
 use crate::{
@@ -39,7 +41,7 @@ use norm::Norm;
 use pool::Pool;
 use rotary::Rotary;
 use simd::dispatch;
-use tensor::{CpuWeights, Elements};
+use tensor::Elements;
 
 /// How a [`Cpu`] is set up.
 #[derive(Debug, Clone, Copy, Default)]

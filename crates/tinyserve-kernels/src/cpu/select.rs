@@ -118,8 +118,18 @@ fn custom(
     input: &SelectInput<'_>,
     list: &mut Vec<u32>,
 ) -> Result<Chosen, KernelError> {
+    let listed = ask_selector(selector, input, list)?;
+    Ok(if listed { Chosen::Listed } else { Chosen::EverythingSeen })
+}
+
+/// Asks a custom selector, and checks its list; `false` when every page is to be read.
+pub(crate) fn ask_selector(
+    selector: &dyn PageSelector,
+    input: &SelectInput<'_>,
+    list: &mut Vec<u32>,
+) -> Result<bool, KernelError> {
     if !selector.select(input, list) {
-        return Ok(Chosen::EverythingSeen);
+        return Ok(false);
     }
     let pages = input.page_count();
     let wrong = if list.is_empty() {
@@ -130,7 +140,7 @@ fn custom(
         list.last().filter(|&&page| page as usize >= pages).map(|page| format!("page {page}"))
     };
     match wrong {
-        None => Ok(Chosen::Listed),
+        None => Ok(true),
         Some(found) => Err(KernelError::Selector(format!(
             "layer {}, KV head {}: found {found}, expected at least one page, in ascending order, \
              below {pages}",
