@@ -20,6 +20,7 @@ mod select;
 mod selector;
 mod table;
 mod top_p;
+mod transfer;
 
 pub use append::NewToken;
 pub use codes::{CodeLayout, CodePage};

@@ -84,6 +84,14 @@ impl OpenPages {
         }
     }
 
+    /// Lets a page go that its last holder may have left open.
+    pub(crate) fn close_page(&mut self, layer: usize, page: PageId) {
+        if let Some(slot) = self.slot(layer, page) {
+            self.full.retain(|&full| full != slot);
+            self.close(slot);
+        }
+    }
+
     /// Lets full pages go.
     pub(crate) fn close_full(&mut self) {
         while let Some(slot) = self.full.pop() {

@@ -20,7 +20,9 @@ mod turned;
 
 use std::sync::{Mutex, PoisonError};
 
-use tinyserve_kv::{HostPages, KvFormat, KvLayout, NewToken, PageCopy, PagePool, TokenMove};
+use tinyserve_kv::{
+    HostPages, KvFormat, KvLayout, NewToken, PageCopy, PageId, PagePool, TokenMove,
+};
 
 pub(crate) use packed::{CodeBits, GROUP, Packed, packed_bytes};
 pub use path::CpuPath;
@@ -185,6 +187,26 @@ impl Backend for Cpu {
 
     fn forget_free_pages(&self, pages: &mut HostPages, pool: &PagePool) {
         pages.forget_free(pool);
+    }
+
+    fn download_page(
+        &self,
+        pages: &HostPages,
+        page: PageId,
+        out: &mut Vec<u8>,
+    ) -> Result<(), KernelError> {
+        pages.read_page(page, out);
+        Ok(())
+    }
+
+    fn upload_page(
+        &self,
+        pages: &mut HostPages,
+        page: PageId,
+        bytes: &[u8],
+    ) -> Result<(), KernelError> {
+        pages.write_page(page, bytes);
+        Ok(())
     }
 
     fn move_tokens(&self, pages: &mut HostPages, moves: &[TokenMove]) -> Result<(), KernelError> {
