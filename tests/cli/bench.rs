@@ -279,6 +279,29 @@ fn traces_are_replayed() {
 }
 
 #[test]
+fn memory_rows_are_what_became_resident() {
+    let args = "bench memory -o json --shape llama-15m -d 4k --kv-cache-dtype f16,int8,int4";
+    let rows = words(args).json();
+    let rows = rows.as_array().expect("an array of rows");
+    let names: Vec<_> = rows.iter().map(|row| row["kv_cache_dtype"].as_str().unwrap()).collect();
+    assert_eq!(names, ["f16", "int8", "int4"]);
+    for row in rows {
+        assert_eq!((&row["shape"], &row["n_depth"]), (&"llama-15m".into(), &4096.into()));
+        // What became resident is what the layout says, and the open pages and whole pages of the
+        // system on top.
+        let (resident, layout) =
+            (number(row, "resident_bytes"), 4096.0 * number(row, "layout_bytes_per_token"));
+        assert!(resident > 0.95 * layout, "{row}");
+        assert!(resident < 1.05 * layout + f64::from(8 << 20), "{row}");
+        assert!((number(row, "bytes_per_token") * 4096.0 - resident).abs() < 4096.0, "{row}");
+    }
+    assert!(
+        number(&rows[1], "layout_bytes_per_token")
+            < 0.56 * number(&rows[0], "layout_bytes_per_token")
+    );
+}
+
+#[test]
 fn a_session_is_restored_and_computed() {
     let folder = tempfile::tempdir().unwrap();
     let flags = format!("bench session -p 100 -r 2 --folder {}", folder.path().display());
