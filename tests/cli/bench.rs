@@ -56,6 +56,8 @@ fn rows_hold_together() {
             }
         }
         assert!(row["cpu_path"].is_string() && row["attention"].is_string());
+        // The plan is kept.
+        assert!(number(row, "rss_bytes") <= 1.05 * number(row, "planned_bytes"), "{row}");
         assert_eq!(row["bytes_read_ratio"], 1.0);
         let tokens = (sizes(row)[0] + sizes(row)[1]) as f64;
         let ns: Vec<_> = row["samples_ns"].as_array().unwrap().iter().collect();
@@ -306,6 +308,29 @@ fn traces_are_replayed() {
     words("bench serve --trace none.csv").refused_with(1, &["none.csv", "cannot be read"]);
     words("bench serve --request-rate 0").refused_with(2, &["--request-rate is 0"]);
     words("bench serve --num-prompts 0").refused_with(2, &["--num-prompts is 0"]);
+}
+
+#[test]
+fn memory_rows_are_what_became_resident() {
+    let args = "bench memory -o json --shape llama-15m -d 4k --kv-cache-dtype f16,int8,int4";
+    let rows = words(args).json();
+    let rows = rows.as_array().expect("an array of rows");
+    let names: Vec<_> = rows.iter().map(|row| row["kv_cache_dtype"].as_str().unwrap()).collect();
+    assert_eq!(names, ["f16", "int8", "int4"]);
+    for row in rows {
+        assert_eq!((&row["shape"], &row["n_depth"]), (&"llama-15m".into(), &4096.into()));
+        // What became resident is what the layout says, and the open pages and whole pages of the
+        // system on top.
+        let (resident, layout) =
+            (number(row, "resident_bytes"), 4096.0 * number(row, "layout_bytes_per_token"));
+        assert!(resident > 0.95 * layout, "{row}");
+        assert!(resident < 1.05 * layout + f64::from(8 << 20), "{row}");
+        assert!((number(row, "bytes_per_token") * 4096.0 - resident).abs() < 4096.0, "{row}");
+    }
+    assert!(
+        number(&rows[1], "layout_bytes_per_token")
+            < 0.56 * number(&rows[0], "layout_bytes_per_token")
+    );
 }
 
 #[test]

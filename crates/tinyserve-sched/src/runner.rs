@@ -62,8 +62,8 @@ pub trait Runner: Send {
     /// [`KvError::OutOfPages`]; nothing has changed then.
     fn extend(&mut self, table: &mut PageTable, tokens: usize) -> Result<(), KvError>;
 
-    /// Forgets the tokens of a sequence from `tokens` on.
-    fn truncate(&mut self, table: &mut PageTable, tokens: usize);
+    /// Forgets the tokens of a sequence from `tokens` on; how many are left, which may be fewer.
+    fn truncate(&mut self, table: &mut PageTable, tokens: usize) -> usize;
 
     /// Removes the tokens of a sequence at `places`, ascending, from every layer.
     ///
@@ -208,8 +208,8 @@ impl<B: Backend> Runner for ModelRunner<B> {
         })
     }
 
-    fn truncate(&mut self, table: &mut PageTable, tokens: usize) {
-        self.cache.truncate(table, tokens);
+    fn truncate(&mut self, table: &mut PageTable, tokens: usize) -> usize {
+        self.cache.truncate(table, tokens)
     }
 
     fn prune(&mut self, table: &mut PageTable, places: &[u32]) -> Result<(), ModelError> {

@@ -53,7 +53,7 @@ pub(crate) struct AttentionArgs {
     /// Pages of each sequence, instead of the size of one.
     #[arg(long, value_name = "N", conflicts_with = "page_size", value_parser = values::size)]
     num_pages: Option<usize>,
-    /// Element type of keys and values: f32, f16 or bf16.
+    /// How keys and values are stored: f32, f16, bf16, int8 or int4.
     #[arg(long, value_name = "DTYPE,…", value_delimiter = ',', default_value = "f16",
           value_parser = values::kv_cache_dtype)]
     kv_cache_dtype: Vec<KvCacheDtype>,
@@ -236,8 +236,8 @@ fn measure(
         splits.push((score, select, per_layer(seconds) - score - select));
     }
     let fma = bench.backend.measure_fma();
-    let element = bench.pages.layout().shape().format.element_bytes();
-    let operations = 2.0 * bench.heads.group() as f64 / element as f64;
+    // A multiply and an add for each query head, for each element of a page's keys and values.
+    let operations = (4 * bench.heads.group() * bench.pages.layout().head_elements()) as f64;
     drop(bench);
     let bandwidth = *bandwidth.get_or_insert_with(|| read_bandwidth(threads));
     let (dense, dense_bytes) = (median(&samples[0]), stats[0].bytes_read as f64);
@@ -274,7 +274,10 @@ fn measure(
             gb_s: bytes / time,
             read_bandwidth_gb_s: bandwidth / 1e9,
             roofline_fraction: 1e9 * bytes / time / bandwidth,
-            fma_fraction: fma.map(|fma| 1e9 * bytes * operations / time / fma),
+            fma_fraction: fma.map(|fma| {
+                let pages = stats.pages_read as f64 / layers as f64;
+                1e9 * pages * operations / time / fma
+            }),
             fma_gflop_s: fma.map(|fma| fma / 1e9),
             speedup: dense / time,
             byte_ceiling: dense_bytes / stats.bytes_read as f64,

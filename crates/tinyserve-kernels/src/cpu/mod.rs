@@ -21,7 +21,9 @@ mod turned;
 
 use std::sync::{Mutex, PoisonError};
 
-use tinyserve_kv::{HostPages, KvLayout, PageCopy, PageId, TokenMove};
+use tinyserve_kv::{
+    HostPages, KvFormat, KvLayout, NewToken, PageCopy, PageId, PagePool, TokenMove,
+};
 
 pub use clock::SelectionTimes;
 pub(crate) use packed::{CodeBits, GROUP, Packed, packed_bytes};
@@ -192,8 +194,16 @@ impl Backend for Cpu {
         Ok(HostPages::new(layout, pages)?)
     }
 
+    fn kv_formats(&self) -> &'static [KvFormat] {
+        &KvFormat::ALL
+    }
+
     fn copy_page(&self, pages: &mut HostPages, copy: PageCopy) {
         pages.copy(copy);
+    }
+
+    fn forget_free_pages(&self, pages: &mut HostPages, pool: &PagePool) {
+        pages.forget_free(pool);
     }
 
     fn download_page(
@@ -217,6 +227,15 @@ impl Backend for Cpu {
     }
 
     fn move_tokens(&self, pages: &mut HostPages, moves: &[TokenMove]) -> Result<(), KernelError> {
+        let format = pages.layout().shape().format;
+        if format.is_quantised() {
+            return Err(KernelError::Invalid {
+                what: "kv_cache_dtype",
+                found: format.to_string(),
+                expected: "f32, f16 or bf16 where tokens are pruned: codes of a page share its box"
+                    .to_owned(),
+            });
+        }
         pages.move_tokens(moves);
         Ok(())
     }
@@ -344,9 +363,12 @@ impl Backend for Cpu {
         assert_eq!(qkv.columns(), heads.qkv_width(), "width of queries, keys and values");
         assert_eq!(qkv.rows(), slots.len(), "one slot per row");
         // One thread: rounding a chunk's keys takes less than a thousandth of projecting them.
-        for (row, &slot) in qkv.values().chunks_exact(heads.qkv_width()).zip(slots) {
-            pages.append(layer, slot, &row[heads.k_columns()], &row[heads.v_columns()]);
-        }
+        let rows = qkv.values().chunks_exact(heads.qkv_width()).zip(slots);
+        let tokens = rows.map(|(row, &slot)| {
+            let (keys, values) = (&row[heads.k_columns()], &row[heads.v_columns()]);
+            NewToken { slot, keys, values }
+        });
+        pages.append_tokens(layer, tokens);
     }
 
     fn attend(&self, args: AttendArgs<'_, Self>) -> Result<AttendStats, KernelError> {
