@@ -12,8 +12,8 @@ use clap::{ArgMatches, Args};
 use tinyserve::kernels::{Cpu, CpuOptions, CpuPath};
 use tinyserve::model::Checkpoint;
 use tinyserve::{
-    AttentionMode, Device, GroupReduceName, KvCacheDtype, RopeFrequencyDtype, ScorerName,
-    TinyServe, TinyServeBuilder, TinyServeConfig, TinyServeError, Weights,
+    AttentionMode, Device, EvictionName, GroupReduceName, KvCacheDtype, RopeFrequencyDtype,
+    ScorerName, TinyServe, TinyServeBuilder, TinyServeConfig, TinyServeError, Weights,
 };
 
 use crate::exit::{Usage, out_of_range};
@@ -101,7 +101,11 @@ impl MemoryArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Scheduling")]
 pub(crate) struct ScheduleArgs {
-    /// Most sequences that run together [default: 16].
+    /// Copies of the model that share the work; threads and memory are divided among them
+    /// [default: 1].
+    #[arg(long, value_name = "N", env = "TINYSERVE_REPLICAS", value_parser = values::size)]
+    replicas: Option<usize>,
+    /// Most sequences that run together in a replica [default: 16].
     #[arg(long, value_name = "N", env = "TINYSERVE_MAX_NUM_SEQS", value_parser = values::size)]
     max_num_seqs: Option<usize>,
     /// Most tokens of one step, decodes and prefill chunks together [default: 512, or more where
@@ -109,12 +113,23 @@ pub(crate) struct ScheduleArgs {
     #[arg(long, value_name = "TOKENS", env = "TINYSERVE_MAX_NUM_BATCHED_TOKENS",
           value_parser = values::size)]
     max_num_batched_tokens: Option<usize>,
+    /// Whether the pages of prompts are kept for requests that begin alike [default: true].
+    #[arg(long, value_name = "BOOL", env = "TINYSERVE_ENABLE_PREFIX_CACHING", num_args = 0..=1,
+          require_equals = true, default_missing_value = "true")]
+    enable_prefix_caching: Option<bool>,
+    /// Which kept pages are given up first: lru, or cost (old and cheap to compute again).
+    #[arg(long, value_name = "NAME", env = "TINYSERVE_EVICTION_POLICY",
+          value_parser = |text: &str| values::name::<EvictionName>(text, "lru or cost"))]
+    eviction_policy: Option<EvictionName>,
 }
 
 impl ScheduleArgs {
     pub(crate) fn apply(&self, config: &mut TinyServeConfig) {
+        set(&mut config.replicas, self.replicas);
         set(&mut config.max_num_seqs, self.max_num_seqs);
         set_some(&mut config.max_num_batched_tokens, self.max_num_batched_tokens);
+        set(&mut config.enable_prefix_caching, self.enable_prefix_caching);
+        set(&mut config.eviction_policy, self.eviction_policy);
     }
 }
 
@@ -209,7 +224,8 @@ pub(crate) struct LayoutArgs {
     #[arg(long, visible_alias = "block-size", value_name = "TOKENS", env = "TINYSERVE_PAGE_SIZE",
           value_parser = values::size)]
     page_size: Option<usize>,
-    /// Element type of keys and values: auto (as the weights), f32, f16 or bf16.
+    /// How keys and values are stored: auto (as the weights), f32, f16, bf16, or, in pages that are
+    /// full, int8 or int4.
     #[arg(long, value_name = "DTYPE", env = "TINYSERVE_KV_CACHE_DTYPE",
           value_parser = values::kv_cache_dtype)]
     kv_cache_dtype: Option<KvCacheDtype>,
