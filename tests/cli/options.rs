@@ -43,7 +43,7 @@ fn every_flag_of_run_has_an_effect() {
     let exits = ["--enable-entropy-early-exit", "--entropy-threshold", "100"];
     let late = [&exits[..], &["--min-tokens-before-exit", "0"]].concat();
     let prunes = ["--enable-token-pruning", "--pruning-ratio", "0.9"];
-    let cases: [(&[&str], &[&str], &str); 35] = [
+    let cases: [(&[&str], &[&str], &str); 36] = [
         (&none, &["-n", "3"], "/tokens"),
         (&none, &["--temperature", "0"], "/tokens"),
         (&none, &["--top-p", "0.05"], "/tokens"),
@@ -58,6 +58,7 @@ fn every_flag_of_run_has_an_effect() {
         (&none, &["--block-size", "64"], "/kv/pages"),
         (&none, &["--kv-cache-dtype", "f16"], "/kv/bytes_resident"),
         (&none, &["--kv-cache-dtype", "bf16"], "/kv/bytes_resident"),
+        (&none, &["--kv-cache-dtype", "int4"], "/kv/bytes_resident"),
         (&none, &["--weights", "int4"], "/tokens"),
         (&none, &["--attention", "sparse"], "/kv/bytes_read"),
         (&none, &["--sparse-min-context", "100"], "/kv/bytes_read"),

@@ -47,7 +47,7 @@ impl Engine {
         runner: R,
         config: EngineConfig,
     ) -> Result<Self, AdmissionError> {
-        Self::start_replicas(name, vec![runner], config)
+        Self::start_replicas(name, vec![runner], &config)
     }
 
     /// Starts a thread for each of `replicas`, which are equal; their names are `name` and a number.
@@ -57,7 +57,7 @@ impl Engine {
     pub fn start_replicas<R: Runner + 'static>(
         name: &str,
         replicas: Vec<R>,
-        config: EngineConfig,
+        config: &EngineConfig,
     ) -> Result<Self, AdmissionError> {
         if replicas.is_empty() {
             return Err(crate::config::setting("replicas", 0, "at least 1"));

@@ -27,7 +27,7 @@ fn replicas(count: usize, pages: usize, config: EngineConfig) -> Engine {
     let tokenizer = Some(checkpoint.tokenizer().unwrap());
     let config = EngineConfig { tokenizer, eos, ..config };
     let runners = (0..count).map(|_| runner(&checkpoint, pages)).collect();
-    Engine::start_replicas("engine", runners, config).unwrap()
+    Engine::start_replicas("engine", runners, &config).unwrap()
 }
 
 fn runner(checkpoint: &Checkpoint, pages: usize) -> ModelRunner<Cpu> {
@@ -213,7 +213,7 @@ fn requests_that_begin_alike_share_pages() {
     };
     let sparse = || {
         let mut request = greedy("The dog", 80);
-        request.attention = Some(AttentionChoice::Policy(select.clone()));
+        request.attention = Some(AttentionChoice::Policy(select));
         request
     };
     let (_, tokens, _) = answer(&engine, sparse());
@@ -444,10 +444,14 @@ fn replicas_share_the_work_and_keep_what_they_know() {
     let each = engine.replica_stats();
     assert!(each.iter().all(|stats| stats.requests > 0), "both had something to do");
     assert_eq!(engine.stats().requests, 9);
+    let long =
+        "Once upon a time there was a little girl named Lily who had a big red ball. ".repeat(6);
     // A session stays where its pages are, and a prompt goes where its beginning is.
     for name in ["a", "b", "c", "d"] {
         for turn in 0..3 {
-            let request = greedy("Once upon a time", 20).session(name);
+            let mut request = greedy(&long, 20).session(name);
+            // What others have is not for this session.
+            request.cache_salt = name.to_owned();
             let cached = answer(&engine, request).2.summary.usage.cached_tokens;
             assert_eq!(cached > 0, turn > 0, "{name} {turn}");
         }
@@ -456,11 +460,9 @@ fn replicas_share_the_work_and_keep_what_they_know() {
         engine.list_sessions().wait().unwrap().into_iter().map(|info| info.id).collect();
     assert_eq!(names, ["a", "b", "c", "d"]);
     assert!(engine.session_info("c").wait().unwrap().is_some());
-    let long =
-        "Once upon a time there was a little girl named Lily who had a big red ball. ".repeat(3);
     answer(&engine, greedy(&long, 5));
     for _ in 0..4 {
-        assert!(answer(&engine, greedy(&long, 5)).2.summary.usage.cached_tokens > 64);
+        assert!(answer(&engine, greedy(&long, 5)).2.summary.usage.cached_tokens >= 64);
     }
     assert_eq!(engine.delete_session("c").wait(), Some(true));
     assert!(engine.drain().wait().is_some());

@@ -236,7 +236,7 @@ impl TinyServeBuilder {
             tokenizer: tokenizer.as_ref().ok().cloned(),
             ..config.scheduling()
         };
-        let engine = Engine::start_replicas("tinyserve-engine", runners, scheduling)?;
+        let engine = Engine::start_replicas("tinyserve-engine", runners, &scheduling)?;
         Ok(TinyServe {
             model: checkpoint.config().clone(),
             tokenizer,

@@ -446,7 +446,7 @@ fn nobody_starves() {
 #[test]
 fn ten_thousand_requests_leave_nothing_behind() {
     quiet_about_the_toy();
-    let mut world = world(20);
+    let mut world = world(10);
     let mut random = 1_u64;
     let mut draw = move |n: u64| {
         random =
@@ -482,7 +482,7 @@ fn what_a_dead_replica_had_fails_and_others_go_on() {
     let mut broken = Toy::new(20, 4);
     broken.dies_at = Some(3);
     let config = EngineConfig { max_sequence_length: 60, ..EngineConfig::default() };
-    let engine = Engine::start_replicas("toy", vec![broken, Toy::new(20, 4)], config).unwrap();
+    let engine = Engine::start_replicas("toy", vec![broken, Toy::new(20, 4)], &config).unwrap();
     let plan = simple(4, 20, 0);
     let mut failed = 0;
     for session in 0..20 {
