@@ -232,7 +232,8 @@ fn plugins_are_set_by_files_and_their_settings_are_checked() {
     // A share of nothing prunes nothing, bit for bit.
     let nothing = report(&["--enable-token-pruning", "--pruning-ratio", "0"], &[]);
     assert_eq!(nothing, report(&[], &[]));
-    let refused: [(&[&str], &str); 6] = [
+    let refused: [(&[&str], &str); 7] = [
+        (&["--enable-token-pruning", "--kv-cache-dtype", "int8"], "where tokens are pruned"),
         (&["--entropy-threshold", "1"], "--enable-entropy-early-exit"),
         (&["--pruning-ratio", "0.5"], "--enable-token-pruning"),
         (&["--enable-entropy-early-exit", "--entropy-threshold", "0"], "--entropy-threshold is 0"),

@@ -91,6 +91,7 @@ fn flag(name: &str) -> Option<String> {
         "entropy_patience",
         "entropy_threshold",
         "frequency_penalty",
+        "kv_cache_dtype",
         "max_num_batched_tokens",
         "max_num_seqs",
         "max_sequence_length",

@@ -524,6 +524,16 @@ impl TinyServeConfig {
         }
         self.entropy_exit().check()?;
         self.token_pruning().check()?;
+        if self.enable_token_pruning && self.pruning_ratio > 0.0 && self.keeps_codes() {
+            return Err(TinyServeError::Setting {
+                field: "kv_cache_dtype",
+                found: if self.kv_cache_dtype == KvCacheDtype::Int8 { "int8" } else { "int4" }
+                    .to_owned(),
+                expected: "auto, f32, f16 or bf16 where tokens are pruned: codes of a page share \
+                           its box"
+                    .to_owned(),
+            });
+        }
         if let Some(scorer) = self.approximate_attention.0 {
             let named = ScorerName(scorer);
             let other = self.scorer != ScorerName::default() && self.scorer != named;
@@ -554,6 +564,11 @@ impl TinyServeConfig {
             session_timeout: seconds(self.session_timeout),
             ..EngineConfig::default()
         }
+    }
+
+    /// Whether sealed pages hold codes, which cannot be taken apart.
+    pub(crate) fn keeps_codes(&self) -> bool {
+        matches!(self.kv_cache_dtype, KvCacheDtype::Int8 | KvCacheDtype::Int4)
     }
 
     fn entropy_exit(&self) -> EntropyExit {

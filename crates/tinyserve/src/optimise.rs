@@ -61,6 +61,9 @@ impl TinyServeConfig {
             (Knob::KvCacheDtype, Turn::Lower) => {
                 let to = match self.kv_cache_dtype {
                     KvCacheDtype::Auto | KvCacheDtype::F32 => KvCacheDtype::F16,
+                    // Codes of a page cannot be taken apart to prune it.
+                    _ if self.enable_token_pruning || self.keeps_codes() => return None,
+                    KvCacheDtype::F16 | KvCacheDtype::Bf16 => KvCacheDtype::Int8,
                     _ => return None,
                 };
                 let from = std::mem::replace(&mut self.kv_cache_dtype, to);
@@ -71,7 +74,7 @@ impl TinyServeConfig {
                 step(&mut self.page_size, to)
             }
             (Knob::EnableTokenPruning, Turn::Raise) => {
-                let pointless = self.pruning_ratio == 0.0;
+                let pointless = self.pruning_ratio == 0.0 || self.keeps_codes();
                 (!pointless).then(|| step(&mut self.enable_token_pruning, true)).flatten()
             }
             (Knob::MaxNumSeqs, Turn::Raise) => {
