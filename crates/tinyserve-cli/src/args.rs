@@ -10,6 +10,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args};
 use tinyserve::kernels::{Cpu, CpuOptions, CpuPath};
+use tinyserve::model::CacheOutcome;
 use tinyserve::{
     AttentionMode, Device, KvCacheDtype, RopeFrequencyDtype, ScorerName, TinyServe,
     TinyServeConfig, Weights,
@@ -63,6 +64,10 @@ pub(crate) struct DeviceArgs {
     /// quantised while they are loaded: int8 or int4.
     #[arg(long, value_name = "DTYPE", env = "TINYSERVE_WEIGHTS", value_parser = values::weights)]
     weights: Option<Weights>,
+    /// Folder in which weights that were quantised (int8, int4) are kept for the next start; a file
+    /// that is broken or another model's is replaced.
+    #[arg(long, value_name = "DIR", env = "TINYSERVE_WEIGHTS_CACHE")]
+    weights_cache: Option<PathBuf>,
     /// Prints the settings and the device to stderr.
     #[arg(short, long, env = "TINYSERVE_VERBOSE", value_parser = clap::builder::BoolishValueParser::new())]
     verbose: bool,
@@ -73,6 +78,7 @@ impl DeviceArgs {
         set(&mut config.device, self.device);
         set_some(&mut config.threads, self.threads);
         set(&mut config.weights, self.weights);
+        set_some(&mut config.weights_cache, self.weights_cache.clone());
         match (self.cpu, config.threads) {
             (Some(CpuPath::Scalar), Some(threads)) if threads > 1 => {
                 Err(out_of_range("--threads", threads, "1 with --cpu scalar"))
@@ -96,8 +102,18 @@ impl DeviceArgs {
         }
         let engine = builder.build_with_progress(|done, total| progress.update(done, total))?;
         progress.finish();
+        self.tell_of_cache(engine.weights_cache());
         self.tell(engine.config(), engine.backend_name());
         Ok(engine)
+    }
+
+    /// Prints what became of a cache of weights, if that is a warning or `--verbose` asks.
+    pub(crate) fn tell_of_cache(&self, outcome: Option<&CacheOutcome>) {
+        match outcome {
+            Some(outcome) if outcome.is_warning() => eprintln!("warning: {outcome}"),
+            Some(outcome) if self.verbose => eprintln!("{outcome}"),
+            _ => {}
+        }
     }
 
     /// With `--verbose`, prints what is in force.

@@ -88,6 +88,7 @@ fn flag(name: &str) -> Option<String> {
     let flags = [
         "attention_chunk_size",
         "max_sequence_length",
+        "weights_cache",
         "max_tokens",
         "min_p",
         "page_size",

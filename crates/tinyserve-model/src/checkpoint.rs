@@ -157,6 +157,14 @@ impl Checkpoint {
         self.weights.files.iter().map(|file| (file.name.as_str(), file.bytes.len()))
     }
 
+    pub(crate) fn files(&self) -> &Files {
+        &self.files
+    }
+
+    pub(crate) fn weights(&self) -> &WeightFiles {
+        &self.weights
+    }
+
     /// Takes what was read of the weight files out of this process's memory: a backend that keeps
     /// weights in another form has no use for it. Tensors stay valid, and are read again.
     pub(crate) fn release_memory(&self) {

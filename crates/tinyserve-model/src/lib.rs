@@ -12,6 +12,7 @@ mod forward;
 mod generate;
 mod incremental;
 mod json;
+mod load;
 #[allow(unsafe_code)]
 mod mmap;
 mod model;
@@ -22,6 +23,7 @@ mod stop;
 mod synthetic;
 mod tokenizer;
 mod weights;
+mod weights_cache;
 
 pub use batch::{Batch, LogitRows, SequenceStep, StepOutput};
 pub use builtin::BUILTIN_MODEL;
@@ -32,6 +34,7 @@ pub use error::ModelError;
 pub use forward::Activations;
 pub use generate::{FinishReason, Generation, GenerationEvent, GenerationOutcome, Generator};
 pub use incremental::IncrementalDecoder;
+pub use load::LoadOptions;
 pub use model::Model;
 pub use perplexity::Perplexity;
 pub use rope::{RopeConfig, RopeScaling};
@@ -39,3 +42,4 @@ pub use sampler::{SampledToken, Sampler, SamplingParams, logprob, top_logprobs};
 pub use stop::StopMatcher;
 pub use synthetic::{SyntheticModel, SyntheticNormal, SyntheticShape, SyntheticTensor};
 pub use tokenizer::Tokenizer;
+pub use weights_cache::CacheOutcome;

@@ -1,10 +1,11 @@
 //! Settings of an engine: one name each in code, files, flags and the environment.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use tinyserve_kernels::{DType, WeightFormat};
 use tinyserve_kv::{Budget, KvFormat, SelectionPolicy};
+use tinyserve_model::LoadOptions;
 
 use crate::TinyServeError;
 
@@ -156,6 +157,10 @@ pub struct TinyServeConfig {
     pub threads: Option<usize>,
     /// How weights are kept in memory.
     pub weights: Weights,
+    /// Folder in which quantised weights are kept from one start to the next; only for `weights`
+    /// int8 and int4.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weights_cache: Option<PathBuf>,
     /// Tokens of one page.
     #[serde(alias = "block_size")]
     pub page_size: usize,
@@ -196,6 +201,7 @@ impl Default for TinyServeConfig {
             device: Device::Auto,
             threads: None,
             weights: Weights::Auto,
+            weights_cache: None,
             page_size: 16,
             attention: AttentionMode::Auto,
             selection_ratio: 0.3,
@@ -274,7 +280,24 @@ impl TinyServeConfig {
                 });
             }
         }
+        if let Some(folder) = &self.weights_cache
+            && !matches!(self.weights, Weights::Int8 | Weights::Int4)
+        {
+            return Err(TinyServeError::Setting {
+                field: "weights_cache",
+                found: format!("{} with weights as they are stored", folder.display()),
+                expected: "weights int8 or int4: only quantised weights are cached".to_owned(),
+            });
+        }
         Ok(self.selection_policy().check()?)
+    }
+
+    /// How a model whose weights are stored as `stored` is loaded.
+    ///
+    /// # Errors
+    /// When another float type than the stored one is asked for.
+    pub fn load_options(&self, stored: DType) -> Result<LoadOptions, TinyServeError> {
+        Ok(LoadOptions { format: self.weights.resolve(stored)?, cache: self.weights_cache.clone() })
     }
 
     /// The policy that these settings describe.

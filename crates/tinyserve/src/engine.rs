@@ -1,15 +1,16 @@
 //! The engine: a model, its cache and its tokenizer behind one handle.
 
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tinyserve_kernels::{Attention, Cpu, CpuOptions};
 use tinyserve_kv::{PageSelector, SelectionPolicy};
 use tinyserve_model::{
-    Checkpoint, FinishReason, Generation, GenerationEvent, GenerationOutcome, Generator,
-    IncrementalDecoder, KvCache, Model, ModelConfig, ModelError, Perplexity, StopMatcher,
-    Tokenizer,
+    CacheOutcome, Checkpoint, FinishReason, Generation, GenerationEvent, GenerationOutcome,
+    Generator, IncrementalDecoder, KvCache, Model, ModelConfig, ModelError, Perplexity,
+    StopMatcher, Tokenizer,
 };
 
 use crate::{
@@ -39,6 +40,7 @@ pub struct TinyServe {
     tokenizer: Result<Tokenizer, String>,
     max_sequence_length: usize,
     weight_bytes: usize,
+    weights_cache: Option<CacheOutcome>,
     load: Duration,
     backend_name: String,
     state: Mutex<State>,
@@ -151,6 +153,13 @@ impl TinyServeBuilder {
         self
     }
 
+    /// Folder in which quantised weights are kept from one start to the next.
+    #[must_use]
+    pub fn weights_cache(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.config.weights_cache = Some(folder.into());
+        self
+    }
+
     /// Loads the model.
     ///
     /// # Errors
@@ -179,11 +188,12 @@ impl TinyServeBuilder {
         let max_sequence_length = config.sequence_limit(checkpoint.config().max_positions)?;
         let format = config.kv_cache_dtype.resolve(checkpoint.dtype());
         let layout = checkpoint.config().kv_layout(config.page_size, format)?;
-        let weights = config.weights.resolve(checkpoint.dtype())?;
+        let weights = config.load_options(checkpoint.dtype())?;
         // Only text needs a tokenizer: a checkpoint without one still serves token ids.
         let tokenizer = checkpoint.tokenizer().map_err(|error| error.to_string());
-        let model = Model::load_as(backend, &checkpoint, weights, progress)?;
+        let model = Model::load_with(backend, &checkpoint, &weights, progress)?;
         let weight_bytes = model.weight_bytes();
+        let weights_cache = model.weights_cache().cloned();
         let pages = layout.pages_for(max_sequence_length);
         let cache = KvCache::new(model.backend(), layout, pages)?;
         let attention = match (config.attention, self.selector) {
@@ -197,6 +207,7 @@ impl TinyServeBuilder {
             tokenizer,
             max_sequence_length,
             weight_bytes,
+            weights_cache,
             load: start.elapsed(),
             backend_name,
             state: Mutex::new(State {
@@ -238,6 +249,12 @@ impl TinyServe {
     #[must_use]
     pub fn backend_name(&self) -> &str {
         &self.backend_name
+    }
+
+    /// What became of the cache of weights, where one was asked for.
+    #[must_use]
+    pub fn weights_cache(&self) -> Option<&CacheOutcome> {
+        self.weights_cache.as_ref()
     }
 
     /// How long loading took.

@@ -231,7 +231,7 @@ pub(super) fn load(
     fill: DepthFill,
 ) -> Result<(Runner, Setup)> {
     let backend = forward.device.backend(config)?;
-    let weights = config.weights.resolve(checkpoint.dtype())?;
+    let weights = config.load_options(checkpoint.dtype())?;
     let mut setup = Setup {
         model: name,
         model_size: 0,
@@ -254,9 +254,10 @@ pub(super) fn load(
         let format = config.kv_cache_dtype.resolve(checkpoint.dtype());
         let layout = checkpoint.config().kv_layout(config.page_size, format)?;
         let backend = Profiled::new(backend);
-        let model = Model::load_as(backend, checkpoint, weights, |done, total| {
+        let model = Model::load_with(backend, checkpoint, &weights, |done, total| {
             progress.update(done, total);
         })?;
+        forward.device.tell_of_cache(model.weights_cache());
         setup.model_size = model.weight_bytes() as u64;
         setup.streamed_bytes = model.streamed_bytes() as u64;
         // A page more for each sequence: its copy of the depth's open page.

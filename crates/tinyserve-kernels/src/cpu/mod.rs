@@ -30,8 +30,8 @@ pub use tensor::{CpuLinear, CpuTensor, CpuVector};
 use crate::reference;
 use crate::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
-    KernelError, LinearArgs, LinearSpec, MatrixLayout, NormArgs, RotaryAnglesArgs, RotaryArgs,
-    Store,
+    KernelError, LinearArgs, LinearImage, LinearSpec, MatrixLayout, NormArgs, RotaryAnglesArgs,
+    RotaryArgs, Store,
 };
 use activate::Activate;
 use embed::Embed;
@@ -167,6 +167,23 @@ impl Backend for Cpu {
 
     fn linear_bytes(&self, linear: &CpuLinear) -> usize {
         linear.bytes()
+    }
+
+    fn image_layout(&self) -> Option<&'static str> {
+        Some(packed::IMAGE_LAYOUT)
+    }
+
+    fn linear_image(&self, linear: &CpuLinear) -> Option<LinearImage> {
+        match &linear.weights {
+            CpuWeights::Packed(packed) => Some(packed.image()),
+            CpuWeights::Stored { .. } => None,
+        }
+    }
+
+    fn load_linear_image(&self, image: LinearImage) -> Result<CpuLinear, KernelError> {
+        let packed = Packed::from_image(image)?;
+        let (inputs, outputs) = (packed.inputs, packed.outputs);
+        Ok(CpuLinear { weights: CpuWeights::Packed(packed), inputs, outputs })
     }
 
     fn allocate_pages(&self, layout: KvLayout, pages: usize) -> Result<HostPages, KernelError> {

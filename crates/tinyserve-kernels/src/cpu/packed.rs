@@ -12,15 +12,18 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use bytes::Bytes;
 use half::f16;
-use memmap2::MmapMut;
 
 use super::Cpu;
 use super::memory::zeroed;
 use super::path::CpuPath;
 use super::simd::{Kernel, Simd, dispatch};
 use super::tensor::{CpuMatrix, Elements};
-use crate::{KernelError, MatrixLayout, WeightFormat};
+use crate::{KernelError, LinearImage, MatrixLayout, WeightFormat};
+
+/// Names the layout above and the search for scales: another name means other bytes.
+pub(crate) const IMAGE_LAYOUT: &str = "blocks-of-16-groups-of-32/1";
 
 /// Inputs that share a scale.
 pub(crate) const GROUP: usize = 32;
@@ -65,7 +68,7 @@ pub(crate) struct Packed {
     pub(crate) inputs: usize,
     pub(crate) outputs: usize,
     /// Records `[blocks, groups]`.
-    records: MmapMut,
+    records: Bytes,
     /// `[blocks·16]`; zeros where there is no bias.
     pub(crate) bias: Vec<f32>,
 }
@@ -107,7 +110,48 @@ impl Packed {
             }
         });
         drop(chunks);
-        Ok(Self { bits, inputs, outputs, records, bias })
+        Ok(Self { bits, inputs, outputs, records: Bytes::from_owner(records), bias })
+    }
+
+    /// What [`Self::image`] gave, in the memory where it lies.
+    pub(crate) fn from_image(image: LinearImage) -> Result<Self, KernelError> {
+        let LinearImage { format, inputs, outputs, weights, bias } = image;
+        let bits = match format {
+            WeightFormat::Int8 => CodeBits::Eight,
+            WeightFormat::Int4 => CodeBits::Four,
+            WeightFormat::Stored => {
+                return Err(KernelError::Invalid {
+                    what: "image of a linear layer",
+                    found: "stored weights".to_owned(),
+                    expected: "quantised ones".to_owned(),
+                });
+            }
+        };
+        let (blocks, groups) = (outputs.div_ceil(BLOCK), inputs.div_ceil(GROUP));
+        let bytes = groups.saturating_mul(bits.record_bytes()).saturating_mul(blocks);
+        if inputs == 0 || outputs == 0 || weights.len() != bytes || bias.len() != blocks * BLOCK {
+            return Err(KernelError::Invalid {
+                what: "image of a linear layer",
+                found: format!("{} bytes and {} biases", weights.len(), bias.len()),
+                expected: format!("what [{outputs}, {inputs}] takes as {format:?}"),
+            });
+        }
+        Ok(Self { bits, inputs, outputs, records: weights, bias })
+    }
+
+    /// Its content, shared with it.
+    pub(crate) fn image(&self) -> LinearImage {
+        let bytes = self.blocks() * self.groups() * self.bits.record_bytes();
+        LinearImage {
+            format: match self.bits {
+                CodeBits::Eight => WeightFormat::Int8,
+                CodeBits::Four => WeightFormat::Int4,
+            },
+            inputs: self.inputs,
+            outputs: self.outputs,
+            weights: self.records.slice(..bytes),
+            bias: self.bias.clone(),
+        }
     }
 
     /// Groups of inputs, the last one filled up with zeros.
