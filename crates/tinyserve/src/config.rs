@@ -393,6 +393,7 @@ mod tests {
             ("d.toml", "page_size = 0", "page_size is 0"),
             ("e.toml", "num_gpus = 2", "num_gpus"),
             ("i.toml", "weights = \"int3\"", "int3"),
+            ("j.toml", "weights_cache = \"here\"", "weights_cache is here"),
             ("f.toml", "kv_cache_dtype = \"int3\"", "int3"),
             ("g.json", "{", "EOF"),
             ("h.yaml", "", ".json or .toml"),
