@@ -197,7 +197,7 @@ impl<B: Backend> Weights<'_, B> {
         parts: &[(&str, usize, bool)],
     ) -> Result<B::Linear, ModelError> {
         let linear = match self.cache.as_ref().filter(|_| format != WeightFormat::Stored) {
-            None => self.from_checkpoint((layout, format), inputs, parts)?,
+            None => self.load_linear((layout, format), inputs, parts)?,
             Some(cache) => {
                 let names: Vec<_> = parts.iter().map(|(name, ..)| *name).collect();
                 let name = names.join(" ");
@@ -205,7 +205,7 @@ impl<B: Backend> Weights<'_, B> {
                 if let Some(image) = cache.image(&name, (format, inputs, outputs)) {
                     self.backend.load_linear_image(image)?
                 } else {
-                    let linear = self.from_checkpoint((layout, format), inputs, parts)?;
+                    let linear = self.load_linear((layout, format), inputs, parts)?;
                     let image = self.backend.linear_image(&linear);
                     self.images.borrow_mut().extend(image.map(|image| (name, image)));
                     linear
@@ -216,7 +216,7 @@ impl<B: Backend> Weights<'_, B> {
         Ok(linear)
     }
 
-    fn from_checkpoint(
+    fn load_linear(
         &self,
         (layout, format): (MatrixLayout, WeightFormat),
         inputs: usize,

@@ -171,7 +171,7 @@ fn read(file: &Path, expected: &Header) -> Result<Option<Content>, String> {
         return Err("it is no file with content".to_owned());
     }
     let map = MappedFile::new(&opened).map_err(|error| error.to_string())?;
-    Content::parse(map.bytes(), expected).map(Some)
+    Content::parse(&map.bytes(), expected).map(Some)
 }
 
 /// Writes beside the file, then takes its place.

@@ -18,7 +18,7 @@ mod simd;
 mod tensor;
 mod turned;
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use tinyserve_kv::{HostPages, KvLayout, PageCopy};
 
@@ -34,6 +34,7 @@ use crate::{
     RotaryArgs, Store,
 };
 use activate::Activate;
+use columns::Columns;
 use embed::Embed;
 use norm::Norm;
 use pool::Pool;
@@ -59,6 +60,8 @@ pub struct Cpu {
     scratch: Vec<Mutex<attend::Scratch>>,
     /// What a call of attention lays out for its threads.
     plan: Mutex<attend::Plan>,
+    /// Buffers of products of many rows, one for each thread.
+    panels: Vec<Mutex<linear::PanelScratch>>,
     /// Input rows of the running product over quantised weights; grows, and is kept.
     quantised: Mutex<Vec<RowGroup>>,
 }
@@ -95,8 +98,9 @@ impl Cpu {
             expected: format!("as many as the system starts ({error})"),
         })?;
         let scratch = (0..threads).map(|_| Mutex::default()).collect();
+        let panels = (0..threads).map(|_| Mutex::default()).collect();
         let (plan, quantised) = Default::default();
-        Ok(Self { pool, path, scratch, plan, quantised })
+        Ok(Self { pool, path, scratch, plan, panels, quantised })
     }
 
     /// The scalar reference, on the thread that calls it: what other backends are held to.
@@ -107,6 +111,7 @@ impl Cpu {
             path: CpuPath::Scalar,
             scratch: vec![Mutex::default()],
             plan: Mutex::default(),
+            panels: Vec::new(),
             quantised: Mutex::default(),
         }
     }
@@ -136,13 +141,13 @@ impl Cpu {
             f(x, out);
             return;
         }
-        let rows = rows.div_ceil(4 * self.threads());
-        let chunks: Vec<_> =
-            x.chunks(rows * columns).zip(out.chunks_mut(rows * width)).map(Mutex::new).collect();
-        self.pool.run(chunks.len(), &|_, i| {
-            // Never waited for: each chunk is taken once.
-            let (x, out) = &mut *chunks[i].lock().unwrap_or_else(PoisonError::into_inner);
-            f(x, out);
+        let at_once = rows.div_ceil(4 * self.threads());
+        let columns_of = Columns::new(out, width);
+        self.pool.run(rows.div_ceil(at_once), &|_, i| {
+            let rows = i * at_once..((i + 1) * at_once).min(rows);
+            let x = &x[rows.start * columns..rows.end * columns];
+            // SAFETY: each item has rows of its own.
+            f(x, unsafe { columns_of.rows(rows) });
         });
     }
 }

@@ -305,7 +305,18 @@ fn write_lane(bits: CodeBits, x: &[f32; GROUP], lane: usize, codes: &mut [u8], h
 fn quantise_int8(x: &[f32; GROUP]) -> ([u8; GROUP], f16) {
     let scale = f16::from_f32(largest(x) / 127.0);
     let inverse = if scale.to_f32() == 0.0 { 0.0 } else { scale.to_f32().recip() };
-    (x.map(|x| ((x * inverse).round_ties_even().clamp(-127.0, 127.0) + 128.0) as u8), scale)
+    let mut codes = [0; GROUP];
+    for (code, x) in codes.iter_mut().zip(x) {
+        *code = (nearest_whole((x * inverse).clamp(-127.0, 127.0)) + 128.0) as u8;
+    }
+    (codes, scale)
+}
+
+/// The nearest whole number to a small one, without a call: adding 1.5·2²³ leaves no room for
+/// fractions.
+#[inline(always)]
+fn nearest_whole(x: f32) -> f32 {
+    (x + 12_582_912.0) - 12_582_912.0
 }
 
 /// The largest magnitude; NaN if there is one, because its bits are above every number's.
@@ -353,7 +364,10 @@ fn quantise_int4(x: &[f32; GROUP]) -> ([u8; GROUP], f16, f16) {
         let error = sum(&errors, |x| x);
         if error < least {
             least = error;
-            best = (codes.map(|code| code as u8), scale, minimum);
+            for (best, code) in best.0.iter_mut().zip(codes) {
+                *best = code as u8;
+            }
+            (best.1, best.2) = (scale, minimum);
         }
     }
     best
@@ -363,7 +377,11 @@ fn quantise_int4(x: &[f32; GROUP]) -> ([u8; GROUP], f16, f16) {
 #[inline(always)]
 fn nearest(x: &[f32; GROUP], scale: f32, minimum: f32) -> [f32; GROUP] {
     let inverse = if scale == 0.0 { 0.0 } else { scale.recip() };
-    x.map(|x| ((x - minimum) * inverse).round_ties_even().clamp(0.0, 15.0))
+    let mut codes = [0.0; GROUP];
+    for (code, x) in codes.iter_mut().zip(x) {
+        *code = nearest_whole(((x - minimum) * inverse).clamp(0.0, 15.0));
+    }
+    codes
 }
 
 /// A sum in an order that vectors of any width keep.

@@ -5,7 +5,7 @@
 //! rows beside it nor on which thread computes it.
 
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::PoisonError;
 
 use bytemuck::Zeroable;
 
@@ -18,8 +18,9 @@ use crate::Store;
 
 /// Multiply-adds below which waking other threads costs more than it saves.
 const SERIAL_WORK: usize = 128 * 1024;
-/// Blocks of outputs that one row is multiplied with at a time; strips are multiples of it.
-const ROW_BLOCKS: usize = 4;
+/// Rows up to which one block after the other is read, as one stream of memory: a batch of decode
+/// steps waits for it. More rows wait for their sums, of which two blocks have more in flight.
+const STREAM_ROWS: usize = 16;
 /// Bytes of quantised rows that are reused from the second-level cache while weights stream past.
 const ROWS_BYTES: usize = 512 * 1024;
 
@@ -42,8 +43,12 @@ impl RowGroup {
         let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
         // Adding 1.5·2²³ leaves the nearest whole number in the lowest bits. What is not finite
         // leaves anything there, and a scale that makes it not finite again.
-        let codes = x.map(|x| (x * inverse + 12_582_912.0).to_bits() as i8);
-        let sum: i32 = codes.iter().map(|&code| i32::from(code)).sum();
+        let (mut codes, mut sum) = ([0; GROUP], 0);
+        // A loop, not `map`: that is too large for the compiler to inline it.
+        for (code, x) in codes.iter_mut().zip(x) {
+            *code = (x * inverse + 12_582_912.0).to_bits() as i8;
+            sum += i32::from(*code);
+        }
         let scale = if largest.is_finite() { largest / 127.0 } else { f32::NAN };
         Self { codes, scale, start: -128 * sum, sum: scale * sum as f32 }
     }
@@ -91,12 +96,13 @@ pub(super) fn linear(cpu: &Cpu, x: &CpuTensor, packed: &Packed, store: Store, ou
     if cpu.threads() == 1 || x.len() < SERIAL_ELEMENTS {
         dispatch(path, QuantiseRows { x, inputs, out: quantised });
     } else {
-        let rows = rows.div_ceil(4 * cpu.threads());
-        let chunks = x.chunks(rows * inputs).zip(quantised.chunks_mut(rows * groups));
-        let chunks: Vec<_> = chunks.map(Mutex::new).collect();
-        cpu.pool.run(chunks.len(), &|_, i| {
-            // Never waited for: each chunk is taken once.
-            let (x, out) = &mut *chunks[i].lock().unwrap_or_else(PoisonError::into_inner);
+        let at_once = rows.div_ceil(4 * cpu.threads());
+        let groups_of = Columns::new(&mut *quantised, groups);
+        cpu.pool.run(rows.div_ceil(at_once), &|_, i| {
+            let rows = i * at_once..((i + 1) * at_once).min(rows);
+            let x = &x[rows.start * inputs..rows.end * inputs];
+            // SAFETY: each item has rows of its own.
+            let out = unsafe { groups_of.rows(rows) };
             dispatch(path, QuantiseRows { x, inputs, out });
         });
     }
@@ -109,7 +115,7 @@ pub(super) fn linear(cpu: &Cpu, x: &CpuTensor, packed: &Packed, store: Store, ou
         return run(0..blocks);
     }
     // Several strips per thread, so that a thread that is held up does not hold up all.
-    let strip = blocks.div_ceil(4 * cpu.threads()).next_multiple_of(ROW_BLOCKS);
+    let strip = blocks.div_ceil(4 * cpu.threads()).next_multiple_of(2);
     cpu.pool.run(blocks.div_ceil(strip), &|_, i| {
         run(i * strip..((i + 1) * strip).min(blocks));
     });
@@ -147,19 +153,15 @@ impl Product<'_> {
         for first in (0..self.rows).step_by(at_once) {
             let rows = first..(first + at_once).min(self.rows);
             let mut block = self.blocks.start;
-            if rows.len() == 1 {
-                // One row has few sums in flight: more blocks hide their latency.
-                while block + ROW_BLOCKS <= self.blocks.end {
-                    self.tile::<S, FOUR, 1, ROW_BLOCKS>(simd, rows.start, block);
-                    block += ROW_BLOCKS;
+            if self.rows > STREAM_ROWS {
+                while block + 2 <= self.blocks.end {
+                    self.blocks::<S, FOUR, 2>(simd, rows.clone(), block);
+                    block += 2;
                 }
             }
-            while block + 2 <= self.blocks.end {
-                self.blocks::<S, FOUR, 2>(simd, rows.clone(), block);
-                block += 2;
-            }
-            if block < self.blocks.end {
-                self.blocks::<S, FOUR, 1>(simd, rows, block);
+            while block < self.blocks.end {
+                self.blocks::<S, FOUR, 1>(simd, rows.clone(), block);
+                block += 1;
             }
         }
     }
@@ -212,8 +214,8 @@ impl Product<'_> {
                 for quad in 0..4 {
                     let codes: [S::Codes; O] =
                         std::array::from_fn(|o| simd.codes(&records[o][quad * QUAD_BYTES..]));
-                    let low = codes.map(|codes| simd.low_halves(codes));
-                    let high = codes.map(|codes| simd.high_halves(codes));
+                    let low: [S::Codes; O] = std::array::from_fn(|o| simd.low_halves(codes[o]));
+                    let high: [S::Codes; O] = std::array::from_fn(|o| simd.high_halves(codes[o]));
                     for r in 0..R {
                         for (quad, codes) in [(quad, &low), (quad + 4, &high)] {
                             let x = quad_of(x[r], quad);
@@ -275,6 +277,6 @@ impl Product<'_> {
 /// Four codes of a row, as one number.
 #[inline(always)]
 fn quad_of(x: &RowGroup, quad: usize) -> i32 {
-    let [a, b, c, d] = [0, 1, 2, 3].map(|i| x.codes[4 * quad + i] as u8);
-    i32::from_le_bytes([a, b, c, d])
+    let quads: &[i32; GROUP / 4] = bytemuck::cast_ref(&x.codes);
+    i32::from_le(quads[quad])
 }

@@ -150,7 +150,7 @@ pub(super) struct Content {
 
 impl Content {
     /// Checks a whole file; an error says why it cannot be used.
-    pub(super) fn parse(file: Bytes, expected: &Header) -> Result<Self, String> {
+    pub(super) fn parse(file: &Bytes, expected: &Header) -> Result<Self, String> {
         let number = |at: usize| -> Option<u32> {
             Some(u32::from_le_bytes(file.get(at..at + 4)?.try_into().ok()?))
         };

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Checkpoint;
 use crate::files::Files;
+use crate::mmap::MappedFile;
 use crate::weights::WeightFile;
 
 /// Bytes at the start of a file that are looked at: where tensors are named.
@@ -37,7 +38,7 @@ pub(super) fn source_files(checkpoint: &Checkpoint) -> Vec<SourceFile> {
 
 impl SourceFile {
     fn of(file: &WeightFile) -> Self {
-        let modified = file.map.as_ref().and_then(|map| map.modified());
+        let modified = file.map.as_ref().and_then(MappedFile::modified);
         let since = modified.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
         Self {
             name: file.name.clone(),
