@@ -18,9 +18,13 @@ use crate::Store;
 
 /// Multiply-adds below which waking other threads costs more than it saves.
 const SERIAL_WORK: usize = 128 * 1024;
-/// Rows up to which one block after the other is read, as one stream of memory: a batch of decode
-/// steps waits for it. More rows wait for their sums, of which two blocks have more in flight.
+/// Rows up to which one block after the other is read, as one stream of memory, for which a batch
+/// of decode steps waits. More rows wait for products, of which two blocks have more in flight.
 const STREAM_ROWS: usize = 16;
+/// Bytes that memory gives at a time.
+const LINE_BYTES: usize = 64;
+/// Lines of the largest record.
+const LINES: usize = CodeBits::Eight.record_bytes().div_ceil(LINE_BYTES);
 /// Bytes of quantised rows that are reused from the second-level cache while weights stream past.
 const ROWS_BYTES: usize = 512 * 1024;
 
@@ -149,23 +153,24 @@ impl Product<'_> {
     #[inline(always)]
     fn rows<S: Simd, const FOUR: bool>(&self, simd: S) {
         let row_bytes = self.packed.groups() * size_of::<RowGroup>();
-        let at_once = (ROWS_BYTES / row_bytes).max(6);
+        let at_once = (ROWS_BYTES / row_bytes).max(STREAM_ROWS);
         for first in (0..self.rows).step_by(at_once) {
             let rows = first..(first + at_once).min(self.rows);
             let mut block = self.blocks.start;
-            if self.rows > STREAM_ROWS {
+            if rows.len() > STREAM_ROWS {
                 while block + 2 <= self.blocks.end {
                     self.blocks::<S, FOUR, 2>(simd, rows.clone(), block);
                     block += 2;
                 }
             }
             while block < self.blocks.end {
-                self.blocks::<S, FOUR, 1>(simd, rows.clone(), block);
+                self.stream::<S, FOUR>(simd, rows.clone(), block);
                 block += 1;
             }
         }
     }
 
+    /// Two blocks for many rows.
     #[inline(always)]
     fn blocks<S: Simd, const FOUR: bool, const O: usize>(
         &self,
@@ -176,26 +181,53 @@ impl Product<'_> {
         let mut row = rows.start;
         if S::LANES == 16 {
             while row + 6 <= rows.end {
-                self.tile::<S, FOUR, 6, O>(simd, row, block);
+                self.tile::<S, FOUR, 6, O>(simd, row, block, None);
                 row += 6;
             }
         }
         while row + 2 <= rows.end {
-            self.tile::<S, FOUR, 2, O>(simd, row, block);
+            self.tile::<S, FOUR, 2, O>(simd, row, block, None);
             row += 2;
         }
         if row < rows.end {
-            self.tile::<S, FOUR, 1, O>(simd, row, block);
+            self.tile::<S, FOUR, 1, O>(simd, row, block, None);
         }
     }
 
-    /// Rows `row..row + R` times blocks `block..block + O`.
+    /// One block for few rows, in as few passes as registers allow: each asks for its share of
+    /// the next block, so that memory works while the rows are multiplied.
+    #[inline(always)]
+    fn stream<S: Simd, const FOUR: bool>(&self, simd: S, rows: Range<usize>, block: usize) {
+        let most = if S::LANES == 16 { 8 } else { 2 };
+        let passes = rows.len().div_ceil(most);
+        let share = (block + 1 < self.blocks.end).then(|| LINES.div_ceil(passes));
+        let mut row = rows.start;
+        for pass in 0..passes {
+            let lines = share.map(|share| pass * share..((pass + 1) * share).min(LINES));
+            let n = (rows.end - row).div_ceil(passes - pass);
+            match n {
+                8 => self.tile::<S, FOUR, 8, 1>(simd, row, block, lines),
+                7 => self.tile::<S, FOUR, 7, 1>(simd, row, block, lines),
+                6 => self.tile::<S, FOUR, 6, 1>(simd, row, block, lines),
+                5 => self.tile::<S, FOUR, 5, 1>(simd, row, block, lines),
+                4 => self.tile::<S, FOUR, 4, 1>(simd, row, block, lines),
+                3 => self.tile::<S, FOUR, 3, 1>(simd, row, block, lines),
+                2 => self.tile::<S, FOUR, 2, 1>(simd, row, block, lines),
+                _ => self.tile::<S, FOUR, 1, 1>(simd, row, block, lines),
+            }
+            row += n;
+        }
+    }
+
+    /// Rows `row..row + R` times blocks `block..block + O`. Asks for `lines` of each record of the
+    /// block that follows.
     #[inline(always)]
     fn tile<S: Simd, const FOUR: bool, const R: usize, const O: usize>(
         &self,
         simd: S,
         row: usize,
         block: usize,
+        lines: Option<Range<usize>>,
     ) {
         let bits = if FOUR { CodeBits::Four } else { CodeBits::Eight };
         let (groups, bytes) = (self.packed.groups(), bits.record_bytes());
@@ -205,6 +237,12 @@ impl Product<'_> {
             std::array::from_fn(|r| &self.x[(row + r) * groups..(row + r + 1) * groups]);
         let mut sums = [[simd.block_zero(); O]; R];
         for group in 0..groups {
+            if let Some(lines) = &lines {
+                let next = w[O - 1].as_ptr().wrapping_add((groups + group) * bytes);
+                for line in lines.start..lines.end.min(bytes.div_ceil(LINE_BYTES)) {
+                    simd.prefetch(next.wrapping_add(line * LINE_BYTES));
+                }
+            }
             let records: [&[u8]; O] =
                 std::array::from_fn(|o| &w[o][group * bytes..(group + 1) * bytes]);
             let x: [&RowGroup; R] = std::array::from_fn(|r| &x[r][group]);
