@@ -9,7 +9,7 @@ use tinyserve_kernels::{
     CpuTensor, CpuVector, EmbedArgs, HostTensor, KernelError, LinearArgs, LinearSpec, NormArgs,
     RotaryAnglesArgs, RotaryArgs,
 };
-use tinyserve_kv::{HostPages, KvFormat, KvLayout, PageCopy};
+use tinyserve_kv::{HostPages, KvFormat, KvLayout, PageCopy, TokenMove};
 use tinyserve_model::{Checkpoint, LogitRows};
 use tinyserve_tests::{Runner, assert_close, cpu, data};
 
@@ -51,6 +51,9 @@ impl Backend for Recorder {
     fn copy_page(&self, pages: &mut HostPages, copy: PageCopy) {
         self.cpu.copy_page(pages, copy);
     }
+    fn move_tokens(&self, pages: &mut HostPages, moves: &[TokenMove]) -> Result<(), KernelError> {
+        self.cpu.move_tokens(pages, moves)
+    }
     fn embed(&self, args: EmbedArgs<'_, Self>) {
         let EmbedArgs { table, ids, store, out } = args;
         self.cpu.embed(EmbedArgs { table, ids, store, out: &mut *out });
@@ -79,7 +82,18 @@ impl Backend for Recorder {
         self.cpu.append_kv(AppendKvArgs { layer, heads, qkv, slots, pages });
     }
     fn attend(&self, args: AttendArgs<'_, Self>) -> Result<AttendStats, KernelError> {
-        let AttendArgs { layer, heads, qkv, scale, sequences, pages, measure_recall, out } = args;
+        let AttendArgs {
+            layer,
+            heads,
+            qkv,
+            scale,
+            sequences,
+            pages,
+            measure_recall,
+            sequence_stats,
+            observe,
+            out,
+        } = args;
         let stats = self.cpu.attend(AttendArgs {
             layer,
             heads,
@@ -88,6 +102,8 @@ impl Backend for Recorder {
             sequences,
             pages,
             measure_recall,
+            sequence_stats,
+            observe,
             out: &mut *out,
         });
         self.record("attend", out);

@@ -1,8 +1,10 @@
-//! Invariant 5: a batch, a chunking or a fork gives each sequence what it gets alone.
+//! Invariant 5: a batch, a chunking, a fork or a known prefix gives each sequence what it gets alone.
 
 use proptest::prelude::*;
 use tinyserve_kernels::{Attention, Cpu};
-use tinyserve_kv::{Budget, KvFormat, SelectionPolicy};
+use tinyserve_kv::{
+    Budget, EvictionPolicy, KvFormat, Prefix, PrefixIndex, PrefixOptions, SelectionPolicy,
+};
 use tinyserve_model::{Checkpoint, LogitRows};
 use tinyserve_tests::{Runner, assert_close, cpu, golden};
 
@@ -76,6 +78,47 @@ proptest! {
         runner.cache.release(first.table);
         runner.cache.release(second.table);
         prop_assert_eq!(runner.cache.pool().used_pages(), 0);
+    }
+
+    #[test]
+    fn a_known_prefix_gives_what_computing_it_gives(
+        prompts in prop::collection::vec((0..30_usize, tokens(1..40)), 2..6),
+        page_size in prop::sample::select(vec![1, 4, 16]),
+        format in format(), pages in 80..200_usize,
+    ) {
+        // Beginnings of one text, and tails of their own.
+        let text: Vec<u32> = (3..33).collect();
+        let prompts = prompts.iter().map(|(shared, tail)| [&text[..*shared], tail].concat());
+        let mut alone = runner(format, page_size);
+        let checkpoint = golden("llama-gqa");
+        let mut runner = Runner::new(cpu(), &checkpoint, (page_size, format, pages));
+        let index = PrefixIndex::new(PrefixOptions {
+            identity: "llama-gqa",
+            layout: *runner.cache.layout(),
+            policy: EvictionPolicy::Lru,
+            max_pages: usize::MAX,
+        });
+        runner.cache = runner.cache.with_prefix_index(index);
+        let mut found = 0;
+        for tokens in prompts {
+            let mut sequence = runner.sequence(&tokens, LogitRows::Last);
+            let prompt = Prefix { salt: "", tokens: &tokens };
+            sequence.table = runner.cache.start(prompt);
+            let cached = sequence.table.len();
+            prop_assert!(cached < tokens.len());
+            sequence.next = tokens[cached..].to_vec();
+            runner.step(&mut [&mut sequence], Attention::Dense);
+            let logits = runner.output.logits(0).next().unwrap().to_vec();
+            prop_assert_eq!(logits, last_row(&mut alone, &tokens, usize::MAX));
+            runner.cache.remember(prompt, &mut sequence.table);
+            runner.cache.release(sequence.table);
+            found += cached;
+        }
+        let stats = runner.cache.prefix_index().unwrap().stats();
+        prop_assert_eq!(stats.hit_tokens, found as u64);
+        prop_assert_eq!(runner.cache.available_pages(), pages);
+        runner.cache.forget_prefixes();
+        prop_assert_eq!(runner.cache.pool().free_pages(), pages);
     }
 
     #[test]

@@ -4,3 +4,4 @@ mod activations;
 mod batch;
 mod embedded;
 mod golden;
+mod pruning;

@@ -45,8 +45,8 @@ fn what_comes_later_is_refused_by_name() {
     let cases = [
         ("--kv-cache-dtype int8", ["--kv-cache-dtype", "int8 is not implemented yet"]),
         ("--kv-cache-dtype int4", ["--kv-cache-dtype", "int4 is not implemented yet"]),
-        ("--scorer mean-std", ["--scorer", "mean-std is not implemented yet"]),
-        ("--scorer cuboid-mean", ["--scorer", "cuboid-mean is not implemented yet"]),
+        ("--scorer bocks", ["--scorer", "expected one of box, mean-std"]),
+        ("--scorer h2o", ["--scorer", "expected one of box, mean-std"]),
         ("--device cuda", ["--device", "CUDA is not built into this version"]),
         ("--device cuda:1", ["--device", "CUDA is not built into this version"]),
     ];

@@ -201,8 +201,16 @@ fn attention_is_compared_with_dense() {
     assert!((ceiling - 1.0 / (0.25 + 1.0 / 32.0)).abs() < 0.1, "{ceiling}");
     let wide = words(&format!("{command} --kv-cache-dtype f32 --ratios 0.5 -o json")).json();
     assert_eq!(number(&wide[0], "bytes_per_step"), 2.0 * of_one);
+    for placement in ["groups", "alternating"] {
+        let flags = format!("--sequences 2 --placement {placement} --ratios 0.5 -o json");
+        let two = words(&format!("{command} {flags}")).json();
+        assert_eq!(number(&two[0], "bytes_per_step"), 2.0 * of_one);
+        assert_eq!((&two[1]["n_sequences"], &two[1]["placement"]), (&2.into(), &placement.into()));
+    }
     for (flags, sentence) in [
         ("--kv-heads 3", "--kv-heads is 3"),
+        ("--sequences 0", "--sequences is 0"),
+        ("--placement alternating", "--sequences is 1"),
         ("--ratios 1.5", "--ratios is 1.5"),
         ("--tokens 0", "--tokens is 0"),
         ("-r 0", "--repetitions is 0"),
@@ -227,4 +235,43 @@ fn what_cannot_be_run_is_refused() {
         let stderr = words(&format!("{bench} {flags}")).refused(2);
         assert!(stderr.contains(word), "{stderr}");
     }
+}
+
+#[test]
+fn requests_that_arrive_over_time_are_counted_in_vllms_words() {
+    let command = "bench serve -p 20 -n 5 --num-prompts 9 --request-rate 200 -t 1";
+    let text = words(command).done();
+    for line in [
+        "============ Serving Benchmark Result ============",
+        "Successful requests:                     9",
+        "Total input tokens:                      180",
+        "Total generated tokens:                  45",
+        "---------------Time to First Token----------------",
+        "-----Time per Output Token (excl. 1st token)------",
+        "---------------Inter-token Latency----------------",
+    ] {
+        assert!(text.contains(line), "{line:?} is not in\n{text}");
+    }
+    let object = words(&format!("{command} --json --max-num-seqs 2 --max-concurrency 3")).json();
+    assert_eq!((&object["completed"], &object["failed"]), (&9.into(), &0.into()));
+    for (name, kind) in [("ttft", "mean"), ("tpot", "median"), ("itl", "p99")] {
+        assert!(number(&object, &format!("{kind}_{name}_ms")) > 0.0, "{object}");
+    }
+    let rate = number(&object, "total_output_tokens") / number(&object, "duration");
+    assert!((rate / number(&object, "output_throughput") - 1.0).abs() < 1e-9);
+}
+
+#[test]
+fn traces_are_replayed() {
+    for (name, prompts) in [("azure-conversation.csv", 6), ("mooncake-conversation.jsonl", 6)] {
+        let trace = tinyserve_tests::data(&format!("data/traces/{name}"));
+        let trace = crate::binary::text(&trace);
+        let scale = ["--time-scale", "0", "--length-scale", "0.01", "--num-prompts", "6"];
+        let args = ["bench", "serve", "--trace", trace, "--json", "-t", "1"];
+        let object = tinyserve(&[&args[..], &scale].concat()).json();
+        assert_eq!(object["completed"], prompts, "{object}");
+    }
+    words("bench serve --trace none.csv").refused_with(1, &["none.csv", "cannot be read"]);
+    words("bench serve --request-rate 0").refused_with(2, &["--request-rate is 0"]);
+    words("bench serve --num-prompts 0").refused_with(2, &["--num-prompts is 0"]);
 }

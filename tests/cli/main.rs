@@ -5,6 +5,8 @@ mod bad_files;
 mod bad_usage;
 mod bench;
 mod binary;
+mod chat;
+mod eval;
 mod interrupt;
 mod options;
 mod reports;

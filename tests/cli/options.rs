@@ -10,7 +10,7 @@ fn prompt() -> String {
     "Once upon a time there was a little girl named Lily who loved to play. ".repeat(14)
 }
 
-/// What a run with `flags` and variables says about itself, timings left out.
+/// What a run with `flags` and variables says about itself, timings and memory left out.
 fn report(flags: &[&str], variables: &[(&str, &str)]) -> Value {
     let prompt = prompt();
     let args = ["run", "-p", &prompt, "--json", "-n", "40", "--seed", "3", "--ignore-eos"];
@@ -23,6 +23,7 @@ fn report(flags: &[&str], variables: &[(&str, &str)]) -> Value {
     command.envs(variables.iter().copied());
     let mut object = Ran::new(command.output().unwrap()).json();
     object["timings"] = Value::Null;
+    object["memory"] = Value::Null;
     object
 }
 
@@ -39,13 +40,15 @@ fn every_flag_of_run_has_an_effect() {
     // Each case: a base, the option, and what it must change.
     let select = ["--attention", "sparse", "--dense-layers", "0"];
     let none: [&str; 0] = [];
-    let cases: [(&[&str], &[&str], &str); 21] = [
+    let cases: [(&[&str], &[&str], &str); 26] = [
         (&none, &["-n", "3"], "/tokens"),
         (&none, &["--temperature", "0"], "/tokens"),
         (&none, &["--top-p", "0.05"], "/tokens"),
         (&none, &["--top-k", "1"], "/tokens"),
         (&none, &["--min-p", "0.99"], "/tokens"),
         (&none, &["--repetition-penalty", "5"], "/tokens"),
+        (&none, &["--presence-penalty", "2"], "/tokens"),
+        (&none, &["--frequency-penalty", "2"], "/tokens"),
         (&none, &["--seed", "4"], "/tokens"),
         (&none, &["--stop", "e"], "/finish_reason"),
         (&none, &["--page-size", "4"], "/kv/pages"),
@@ -58,6 +61,9 @@ fn every_flag_of_run_has_an_effect() {
         (&none, &["--max-sequence-length", "300"], "/tokens"),
         (&select, &["--selection-ratio", "0.7"], "/kv/bytes_read"),
         (&select, &["--token-budget", "64"], "/kv/bytes_read"),
+        (&select, &["--top-p-pages", "0.9"], "/kv/bytes_read"),
+        (&select, &["--scorer", "streaming"], "/kv/bytes_read"),
+        (&select, &["--group-reduce", "softmax-vote"], "/kv/recall"),
         (&select, &["--sink-pages", "9"], "/kv/bytes_read"),
         (&select, &["--recent-pages", "9"], "/kv/bytes_read"),
         (&["--attention", "sparse"], &["--dense-layers", "5"], "/kv/bytes_read"),

@@ -58,8 +58,8 @@ fn inspect_plans_memory_before_loading() {
         assert_eq!(size("kv_bytes"), size("context") * per_token);
         // A box is two vectors per page where keys and values are two per token.
         assert_eq!(size("box_bytes"), size("kv_bytes") / 8);
-        let total = size("weight_bytes") + size("kv_bytes") + size("box_bytes");
-        assert_eq!(size("total_bytes"), total);
+        let model = size("weight_bytes") + size("scratch_bytes") + size("process_bytes");
+        assert_eq!(size("total_bytes"), model + size("kv_bytes") + size("box_bytes"));
     }
     let plain = tinyserve(&["inspect", text(&folder), "--tensors"]).done();
     for part in ["llama3 scaling", "bf16", "embed_tokens", "2048"] {
@@ -138,4 +138,43 @@ fn completions_name_the_commands() {
         let script = tinyserve(&["completions", shell]).done();
         assert!(script.contains("tokenize") && script.contains("selection-ratio"));
     }
+}
+
+#[test]
+fn inspect_fits_pages_into_the_memory_there_is() {
+    let object = words("inspect --json --target-memory-gb 0.5 --weights int8").json();
+    let plan = &object["memory"];
+    let size = |name: &str| plan[name].as_u64().unwrap();
+    assert_eq!((size("target_bytes"), object["weights"].as_str()), (500_000_000, Some("int8")));
+    assert!(size("weight_bytes") < object["weight_bytes"].as_u64().unwrap() / 3);
+    let page = (size("kv_bytes") + size("box_bytes")) / size("pages");
+    let fixed = size("process_bytes") + size("weight_bytes") + size("scratch_bytes");
+    let rest = 500_000_000 - fixed;
+    assert_eq!(size("pages_that_fit"), rest / page);
+    assert_eq!(size("tokens_that_fit"), 16 * size("pages_that_fit"));
+    // The built-in model's context is shorter than what fits: there is room for 16 of the longest.
+    assert_eq!((size("longest_context"), size("pages")), (512, 16 * 32));
+    let formats = plan["formats"].as_array().unwrap();
+    let f16 = formats.iter().find(|format| format["kv_cache_dtype"] == "f16").unwrap();
+    assert_eq!(f16["bytes_per_token"], 5 * 4 * 8 * 2 * 2);
+    let text = words("inspect --target-memory-gb 0.5 --weights int8").done();
+    for part in ["476.84 MiB", "longest context 512 tokens", "boxes/page", "int8"] {
+        assert!(text.contains(part), "{part:?} is not in {text}");
+    }
+    // What does not fit is said, and the rest is shown.
+    let small = words("inspect --json --target-memory-gb 0.001").json();
+    let error = small["memory"]["error"].as_str().unwrap();
+    assert!(error.contains("target_memory_gb is 0.001"), "{error}");
+}
+
+#[test]
+fn run_keeps_to_its_plan() {
+    let object = words("run -p Once -n 4 --temperature 0 --json").json();
+    let memory = &object["memory"];
+    let [planned, resident] =
+        ["planned_bytes", "resident_bytes"].map(|name| memory[name].as_u64().unwrap());
+    assert!(resident as f64 <= 1.05 * planned as f64, "{memory}");
+    words("run -p Once --target-memory-gb 0.001")
+        .refused_with(1, &["target_memory_gb", "expected"]);
+    words("run -p Once --target-memory-gb 0").refused_with(1, &["target_memory_gb", "expected"]);
 }

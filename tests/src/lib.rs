@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use tinyserve_kernels::{Attention, Backend, Cpu, CpuOptions};
 use tinyserve_kv::{KvFormat, PageTable};
 use tinyserve_model::{
-    Activations, Batch, Checkpoint, KvCache, LogitRows, Model, SequenceStep, StepOutput,
+    Activations, Batch, Checkpoint, KvCache, LogitRows, Model, Observe, SequenceStep, StepOutput,
 };
 
 /// A file or folder among this package's data.
@@ -124,6 +124,8 @@ pub struct Sequence {
     pub next: Vec<u32>,
     /// Which of them yield logits.
     pub logits: LogitRows,
+    /// What to tell about its attention.
+    pub observe: Observe,
 }
 
 impl<B: Backend> Runner<B> {
@@ -147,7 +149,8 @@ impl<B: Backend> Runner<B> {
     /// An empty sequence that will be fed `tokens`.
     #[must_use]
     pub fn sequence(&self, tokens: &[u32], logits: LogitRows) -> Sequence {
-        Sequence { table: self.cache.new_table(), next: tokens.to_vec(), logits }
+        let (table, observe) = (self.cache.new_table(), Observe::NOTHING);
+        Sequence { table, next: tokens.to_vec(), logits, observe }
     }
 
     /// Feeds every sequence its next tokens in one step.
@@ -162,7 +165,13 @@ impl<B: Backend> Runner<B> {
         }
         let steps: Vec<_> = sequences
             .iter()
-            .map(|s| SequenceStep { tokens: &s.next, table: &s.table, attention, logits: s.logits })
+            .map(|s| SequenceStep {
+                tokens: &s.next,
+                table: &s.table,
+                attention,
+                logits: s.logits,
+                observe: s.observe,
+            })
             .collect();
         let batch = Batch { sequences: &steps, measure_recall: false };
         self.model

@@ -16,11 +16,12 @@ const CRATES: &[(&str, &[&str])] = &[
     ("tinyserve-kv", &[]),
     ("tinyserve-kernels", &["tinyserve-kv"]),
     ("tinyserve-model", &["tinyserve-kernels"]),
+    ("tinyserve-lab", &["tinyserve-model"]),
     ("tinyserve-plugins", &["tinyserve-kv"]),
     ("tinyserve-sched", &["tinyserve-model", "tinyserve-plugins"]),
     ("tinyserve", &["tinyserve-sched"]),
     ("tinyserve-server", &["tinyserve"]),
-    ("tinyserve-cli", &["tinyserve"]),
+    ("tinyserve-cli", &["tinyserve", "tinyserve-lab"]),
 ];
 
 /// Packages that check the others: they may depend on all of them, and none depends on these.
@@ -34,6 +35,7 @@ const ROOMS: &[(&[&str], &[&str])] = &[
         &["memmap2"],
         &["tinyserve-kv", "tinyserve-kernels", "tinyserve-model", "tinyserve-tests", "xtask"],
     ),
+    (&["minijinja", "minijinja-contrib"], &["tinyserve-model"]),
     (&["axum", "tokio", "hyper"], &["tinyserve-server"]),
     (&["clap", "anyhow", "indicatif"], &["tinyserve-cli", "xtask"]),
     (&["proptest", "criterion", "tempfile"], &["tinyserve-tests"]),

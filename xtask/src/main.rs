@@ -6,6 +6,8 @@
 mod architecture;
 mod bench_cpu;
 mod ci;
+mod folder;
+mod induction_model;
 mod random_model;
 mod sources;
 
@@ -40,6 +42,12 @@ enum Command {
     /// and model.safetensors. The text that such a model generates means nothing, and its
     /// attention is nearly uniform: measure speed and memory with it, never quality.
     RandomModel(random_model::Args),
+    /// Write a checkpoint folder whose weights are set so that the model looks things up.
+    ///
+    /// It answers a key with the value that stood behind it, up to 64K tokens before, exactly with
+    /// dense attention: `tinyserve eval needle` shows with it what a page selection loses. The
+    /// folder also has lookup.json, which names the tokens to make such texts of.
+    InductionModel(induction_model::Args),
     /// Measure the CPU: every number of its table, as a page of docs/benchmarks.
     ///
     /// Runs the release binary on random weights; the whole table takes the better part of an
@@ -52,6 +60,7 @@ fn main() -> ExitCode {
         Command::Ci => ci::run(&root()),
         Command::CheckArchitecture => architecture::run(&root()),
         Command::RandomModel(args) => random_model::run(&args),
+        Command::InductionModel(args) => induction_model::run(&args),
         Command::BenchCpu(args) => bench_cpu::run(&root(), &args),
     };
     match done {

@@ -9,12 +9,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use safetensors::{Dtype, View};
 use serde_json::{Value, json};
 use tinyserve_kernels::DType;
 use tinyserve_model::{SyntheticModel, SyntheticShape, SyntheticTensor};
+
+use crate::folder;
 
 /// What to write, and where.
 #[derive(clap::Args)]
@@ -54,33 +56,11 @@ fn dtype() -> impl TypedValueParser<Value = DType> {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let started = Instant::now();
     let out = &args.out;
-    if fs::symlink_metadata(out).is_ok() {
-        let mut entries = fs::read_dir(out)
-            .with_context(|| format!("{}: expected a folder to write to", out.display()))?;
-        if entries.next().is_some() {
-            bail!("{}: the folder is not empty, expected a new or an empty one", out.display());
-        }
-    }
-    let Some(name) = out.file_name() else {
-        bail!("{}: expected the name of a new folder", out.display());
-    };
-    let mut partial_name = name.to_owned();
-    partial_name.push(".partial");
-    let partial = out.with_file_name(partial_name);
-
     let mut model = SyntheticModel::new(args.shape, args.dtype).seed(args.seed);
     if let Some(positions) = args.max_positions {
         model = model.max_positions(positions as usize);
     }
-    write_folder(&partial, &model, args).inspect_err(|_| {
-        // The error says what went wrong; a folder that cannot be removed changes nothing in it.
-        let _ = fs::remove_dir_all(&partial);
-    })?;
-    if out.exists() {
-        fs::remove_dir(out).with_context(|| format!("cannot replace {}", out.display()))?;
-    }
-    fs::rename(&partial, out)
-        .with_context(|| format!("cannot rename {} to {}", partial.display(), out.display()))?;
+    folder::create(out, |folder| write_folder(folder, &model, args))?;
     println!(
         "{}: {:.1} M parameters, {:.1} MB, written in {:.1} s",
         out.display(),
@@ -93,7 +73,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 /// Writes every file into `folder`.
 fn write_folder(folder: &Path, model: &SyntheticModel, args: &Args) -> Result<()> {
-    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
     write_weights(&folder.join("model.safetensors"), model, args)?;
     write_json(&folder.join("config.json"), &model.config_json())?;
     let (bos, eos) = model.bos_and_eos();

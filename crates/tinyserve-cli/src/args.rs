@@ -10,18 +10,22 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args};
 use tinyserve::kernels::{Cpu, CpuOptions, CpuPath};
-use tinyserve::model::CacheOutcome;
+use tinyserve::model::{CacheOutcome, Checkpoint};
 use tinyserve::{
-    AttentionMode, Device, KvCacheDtype, RopeFrequencyDtype, ScorerName, TinyServe,
-    TinyServeConfig, Weights,
+    AttentionMode, Device, GroupReduceName, KvCacheDtype, RopeFrequencyDtype, ScorerName,
+    TinyServe, TinyServeBuilder, TinyServeConfig, Weights,
 };
 
 use crate::exit::{Usage, out_of_range};
 use crate::progress::Progress;
-use crate::values;
+use crate::{plan, values};
 
 /// Heading of the flags that decide which pages are read.
 pub(crate) const SELECTION: &str = "Page selection";
+
+/// Said once of a selection that no kernel makes.
+const HOST_IS_SLOW: &str = "this selection runs on the host and is slow: kernels choose by \
+                            --scorer box, --group-reduce max and a fixed budget";
 
 /// Which model, and a file with settings.
 #[derive(Debug, Args)]
@@ -46,6 +50,64 @@ impl ModelArgs {
     }
 }
 
+/// How weights are kept.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Device")]
+pub(crate) struct WeightsArgs {
+    /// How weights are kept: auto (as stored), the stored type by name (f32, f16, bf16), or
+    /// quantised while they are loaded: int8 or int4.
+    #[arg(long, value_name = "DTYPE", env = "TINYSERVE_WEIGHTS", value_parser = values::weights)]
+    weights: Option<Weights>,
+}
+
+impl WeightsArgs {
+    pub(crate) fn apply(&self, config: &mut TinyServeConfig) {
+        set(&mut config.weights, self.weights);
+    }
+}
+
+/// How much memory there is.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "KV cache")]
+pub(crate) struct MemoryArgs {
+    /// Most memory of the process, in GB of 10⁹ bytes; pages get what weights and activations leave
+    /// [default: 80 % of what is available].
+    #[arg(
+        long,
+        value_name = "GB",
+        env = "TINYSERVE_TARGET_MEMORY_GB",
+        allow_negative_numbers = true
+    )]
+    target_memory_gb: Option<f64>,
+}
+
+impl MemoryArgs {
+    pub(crate) fn apply(&self, config: &mut TinyServeConfig) {
+        set_some(&mut config.target_memory_gb, self.target_memory_gb);
+    }
+}
+
+/// How requests share steps.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Scheduling")]
+pub(crate) struct ScheduleArgs {
+    /// Most sequences that run together [default: 16].
+    #[arg(long, value_name = "N", env = "TINYSERVE_MAX_NUM_SEQS", value_parser = values::size)]
+    max_num_seqs: Option<usize>,
+    /// Most tokens of one step, decodes and prefill chunks together [default: 512, or more where
+    /// --attention-chunk-size or --max-num-seqs are more].
+    #[arg(long, value_name = "TOKENS", env = "TINYSERVE_MAX_NUM_BATCHED_TOKENS",
+          value_parser = values::size)]
+    max_num_batched_tokens: Option<usize>,
+}
+
+impl ScheduleArgs {
+    pub(crate) fn apply(&self, config: &mut TinyServeConfig) {
+        set(&mut config.max_num_seqs, self.max_num_seqs);
+        set_some(&mut config.max_num_batched_tokens, self.max_num_batched_tokens);
+    }
+}
+
 /// Where the model runs.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Device")]
@@ -60,15 +122,13 @@ pub(crate) struct DeviceArgs {
     /// [default: the best there is].
     #[arg(long, value_name = "PATH", env = "TINYSERVE_CPU", value_parser = values::cpu_path)]
     cpu: Option<CpuPath>,
-    /// How weights are kept: auto (as stored), the stored type by name (f32, f16, bf16), or
-    /// quantised while they are loaded: int8 or int4.
-    #[arg(long, value_name = "DTYPE", env = "TINYSERVE_WEIGHTS", value_parser = values::weights)]
-    weights: Option<Weights>,
+    #[command(flatten)]
+    weights: WeightsArgs,
     /// Folder in which weights that were quantised (int8, int4) are kept for the next start; a file
     /// that is broken or another model's is replaced.
     #[arg(long, value_name = "DIR", env = "TINYSERVE_WEIGHTS_CACHE")]
     weights_cache: Option<PathBuf>,
-    /// Prints the settings and the device to stderr.
+    /// Prints the settings, the device and the memory plan to stderr.
     #[arg(short, long, env = "TINYSERVE_VERBOSE", value_parser = clap::builder::BoolishValueParser::new())]
     verbose: bool,
 }
@@ -77,7 +137,7 @@ impl DeviceArgs {
     pub(crate) fn apply(&self, config: &mut TinyServeConfig) -> Result<()> {
         set(&mut config.device, self.device);
         set_some(&mut config.threads, self.threads);
-        set(&mut config.weights, self.weights);
+        self.weights.apply(config);
         set_some(&mut config.weights_cache, self.weights_cache.clone());
         match (self.cpu, config.threads) {
             (Some(CpuPath::Scalar), Some(threads)) if threads > 1 => {
@@ -95,8 +155,20 @@ impl DeviceArgs {
 
     /// Loads the model of `config`, with a progress bar if that takes long.
     pub(crate) fn load(&self, config: TinyServeConfig) -> Result<TinyServe> {
+        self.build(TinyServe::builder().config(config))
+    }
+
+    /// As [`Self::load`], from a checkpoint that is open already.
+    pub(crate) fn load_open(
+        &self,
+        config: TinyServeConfig,
+        checkpoint: Checkpoint,
+    ) -> Result<TinyServe> {
+        self.build(TinyServe::builder().config(config).checkpoint(checkpoint))
+    }
+
+    fn build(&self, mut builder: TinyServeBuilder) -> Result<TinyServe> {
         let mut progress = Progress::new("loading");
-        let mut builder = TinyServe::builder().config(config);
         if let Some(path) = self.cpu {
             builder = builder.cpu_path(path);
         }
@@ -104,6 +176,9 @@ impl DeviceArgs {
         progress.finish();
         self.tell_of_cache(engine.weights_cache());
         self.tell(engine.config(), engine.backend_name());
+        if self.verbose {
+            eprint!("{}", plan::lines(engine.memory()));
+        }
         Ok(engine)
     }
 
@@ -200,6 +275,9 @@ impl ForwardArgs {
         set(&mut config.attention, attention);
         selection.apply(&mut config, sources)?;
         config.check()?;
+        if config.attention != AttentionMode::Dense && !config.selection_policy().has_kernels() {
+            eprintln!("note: {HOST_IS_SLOW}");
+        }
         Ok(config)
     }
 }
@@ -219,9 +297,17 @@ pub(crate) struct SelectionArgs {
     /// Tokens that a selecting step reads, instead of a share.
     #[arg(long, value_name = "TOKENS", env = "TINYSERVE_TOKEN_BUDGET", value_parser = values::size)]
     token_budget: Option<usize>,
-    /// What a page is scored by: box.
-    #[arg(long, env = "TINYSERVE_SCORER", value_parser = values::scorer)]
+    /// Share of the estimated attention mass that a selecting step reads, instead of a share of
+    /// the pages.
+    #[arg(long, value_name = "P", env = "TINYSERVE_TOP_P_PAGES", allow_negative_numbers = true)]
+    top_p_pages: Option<f64>,
+    /// What a page is scored by: box has kernels; mean-std, cuboid-mean, two-boxes, two-stage,
+    /// oracle, oracle-mass, streaming and random run on the host, for research.
+    #[arg(long, value_name = "NAME", env = "TINYSERVE_SCORER", value_parser = values::scorer)]
     scorer: Option<ScorerName>,
+    /// How query heads that share a KV head agree on pages: max, or softmax-vote on the host.
+    #[arg(long, value_name = "HOW", env = "TINYSERVE_GROUP_REDUCE", value_parser = values::group_reduce)]
+    group_reduce: Option<GroupReduceName>,
     /// First pages that are always read [default: 1].
     #[arg(long, value_name = "PAGES", env = "TINYSERVE_SINK_PAGES", value_parser = values::size)]
     sink_pages: Option<usize>,
@@ -239,24 +325,28 @@ pub(crate) struct SelectionArgs {
 
 impl SelectionArgs {
     fn apply(&self, config: &mut TinyServeConfig, sources: Sources) -> Result<()> {
-        let (mut ratio, mut budget) = (self.selection_ratio, self.token_budget);
-        if let (Some(of_ratio), Some(of_budget)) = (sources.selection_ratio, sources.token_budget) {
-            if of_ratio == of_budget {
-                let (ratio, budget) = ("--selection-ratio", "--token-budget");
-                let sentence = format!("{ratio} and {budget} are both given, expected one of them");
+        // A flag replaces variables, and either replaces what the file says.
+        let given = [
+            ("--selection-ratio", sources.selection_ratio),
+            ("--token-budget", sources.token_budget),
+            ("--top-p-pages", sources.top_p_pages),
+        ];
+        let by = |source| given.iter().filter(move |(_, from)| *from == Some(source));
+        let source = [ValueSource::CommandLine, ValueSource::EnvVariable]
+            .into_iter()
+            .find(|&source| by(source).next().is_some());
+        if let Some(source) = source {
+            if let [(first, _), (second, _), ..] = by(source).collect::<Vec<_>>()[..] {
+                let sentence = format!("{first} and {second} are both given, expected one of them");
                 return Err(Usage(sentence).into());
             }
-            // One is a flag and the other a variable, which the flag replaces.
-            match of_ratio {
-                ValueSource::CommandLine => budget = None,
-                _ => ratio = None,
-            }
+            let from = |of: Option<ValueSource>| of == Some(source);
+            config.token_budget = self.token_budget.filter(|_| from(sources.token_budget));
+            config.top_p_pages = self.top_p_pages.filter(|_| from(sources.top_p_pages));
+            let ratio = self.selection_ratio.filter(|_| from(sources.selection_ratio));
+            set(&mut config.selection_ratio, ratio);
         }
-        if let Some(ratio) = ratio {
-            config.selection_ratio = ratio;
-            config.token_budget = None;
-        }
-        set_some(&mut config.token_budget, budget);
+        set(&mut config.group_reduce, self.group_reduce);
         set(&mut config.scorer, self.scorer);
         set(&mut config.sink_pages, self.sink_pages);
         set(&mut config.recent_pages, self.recent_pages);
@@ -277,6 +367,7 @@ pub(crate) fn attention_mode() -> impl TypedValueParser<Value = AttentionMode> {
 pub(crate) struct Sources {
     selection_ratio: Option<ValueSource>,
     token_budget: Option<ValueSource>,
+    top_p_pages: Option<ValueSource>,
 }
 
 impl Sources {
@@ -291,7 +382,11 @@ impl Sources {
             Ok(true) => command.value_source(id),
             _ => None,
         };
-        Self { selection_ratio: source("selection_ratio"), token_budget: source("token_budget") }
+        Self {
+            selection_ratio: source("selection_ratio"),
+            token_budget: source("token_budget"),
+            top_p_pages: source("top_p_pages"),
+        }
     }
 }
 

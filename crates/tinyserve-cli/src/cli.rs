@@ -3,7 +3,7 @@
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
-use crate::{bench, doctor, eval, inspect, output, run, tokenize};
+use crate::{analyze, bench, chat, doctor, eval, inspect, output, run, tokenize};
 
 const NOTES: &str = "\
 Numbers of tokens take suffixes: k or K is 1024, m or M is 1024², g or G is 1024³.
@@ -25,17 +25,23 @@ pub(crate) enum Command {
     /// Continues a prompt: text to stdout as it is made, speed and cache use to stderr.
     #[command(after_help = NOTES)]
     Run(run::RunArgs),
+    /// A conversation in the terminal: each turn computes only what is new.
+    #[command(after_help = NOTES)]
+    Chat(chat::ChatArgs),
     /// Shows how a text becomes tokens.
     Tokenize(tokenize::TokenizeArgs),
     /// Shows a model's shape and the memory it needs, without loading it.
     Inspect(inspect::InspectArgs),
     /// Shows what this machine has and what is used of it.
     Doctor(doctor::DoctorArgs),
-    /// Measures how good a model is.
+    /// Measures how good a model is, and what page selections do to it.
     Eval {
         #[command(subcommand)]
         command: EvalCommand,
     },
+    /// Shows which pages each layer and head of a run reads, as one HTML file with pictures.
+    #[command(after_help = NOTES)]
+    Analyze(analyze::AnalyzeArgs),
     /// Measures how fast a model is.
     Bench {
         #[command(subcommand)]
@@ -51,7 +57,17 @@ pub(crate) enum Command {
 #[derive(Debug, Subcommand)]
 pub(crate) enum EvalCommand {
     /// How well the model predicts a text.
+    #[command(after_help = NOTES)]
     Perplexity(eval::PerplexityArgs),
+    /// How far the predictions through a policy are from those of dense attention.
+    #[command(after_help = NOTES)]
+    Kl(eval::KlArgs),
+    /// Whether facts that were planted far back are found, by policy, length and depth.
+    #[command(after_help = NOTES)]
+    Needle(eval::NeedleArgs),
+    /// How much of the attention the pages that a policy reads hold, by layer and head.
+    #[command(after_help = NOTES)]
+    Recall(eval::RecallArgs),
 }
 
 #[derive(Debug, Subcommand)]
@@ -62,6 +78,9 @@ pub(crate) enum BenchCommand {
     /// Speed of many sequences together, from prompt to last token, at each batch size.
     #[command(after_help = NOTES)]
     Throughput(bench::ThroughputArgs),
+    /// Throughput and latencies of requests that arrive over time, in the words of vllm bench serve.
+    #[command(after_help = NOTES)]
+    Serve(bench::ServeArgs),
     /// Speed of one attention step alone, sparse beside dense.
     #[command(after_help = NOTES)]
     Attention(bench::AttentionArgs),

@@ -87,18 +87,24 @@ fn setting(error: &Error) -> Option<String> {
 fn flag(name: &str) -> Option<String> {
     let flags = [
         "attention_chunk_size",
+        "frequency_penalty",
+        "max_num_batched_tokens",
+        "max_num_seqs",
         "max_sequence_length",
         "weights_cache",
         "max_tokens",
         "min_p",
         "page_size",
+        "presence_penalty",
         "repetition_penalty",
+        "scorer",
         "selection_ratio",
         "stride",
         "temperature",
         "threads",
         "token_budget",
         "top_p",
+        "top_p_pages",
     ];
     match name {
         "cpu path" => Some("--cpu".to_owned()),

@@ -4,14 +4,16 @@ use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
 use serde_json::{Value, json};
-use tinyserve::TinyServeError;
 use tinyserve::kernels::Activation;
 use tinyserve::kv::KvLayout;
-use tinyserve::model::{Checkpoint, ModelConfig, RopeScaling, TensorInfo, Tokenizer};
+use tinyserve::model::{
+    Checkpoint, LargestStep, MemoryPlan, ModelConfig, RopeScaling, TensorInfo, Tokenizer,
+};
+use tinyserve::{PlannedMemory, TinyServeError};
 
-use crate::args::{LayoutArgs, ModelArgs};
-use crate::output;
+use crate::args::{LayoutArgs, MemoryArgs, ModelArgs, WeightsArgs};
 use crate::units::{bytes, count, short_count};
+use crate::{memory, output, plan};
 
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
@@ -19,6 +21,10 @@ pub(crate) struct InspectArgs {
     model: ModelArgs,
     #[command(flatten)]
     layout: LayoutArgs,
+    #[command(flatten)]
+    weights: WeightsArgs,
+    #[command(flatten)]
+    memory: MemoryArgs,
     /// Lists every tensor too.
     #[arg(long, conflicts_with = "json")]
     tensors: bool,
@@ -27,7 +33,7 @@ pub(crate) struct InspectArgs {
     json: bool,
 }
 
-/// Memory at one context length, in bytes. Activations, a few rows of them, come on top.
+/// Memory at one context length, in bytes.
 #[derive(Debug, Serialize)]
 struct PlanRow {
     context: usize,
@@ -35,6 +41,8 @@ struct PlanRow {
     weight_bytes: u64,
     kv_bytes: u64,
     box_bytes: u64,
+    scratch_bytes: u64,
+    process_bytes: u64,
     total_bytes: u64,
 }
 
@@ -42,6 +50,8 @@ struct PlanRow {
 pub(crate) fn inspect(args: &InspectArgs) -> Result<()> {
     let mut config = args.model.config()?;
     args.layout.apply(&mut config);
+    args.weights.apply(&mut config);
+    args.memory.apply(&mut config);
     config.check()?;
     let checkpoint = Checkpoint::load(&config.model)?;
     let model = checkpoint.config();
@@ -52,13 +62,21 @@ pub(crate) fn inspect(args: &InspectArgs) -> Result<()> {
     };
     let format = config.kv_cache_dtype.resolve(checkpoint.dtype());
     let layout = model.kv_layout(config.page_size, format).map_err(TinyServeError::from)?;
-    let plan = plan(&layout, checkpoint.weight_bytes() as u64, longest);
+    let weights = config.weights.resolve(checkpoint.dtype())?;
+    let tokenizer = checkpoint.tokenizer().map_err(|error| error.to_string());
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = config.threads.unwrap_or(threads);
+    let largest = LargestStep { tokens: config.attention_chunk_size, logits: 1, threads };
+    let one_page = MemoryPlan::new(&checkpoint, weights, layout, largest, 1)
+        .process_bytes(memory::resident().unwrap_or(0));
     let report = Report {
         name: &config.model,
         checkpoint: &checkpoint,
-        tokenizer: checkpoint.tokenizer().map_err(|error| error.to_string()),
+        tokenizer,
         layout,
-        plan,
+        weights: config.weights.name(checkpoint.dtype()),
+        memory: PlannedMemory::new(&config, &checkpoint, threads),
+        plan: rows(&one_page, longest),
     };
     if args.json {
         return output::json(&report.json());
@@ -72,18 +90,22 @@ pub(crate) fn inspect(args: &InspectArgs) -> Result<()> {
 }
 
 /// Memory at 512, 1024, … tokens and at the longest context.
-fn plan(layout: &KvLayout, weight_bytes: u64, longest: usize) -> Vec<PlanRow> {
+fn rows(one_page: &MemoryPlan, longest: usize) -> Vec<PlanRow> {
     let lengths = std::iter::successors(Some(512), |length| Some(length * 2));
     let lengths = lengths.take_while(|&length| length < longest).chain([longest]);
     lengths
         .map(|context| {
-            let pages = layout.pages_for(context);
-            // A configuration may describe a context that no machine can hold.
-            let per_page = (layout.page_size() * layout.bytes_per_token()) as u64;
-            let kv_bytes = per_page.saturating_mul(pages as u64);
-            let box_bytes = box_bytes_per_page(layout).saturating_mul(pages as u64);
-            let total_bytes = weight_bytes.saturating_add(kv_bytes).saturating_add(box_bytes);
-            PlanRow { context, pages, weight_bytes, kv_bytes, box_bytes, total_bytes }
+            let plan = MemoryPlan { pages: one_page.layout.pages_for(context), ..*one_page };
+            PlanRow {
+                context,
+                pages: plan.pages,
+                weight_bytes: plan.weight_bytes,
+                kv_bytes: plan.kv_bytes(),
+                box_bytes: plan.box_bytes(),
+                scratch_bytes: plan.scratch_bytes,
+                process_bytes: plan.process_bytes,
+                total_bytes: plan.total_bytes(),
+            }
         })
         .collect()
 }
@@ -112,6 +134,9 @@ struct Report<'a> {
     checkpoint: &'a Checkpoint,
     tokenizer: Result<Tokenizer, String>,
     layout: KvLayout,
+    /// How weights are kept, by name.
+    weights: &'static str,
+    memory: Result<PlannedMemory, TinyServeError>,
     plan: Vec<PlanRow>,
 }
 
@@ -166,7 +191,12 @@ impl Report<'_> {
                 "bytes_per_token": self.layout.bytes_per_token(),
                 "box_bytes_per_page": box_bytes_per_page(&self.layout),
             },
+            "weights": self.weights,
             "memory_plan": self.plan,
+            "memory": match &self.memory {
+                Ok(memory) => plan::object(memory),
+                Err(error) => json!({ "error": error.to_string() }),
+            },
         })
     }
 
@@ -215,18 +245,23 @@ impl Report<'_> {
             bytes(box_bytes_per_page(layout)),
             layout.page_size(),
         ));
+        lines.push(match &self.memory {
+            Ok(memory) => format!("{}\n{}", plan::lines(memory), plan::formats(memory)),
+            Err(error) => format!("memory plan   none: {error}\n"),
+        });
         lines.push(format!(
-            "{:>9} {:>9} {:>12} {:>12} {:>12} {:>12}",
-            "context", "pages", "weights", "KV", "boxes", "total"
+            "{:>9} {:>9} {:>12} {:>12} {:>12} {:>12} {:>12}",
+            "context", "pages", self.weights, "KV", "boxes", "scratch", "total"
         ));
         for row in &self.plan {
             lines.push(format!(
-                "{:>9} {:>9} {:>12} {:>12} {:>12} {:>12}",
+                "{:>9} {:>9} {:>12} {:>12} {:>12} {:>12} {:>12}",
                 row.context,
                 row.pages,
                 bytes(row.weight_bytes),
                 bytes(row.kv_bytes),
                 bytes(row.box_bytes),
+                bytes(row.scratch_bytes),
                 bytes(row.total_bytes)
             ));
         }

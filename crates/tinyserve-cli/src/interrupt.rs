@@ -1,5 +1,6 @@
 //! Ctrl-C: once to stop after the current step, twice to stop at once.
 
+use std::io::IsTerminal;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -7,6 +8,26 @@ use anyhow::{Context, Result};
 
 /// Exit code of a command that Ctrl-C ended.
 const INTERRUPTED: i32 = 130;
+
+/// Ctrl-C in a conversation.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Conversation {
+    answering: Arc<AtomicBool>,
+    pressed: Arc<AtomicBool>,
+}
+
+impl Conversation {
+    /// From now on an answer is written, or the user's turn has come.
+    pub(crate) fn answers(&self, answering: bool) {
+        self.answering.store(answering, Ordering::Relaxed);
+        self.pressed.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether it was pressed since.
+    pub(crate) fn pressed(&self) -> bool {
+        self.pressed.load(Ordering::Relaxed)
+    }
+}
 
 /// Whether Ctrl-C was pressed.
 #[derive(Debug, Clone)]
@@ -25,6 +46,26 @@ impl Interrupt {
         })
         .context("Ctrl-C cannot be listened to")?;
         Ok(Self(flag))
+    }
+
+    /// As [`Self::listen`] for a conversation: while an answer is written, Ctrl-C is noted; at the
+    /// prompt it says how to leave, and the second in a row leaves.
+    pub(crate) fn converse(hint: &'static str) -> Result<Conversation> {
+        let conversation = Conversation::default();
+        let state = conversation.clone();
+        let at_terminal = std::io::stdin().is_terminal();
+        ctrlc::set_handler(move || {
+            let again = state.pressed.swap(true, Ordering::Relaxed);
+            let answering = state.answering.load(Ordering::Relaxed);
+            if again || !(answering || at_terminal) {
+                std::process::exit(INTERRUPTED);
+            }
+            if !answering {
+                eprint!("\n{hint}");
+            }
+        })
+        .context("Ctrl-C cannot be listened to")?;
+        Ok(conversation)
     }
 
     /// Whether it was pressed.

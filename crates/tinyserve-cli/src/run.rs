@@ -5,19 +5,19 @@ use std::ops::ControlFlow;
 use anyhow::{Result, anyhow};
 use clap::Args;
 use serde::Serialize;
-use tinyserve::model::{FinishReason, SamplingParams};
+use tinyserve::model::SamplingParams;
 use tinyserve::{
-    AttentionMode, KvUsage, StreamEvent, TinyServe, TinyServeError, TinyServeRequest,
+    AttentionMode, FinishReason, KvUsage, StreamEvent, TinyServe, TinyServeError, TinyServeRequest,
     TinyServeResponse,
 };
 
-use crate::args::{self, ForwardArgs, SelectionArgs, Sources};
+use crate::args::{self, ForwardArgs, MemoryArgs, SelectionArgs, Sources};
 use crate::exit::{Quiet, out_of_range};
 use crate::interrupt::Interrupt;
 use crate::progress::Progress;
 use crate::prompt::PromptArgs;
 use crate::units::{as_milliseconds, bytes, count, milliseconds, percent};
-use crate::{output, values};
+use crate::{memory, output, values};
 
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
@@ -48,12 +48,14 @@ pub(crate) struct RunArgs {
     selection: SelectionArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
+    #[command(flatten)]
+    memory: MemoryArgs,
 }
 
 /// How tokens are drawn.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Sampling")]
-struct SamplingArgs {
+pub(crate) struct SamplingArgs {
     /// Divides the logits; 0 takes the most likely token.
     #[arg(
         long,
@@ -94,19 +96,39 @@ struct SamplingArgs {
         allow_negative_numbers = true
     )]
     repetition_penalty: f32,
+    /// Takes this off the logits of tokens that were generated before, -2 to 2.
+    #[arg(
+        long,
+        value_name = "X",
+        default_value = "0",
+        env = "TINYSERVE_PRESENCE_PENALTY",
+        allow_negative_numbers = true
+    )]
+    presence_penalty: f32,
+    /// Takes this off the logit of a token for each time it was generated before, -2 to 2.
+    #[arg(
+        long,
+        value_name = "X",
+        default_value = "0",
+        env = "TINYSERVE_FREQUENCY_PENALTY",
+        allow_negative_numbers = true
+    )]
+    frequency_penalty: f32,
     /// The same seed gives the same text [default: a new one each time].
     #[arg(long, value_name = "N", env = "TINYSERVE_SEED")]
     seed: Option<u64>,
 }
 
 impl SamplingArgs {
-    fn params(&self) -> Result<SamplingParams> {
+    pub(crate) fn params(&self) -> Result<SamplingParams> {
         let params = SamplingParams {
             temperature: self.temperature,
             top_k: self.top_k,
             top_p: self.top_p,
             min_p: self.min_p,
             repetition_penalty: self.repetition_penalty,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
             seed: self.seed,
         };
         params.check().map_err(TinyServeError::from)?;
@@ -116,7 +138,11 @@ impl SamplingArgs {
 
 /// Generates and prints.
 pub(crate) fn run(args: &RunArgs, sources: Sources) -> Result<()> {
-    let config = args.forward.selecting(&args.selection, args.attention, sources)?;
+    let mut config = args.forward.selecting(&args.selection, args.attention, sources)?;
+    // One request: memory for others would only make the plan larger.
+    config.max_num_seqs = 1;
+    args.memory.apply(&mut config);
+    config.check()?;
     let sampling = args.sampling.params()?;
     if args.max_tokens == 0 {
         return Err(out_of_range("--max-tokens (-n)", 0, "at least 1"));
@@ -191,6 +217,15 @@ struct Report<'a> {
     finish_reason: &'static str,
     timings: ReportTimings,
     kv: &'a KvUsage,
+    memory: ReportMemory,
+}
+
+#[derive(Serialize)]
+struct ReportMemory {
+    /// Most bytes that the plan allows to be resident.
+    planned_bytes: u64,
+    /// Most bytes that were.
+    resident_bytes: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -221,6 +256,10 @@ fn report<'a>(engine: &TinyServe, response: &'a TinyServeResponse) -> Report<'a>
             decode_tok_s: timings.decode_tok_s,
         },
         kv: &response.kv,
+        memory: ReportMemory {
+            planned_bytes: engine.memory().plan.total_bytes(),
+            resident_bytes: memory::peak_resident(),
+        },
     }
 }
 
@@ -257,6 +296,11 @@ fn summary(engine: &TinyServe, response: &TinyServeResponse) -> String {
     }
     if let Some(recall) = kv.recall {
         lines += &format!("; recall {}", percent(recall));
+    }
+    lines.push('\n');
+    lines += &format!("memory    planned {}", bytes(engine.memory().plan.total_bytes()));
+    if let Some(resident) = memory::peak_resident() {
+        lines += &format!(", resident at most {}", bytes(resident));
     }
     lines.push('\n');
     lines

@@ -3,7 +3,8 @@
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tinyserve::kernels::CpuPath;
-use tinyserve::{Device, KvCacheDtype, ScorerName, Weights};
+use tinyserve::kv::{KvError, Method};
+use tinyserve::{Device, GroupReduceName, KvCacheDtype, ScorerName, Weights};
 
 /// A number of tokens: `512`, `4k` (4096), `1M`.
 pub(crate) fn size(text: &str) -> Result<usize, String> {
@@ -36,12 +37,25 @@ pub(crate) fn kv_cache_dtype(text: &str) -> Result<KvCacheDtype, String> {
     }
 }
 
-/// `box`.
+/// The name of a scorer.
 pub(crate) fn scorer(text: &str) -> Result<ScorerName, String> {
-    match text {
-        "mean-std" | "cuboid-mean" => Err(format!("{text} is not implemented yet, expected box")),
-        _ => name(text, "box"),
-    }
+    ScorerName::try_from(text.to_owned()).map_err(|error| match error {
+        KvError::Invalid { expected, .. } => format!("expected one of {expected}"),
+        error => error.to_string(),
+    })
+}
+
+/// The name of a method.
+pub(crate) fn method(text: &str) -> Result<Method, String> {
+    Method::named(text).map_err(|error| match error {
+        KvError::Invalid { expected, .. } => format!("expected some of {expected}"),
+        error => error.to_string(),
+    })
+}
+
+/// `max` or `softmax-vote`.
+pub(crate) fn group_reduce(text: &str) -> Result<GroupReduceName, String> {
+    name(text, "max or softmax-vote")
 }
 
 /// `auto`, a float type, `int8` or `int4`.
@@ -81,7 +95,9 @@ mod tests {
         assert!(kv_cache_dtype("int8").unwrap_err().contains("int8 is not implemented yet"));
         assert!(device("cuda:0").unwrap_err().contains("not built into this version"));
         assert!(device("tpu").unwrap_err().contains("auto or cpu"));
-        assert!(scorer("mean-std").unwrap_err().contains("mean-std is not implemented yet"));
+        assert_eq!(scorer("mean-std").map(String::from), Ok("mean-std".to_owned()));
+        assert!(scorer("bocks").unwrap_err().contains("cuboid-mean"));
+        assert!(scorer("h2o").is_err());
         assert_eq!(weights("int8"), Ok(Weights::Int8));
         assert!(weights("int3").unwrap_err().contains("int8 or int4"));
         assert!(cpu_path("sse").is_err());

@@ -4,9 +4,10 @@ use std::fmt;
 use std::ops::Range;
 
 use bytes::Bytes;
-use tinyserve_kv::{KvLayout, PageCopy, PageId, PageSelector, SelectionPolicy, Slot};
+use tinyserve_kv::{KvLayout, PageCopy, PageId, PageSelector, SelectionPolicy, Slot, TokenMove};
 
-use crate::{HostTensor, KernelError};
+use crate::cpu::packed_bytes;
+use crate::{DType, HostTensor, KernelError};
 
 /// Pointwise function of a feed-forward layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -48,6 +49,39 @@ pub enum WeightFormat {
     Int8,
     /// Four bits each, with an f16 scale and minimum for every 32 inputs of an output: 5 bits.
     Int4,
+}
+
+/// The size of a linear layer, known before its weights are loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinearSize {
+    /// Width of the input.
+    pub inputs: usize,
+    /// Width of the output, all parts together.
+    pub outputs: usize,
+    /// Whether it has biases.
+    pub biased: bool,
+    /// Element type of the stored weights.
+    pub stored: DType,
+    /// How they are kept.
+    pub format: WeightFormat,
+}
+
+impl LinearSize {
+    /// Bytes that the CPU backend takes for it; what [`Backend::linear_bytes`] says afterwards.
+    ///
+    /// Sizes that no machine can hold are saturated.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        let (inputs, outputs) = (self.inputs as u64, self.outputs as u64);
+        match self.format {
+            WeightFormat::Stored => {
+                let biases = if self.biased { 4 * outputs } else { 0 };
+                let elements = inputs.saturating_mul(outputs);
+                elements.saturating_mul(self.stored.size() as u64).saturating_add(biases)
+            }
+            format => packed_bytes(format, inputs, outputs),
+        }
+    }
 }
 
 /// One of the matrices that a linear layer puts side by side.
@@ -249,7 +283,8 @@ impl fmt::Debug for Attention<'_> {
 pub struct AttendSequence<'a> {
     /// Rows of the batch that are this sequence's, in order of position; no other sequence's.
     pub rows: Range<usize>,
-    /// Position of the first row; row `i` sees tokens `0..=first_position + i`.
+    /// Position of the first row among the tokens in the cache; row `i` sees tokens
+    /// `0..=first_position + i`. Pruned tokens are not counted.
     pub first_position: usize,
     /// The sequence's pages; they hold the rows' own keys already.
     pub pages: &'a [PageId],
@@ -274,8 +309,40 @@ pub struct AttendArgs<'a, B: Backend> {
     pub pages: &'a B::KvPages,
     /// Whether to measure recall too, which reads every key of the sequences that select.
     pub measure_recall: bool,
+    /// What each sequence read `[sequences]`, added to what is there: requests that share a step
+    /// are told apart.
+    pub sequence_stats: Option<&'a mut [AttendStats]>,
+    /// What to tell about the weights; nothing of it is computed unless it is asked for.
+    pub observe: Option<ObserveArgs<'a, B::Tensor>>,
     /// `[rows, q_heads·head_dim]`.
     pub out: &'a mut B::Tensor,
+}
+
+/// What attention tells about its weights `p_t = exp(s_t − lse)`, where `s_t` is the scaled score
+/// of token `t` and the tokens are those that were read.
+#[derive(Debug)]
+pub struct ObserveArgs<'a, T> {
+    /// Log-sum-exp of the scores, `ln Σ_t exp(s_t)`, `[rows, q_heads]`.
+    pub lse: &'a mut T,
+    /// Entropy of the weights in nats, `lse − Σ_t p_t·s_t`, `[rows, q_heads]`. It comes out of the
+    /// pass that computes the result.
+    pub entropy: &'a mut T,
+    /// What each token got, which costs a pass over weights that are kept for it, but none over
+    /// keys.
+    pub mass: Option<MassArgs<'a, T>>,
+}
+
+/// The attention mass of each token: its weights, added up over rows and the query heads of a KV
+/// head.
+#[derive(Debug)]
+pub struct MassArgs<'a, T> {
+    /// For each sequence, those of its rows whose weights are added up; it may be empty.
+    pub rows: &'a [Range<usize>],
+    /// How the result is stored; what is added to has the same shape.
+    pub store: Store,
+    /// `[rows of pages, page_size]`: for each sequence whose rows are not empty, in order, a row of
+    /// pages `[kv_heads, pages of the sequence]`. Tokens that were not read have no mass.
+    pub out: &'a mut T,
 }
 
 /// What attention read, added up over rows, heads and layers.
@@ -397,6 +464,17 @@ pub trait Backend: Send + Sized {
 
     /// Copies a page, for copy on write.
     fn copy_page(&self, pages: &mut Self::KvPages, copy: PageCopy);
+
+    /// Moves tokens within pages, in order, after some were pruned, and rebuilds the boxes of the
+    /// pages that they reach, up to the last token that came: keys, values and boxes of all layers.
+    ///
+    /// # Errors
+    /// When pages of this format cannot be taken apart.
+    fn move_tokens(
+        &self,
+        pages: &mut Self::KvPages,
+        moves: &[TokenMove],
+    ) -> Result<(), KernelError>;
 
     /// Looks rows up in an embedding table.
     fn embed(&self, args: EmbedArgs<'_, Self>);

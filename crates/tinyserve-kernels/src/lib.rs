@@ -10,8 +10,9 @@ mod tensor;
 
 pub use backend::{
     ActivateArgs, Activation, AppendKvArgs, AttendArgs, AttendSequence, AttendStats, Attention,
-    Backend, EmbedArgs, Heads, LinearArgs, LinearImage, LinearPart, LinearSpec, MatrixLayout,
-    NormArgs, NormKind, RotaryAnglesArgs, RotaryArgs, Store, WeightFormat,
+    Backend, EmbedArgs, Heads, LinearArgs, LinearImage, LinearPart, LinearSize, LinearSpec,
+    MassArgs, MatrixLayout, NormArgs, NormKind, ObserveArgs, RotaryAnglesArgs, RotaryArgs, Store,
+    WeightFormat,
 };
 pub use cpu::{Cpu, CpuLinear, CpuOptions, CpuPath, CpuTensor, CpuVector};
 pub use error::KernelError;

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tinyserve_kv::{KvLayout, PageCopy};
+use tinyserve_kv::{KvLayout, PageCopy, TokenMove};
 
 use crate::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
@@ -103,6 +103,10 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
         self.inner.copy_page(pages, copy);
     }
 
+    fn move_tokens(&self, pages: &mut B::KvPages, moves: &[TokenMove]) -> Result<(), KernelError> {
+        self.inner.move_tokens(pages, moves)
+    }
+
     fn embed(&self, args: EmbedArgs<'_, Self>) {
         let EmbedArgs { table, ids, store, out } = args;
         self.inner.embed(EmbedArgs { table, ids, store, out });
@@ -134,8 +138,30 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
     }
 
     fn attend(&self, args: AttendArgs<'_, Self>) -> Result<AttendStats, KernelError> {
-        let AttendArgs { layer, heads, qkv, scale, sequences, pages, measure_recall, out } = args;
-        let args = AttendArgs { layer, heads, qkv, scale, sequences, pages, measure_recall, out };
+        let AttendArgs {
+            layer,
+            heads,
+            qkv,
+            scale,
+            sequences,
+            pages,
+            measure_recall,
+            sequence_stats,
+            observe,
+            out,
+        } = args;
+        let args = AttendArgs {
+            layer,
+            heads,
+            qkv,
+            scale,
+            sequences,
+            pages,
+            measure_recall,
+            sequence_stats,
+            observe,
+            out,
+        };
         self.timed(&self.attend, || self.inner.attend(args))
     }
 

@@ -149,6 +149,8 @@ fn rows_that_two_sequences_claim_are_refused() {
                 sequences: &sequences,
                 pages: &cache.pages,
                 measure_recall: false,
+                sequence_stats: None,
+                observe: None,
                 out: &mut out,
             };
             catch_unwind(AssertUnwindSafe(|| cpu.attend(args)))

@@ -2,10 +2,10 @@
 
 use tinyserve_kernels::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, Cpu, CpuLinear, CpuOptions,
-    CpuTensor, CpuVector, EmbedArgs, HostTensor, KernelError, LinearArgs, LinearSpec, NormArgs,
-    RotaryAnglesArgs, RotaryArgs, conformance,
+    CpuTensor, CpuVector, EmbedArgs, HostTensor, KernelError, LinearArgs, LinearSpec, MassArgs,
+    NormArgs, ObserveArgs, RotaryAnglesArgs, RotaryArgs, conformance,
 };
-use tinyserve_kv::{HostPages, KvLayout, PageCopy};
+use tinyserve_kv::{HostPages, KvLayout, PageCopy, TokenMove};
 
 /// What is done to an operation's result.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -68,6 +68,9 @@ impl Backend for Perturbed {
             self.cpu.copy_page(pages, copy);
         }
     }
+    fn move_tokens(&self, pages: &mut HostPages, moves: &[TokenMove]) -> Result<(), KernelError> {
+        self.cpu.move_tokens(pages, moves)
+    }
     fn embed(&self, args: EmbedArgs<'_, Self>) {
         let EmbedArgs { table, ids, store, out } = args;
         self.cpu.embed(EmbedArgs { table, ids, store, out: &mut *out });
@@ -105,7 +108,19 @@ impl Backend for Perturbed {
         }
     }
     fn attend(&self, args: AttendArgs<'_, Self>) -> Result<AttendStats, KernelError> {
-        let AttendArgs { layer, heads, qkv, scale, sequences, pages, measure_recall, out } = args;
+        let AttendArgs {
+            layer,
+            heads,
+            qkv,
+            scale,
+            sequences,
+            pages,
+            measure_recall,
+            sequence_stats,
+            observe,
+            out,
+        } = args;
+        let mut observe = observe;
         let mut stats = self.cpu.attend(AttendArgs {
             layer,
             heads,
@@ -114,9 +129,18 @@ impl Backend for Perturbed {
             sequences,
             pages,
             measure_recall,
+            sequence_stats,
+            observe: observe.as_mut().map(reborrow),
             out: &mut *out,
         })?;
+        let told = observe.map(|it| {
+            let mass = it.mass.map(|mass| ("mass", mass.out));
+            [Some(("lse", it.lse)), Some(("entropy", it.entropy)), mass].into_iter().flatten()
+        });
         self.spoil("attend", out);
+        for (op, told) in told.into_iter().flatten() {
+            self.spoil(op, told);
+        }
         stats.bytes_read += u64::from(self.op == "attend stats");
         Ok(stats)
     }
@@ -137,6 +161,17 @@ impl Backend for Perturbed {
     }
 }
 
+/// The same observation, to be looked at afterwards.
+fn reborrow<'a>(args: &'a mut ObserveArgs<'_, CpuTensor>) -> ObserveArgs<'a, CpuTensor> {
+    let ObserveArgs { lse, entropy, mass } = args;
+    let mass = mass.as_mut().map(|mass| MassArgs {
+        rows: mass.rows,
+        store: mass.store,
+        out: &mut *mass.out,
+    });
+    ObserveArgs { lse, entropy, mass }
+}
+
 /// Operations of the table that fail when `op` of a backend is wrong.
 fn failing(op: &'static str, fault: Fault) -> Vec<&'static str> {
     let cpu = Cpu::new(CpuOptions { threads: Some(1), path: None }).unwrap();
@@ -149,7 +184,7 @@ fn failing(op: &'static str, fault: Fault) -> Vec<&'static str> {
 
 #[test]
 fn a_wrong_result_fails_its_operation_and_no_other() {
-    let pages = vec!["append_kv and attend", "select and attend"];
+    let pages = ["append_kv and attend", "select and attend"];
     for fault in [Fault::Nudge, Fault::Nan] {
         for op in ["embed", "norm", "linear", "rotary", "activate", "gather_rows"] {
             assert_eq!(failing(op, fault), [op], "{fault:?}");
@@ -161,7 +196,11 @@ fn a_wrong_result_fails_its_operation_and_no_other() {
             let mut failed = failing(op, fault);
             failed.sort_unstable();
             failed.dedup();
+            // The last number of a row is a value: what is told about the weights does not see it.
             assert_eq!(failed, pages, "{op} {fault:?}");
+        }
+        for told in ["lse", "entropy", "mass"] {
+            assert_eq!(failing(told, fault), ["observe attention"], "{told} {fault:?}");
         }
     }
     assert!(!failing("attend stats", Fault::Nudge).is_empty());

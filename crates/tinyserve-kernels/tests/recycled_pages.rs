@@ -56,6 +56,8 @@ fn attend(
         sequences: &[sequence],
         pages,
         measure_recall: true,
+        sequence_stats: None,
+        observe: None,
         out: &mut out,
     });
     assert!(stats.unwrap().recall().is_none_or(f64::is_finite), "recall of a recycled page");

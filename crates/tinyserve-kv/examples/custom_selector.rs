@@ -47,8 +47,10 @@ fn main() {
         tokens,
         page_size,
         head_dim,
+        scale: 1.0,
         queries: &[1.0, -1.0],
         boxes: &boxes,
+        keys: None,
     };
     let mut selected = Vec::new();
     let selector = RecentPlusRandom { recent: 2, share: 0.3, seed: 42 };

@@ -34,7 +34,7 @@ pub struct KvLayout {
 }
 
 /// Pages that lie together, as their index in the pool has it: one row of boxes of 16-bit elements
-/// is then two cache lines.
+/// is then two cache lines, and the pool's record of free pages one word.
 pub const GROUP_PAGES: usize = 64;
 
 /// Largest page: beyond it a page is a context, and selection has nothing to choose from.

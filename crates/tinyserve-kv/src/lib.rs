@@ -1,26 +1,41 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod compact;
 mod error;
 mod format;
+mod keys;
 mod layout;
 mod memory;
+mod methods;
 mod pages;
 mod policy;
 mod pool;
+mod prefix;
+mod reselect;
 mod select;
 mod selector;
 mod table;
+mod top_p;
 
 pub use error::KvError;
 pub use format::{KvElement, KvFormat};
+pub use keys::{HostKeys, PageKeys};
 pub use layout::{GROUP_PAGES, KvLayout, KvShape, MAX_PAGE_SIZE};
+pub use methods::{
+    AttentionObserver, Evictor, HeadAttention, METHODS, Method, PageScorer, PromptAttention,
+    ScoreCost, Scorer, attention_weights, score_box,
+};
 pub use pages::{HeadPage, HostPages, PageBox};
-pub use policy::{Budget, GroupReduce, Scorer, SelectionPolicy};
+pub use policy::{Budget, GroupReduce, SelectionPolicy};
 pub use pool::{PageId, PagePool};
-pub use select::{attention_mass, score_box, select_pages};
+pub use prefix::{
+    EvictionCause, EvictionPolicy, PageHash, Prefix, PrefixIndex, PrefixOptions, PrefixStats,
+};
+pub use reselect::{Reselect, Reselecting};
+pub use select::{attention_mass, select_pages};
 pub use selector::{PageSelector, SelectFields, SelectInput};
-pub use table::{PageCopy, PageTable, Slot};
+pub use table::{PageCopy, PageTable, Slot, TokenMove};
 
 #[doc(hidden)]
 pub use half;

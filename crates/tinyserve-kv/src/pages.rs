@@ -237,6 +237,18 @@ impl HostPages {
         with_element!(self.layout.shape().format, E => self.copy_as::<E>(copy));
     }
 
+    /// Keys and values of a layer.
+    pub(crate) fn layer_elements_mut<E: KvElement>(&mut self, layer: usize) -> &mut [E] {
+        let pages = &mut self.layers[layer].pages;
+        pages.elements_mut::<E>(0..pages.bytes() / size_of::<E>())
+    }
+
+    /// Boxes of a layer.
+    pub(crate) fn layer_boxes_mut<E: KvElement>(&mut self, layer: usize) -> &mut [E] {
+        let boxes = &mut self.layers[layer].boxes;
+        boxes.elements_mut::<E>(0..boxes.bytes() / size_of::<E>())
+    }
+
     fn copy_as<E: KvElement>(&mut self, PageCopy { from, to }: PageCopy) {
         self.check_page(from);
         self.check_page(to);

@@ -1,15 +1,7 @@
 //! Selection policies: which pages a decode step reads, as data that every backend can run.
 
-use crate::{KvError, PageSelector, SelectInput, score_box, select_pages};
-
-/// What a page is scored by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub enum Scorer {
-    /// The upper bound of `q·k` over the page's bounding box: `Σ_d max(q_d·min_d, q_d·max_d)`
-    /// (TinyServe, arXiv 2509.12211, equation 2; the same as Quest's).
-    #[default]
-    Box,
-}
+use crate::top_p::{estimated_mass, select_mass};
+use crate::{KvError, PageSelector, Scorer, SelectInput, score_box, select_pages};
 
 /// How many pages are read.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -19,11 +11,13 @@ pub enum Budget {
     Ratio(f64),
     /// As many whole pages as this many tokens fill, at least one.
     Tokens(usize),
+    /// The best pages until the estimated attention mass reaches this share (Twilight, Tactic).
+    TopP(f64),
 }
 
 impl Budget {
     /// Pages that may be read out of `pages`, always-kept pages included: at least 1, and no more
-    /// than there are.
+    /// than there are. Top-p may read them all.
     ///
     /// # Panics
     /// When a token budget meets a `page_size` of zero.
@@ -33,6 +27,7 @@ impl Budget {
             // The ratio and the product are each off by half an ulp at most.
             Self::Ratio(ratio) => (ratio * pages as f64 * (1.0 + 2.0 * f64::EPSILON)) as usize,
             Self::Tokens(tokens) => tokens / page_size,
+            Self::TopP(_) => pages,
         };
         budget.clamp(1, pages.max(1))
     }
@@ -44,6 +39,9 @@ pub enum GroupReduce {
     /// The largest: still an upper bound for every query of the group.
     #[default]
     Max,
+    /// Each query's scores become shares by a softmax over the pages, which are added up: a head
+    /// that is sure of its pages outvotes one that is indifferent.
+    SoftmaxVote,
 }
 
 /// Which pages a decode step reads.
@@ -68,7 +66,7 @@ pub struct SelectionPolicy {
 impl Default for SelectionPolicy {
     fn default() -> Self {
         Self {
-            scorer: Scorer::Box,
+            scorer: Scorer::BOX,
             budget: Budget::Ratio(0.3),
             sink_pages: 1,
             recent_pages: 2,
@@ -96,8 +94,22 @@ impl SelectionPolicy {
                 found: "0".to_owned(),
                 expected: "at least 1 token".to_owned(),
             }),
+            Budget::TopP(p) if !(p > 0.0 && p <= 1.0) => Err(KvError::Invalid {
+                what: "top_p_pages",
+                found: p.to_string(),
+                expected: "above 0 and at most 1".to_owned(),
+            }),
             _ => Ok(()),
         }
+    }
+
+    /// Whether backends have kernels for it: boxes, the group's maximum, a budget that is known
+    /// beforehand. Anything else is chosen on the host, which is slow.
+    #[must_use]
+    pub fn has_kernels(&self) -> bool {
+        self.scorer == Scorer::BOX
+            && self.group_reduce == GroupReduce::Max
+            && !matches!(self.budget, Budget::TopP(_))
     }
 
     /// Pages that a step of `layer` reads out of the pages of `tokens` tokens, or `None` when it
@@ -110,10 +122,15 @@ impl SelectionPolicy {
         let pages = tokens.div_ceil(page_size);
         let kept = self.sink_pages.saturating_add(self.recent_pages.max(1));
         let budget = self.budget.pages(pages, page_size).max(kept);
-        (budget < pages).then_some(budget)
+        match self.budget {
+            // How many they are shows when the mass is estimated.
+            Budget::TopP(_) => (kept < pages).then_some(pages),
+            Budget::Ratio(_) | Budget::Tokens(_) => (budget < pages).then_some(budget),
+        }
     }
 
-    /// Score of one page for the queries that share its KV head.
+    /// Score of one page by its box for the queries that share its KV head: what the kernels of a
+    /// policy that [`Self::has_kernels`] compute.
     ///
     /// Each query, `min` and `max` are `[head_dim]`. NaN when a query's score is.
     #[must_use]
@@ -123,28 +140,82 @@ impl SelectionPolicy {
         min: &[f32],
         max: &[f32],
     ) -> f32 {
-        let scores = queries.into_iter().map(|query| match self.scorer {
-            Scorer::Box => score_box(query, min, max),
-        });
-        match self.group_reduce {
-            // `f32::max` would drop a NaN, and with it the only sign that the page bounds nothing.
-            GroupReduce::Max => scores.fold(f32::NEG_INFINITY, |best, score| {
+        let scores = queries.into_iter().map(|query| score_box(query, min, max));
+        // `f32::max` would drop a NaN, and with it the only sign that the page bounds nothing.
+        scores.fold(
+            f32::NEG_INFINITY,
+            |best, score| {
                 if score > best || score.is_nan() { score } else { best }
-            }),
-        }
+            },
+        )
     }
+
+    /// Scores of all pages `[pages]` for the queries that share a KV head; `budget` of them will
+    /// be read. NaN where a query's score is.
+    #[must_use]
+    pub fn scores(&self, input: &SelectInput<'_>, budget: usize) -> Vec<f32> {
+        let pages = input.page_count();
+        let mut scores = vec![0.0; input.group() * pages];
+        self.scorer.score(input, budget, &mut scores);
+        let (first, rest) = scores.split_at_mut(pages);
+        match self.group_reduce {
+            GroupReduce::Max => {
+                for scores in rest.chunks_exact(pages) {
+                    for (best, &score) in first.iter_mut().zip(scores) {
+                        // `f32::max` would drop a NaN, and with it the only sign that the page
+                        // bounds nothing.
+                        if score > *best || score.is_nan() {
+                            *best = score;
+                        }
+                    }
+                }
+            }
+            GroupReduce::SoftmaxVote => {
+                softmax(first, input.scale());
+                for scores in rest.chunks_exact_mut(pages) {
+                    softmax(scores, input.scale());
+                    first.iter_mut().zip(scores).for_each(|(sum, share)| *sum += *share);
+                }
+            }
+        }
+        scores.truncate(pages);
+        scores
+    }
+}
+
+/// Turns scores into shares: the softmax of `scale · score`. A NaN stays one, and takes no share.
+fn softmax(scores: &mut [f32], scale: f32) {
+    let peak = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    if peak.is_infinite() {
+        // Infinite scores share everything among themselves.
+        for x in scores.iter_mut().filter(|x| !x.is_nan()) {
+            *x = if *x == peak { 1.0 } else { 0.0 };
+        }
+        return;
+    }
+    let weight = |x: f32| (scale * (x - peak)).exp();
+    let total: f32 = scores.iter().filter(|x| !x.is_nan()).map(|&x| weight(x)).sum();
+    scores.iter_mut().for_each(|x| *x = weight(*x) / total);
 }
 
 impl PageSelector for SelectionPolicy {
     fn select(&self, input: &SelectInput<'_>, selected: &mut Vec<u32>) -> bool {
+        let pages = input.page_count();
         let Some(budget) = self.page_budget(input.layer(), input.tokens(), input.page_size())
         else {
             return false;
         };
-        let scores: Vec<f32> = (0..input.page_count())
-            .map(|page| self.score(input.queries(), input.min(page), input.max(page)))
-            .collect();
+        let scores = self.scores(input, budget);
+        if let Budget::TopP(p) = self.budget {
+            let always = |page| page < self.sink_pages || page + self.recent_pages.max(1) >= pages;
+            select_mass(&scores, &estimated_mass(input), p, always, selected);
+            return selected.len() < pages;
+        }
         select_pages(&scores, budget, self.sink_pages, self.recent_pages, selected);
         true
+    }
+
+    fn needs_keys(&self) -> bool {
+        self.scorer.needs_keys() || matches!(self.budget, Budget::TopP(_))
     }
 }

@@ -1,18 +1,6 @@
-//! Page scores and the choice among them: the scalar reference that every kernel is held to.
+//! The choice among page scores: the scalar reference that every kernel is held to.
 
 use std::cmp::Ordering;
-
-/// Upper bound of `query·key` over every key in the box (equation 2 of arXiv 2509.12211).
-///
-/// All slices are `[head_dim]`. Terms are added in channel order and rounded one by one, as a plain
-/// dot product does it, so against such a product the bound is exact in floating point; against one
-/// that adds in another order or fuses it holds to rounding. Terms that overflow to both infinities
-/// give NaN, which [`select_pages`] ranks above every number.
-#[must_use]
-pub fn score_box(query: &[f32], min: &[f32], max: &[f32]) -> f32 {
-    debug_assert!(query.len() == min.len() && min.len() == max.len(), "slices [head_dim]");
-    query.iter().zip(min.iter().zip(max)).map(|(&q, (&lo, &hi))| (q * lo).max(q * hi)).sum()
-}
 
 /// Writes the pages to read into `selected`, in ascending order.
 ///

@@ -1,5 +1,7 @@
 //! The seam for custom page selectors on the host.
 
+use crate::PageKeys;
+
 /// What a selector sees: one decode step of one KV head of one sequence.
 #[derive(Debug, Clone, Copy)]
 pub struct SelectInput<'a> {
@@ -8,8 +10,10 @@ pub struct SelectInput<'a> {
     tokens: usize,
     page_size: usize,
     head_dim: usize,
+    scale: f32,
     queries: &'a [f32],
     boxes: &'a [f32],
+    keys: Option<&'a dyn PageKeys>,
 }
 
 /// The fields of a [`SelectInput`].
@@ -25,10 +29,14 @@ pub struct SelectFields<'a> {
     pub page_size: usize,
     /// Channels of one head.
     pub head_dim: usize,
+    /// Factor of `q·k` before the softmax, usually `1/√head_dim`.
+    pub scale: f32,
     /// Queries that share the KV head, `[group, head_dim]`, after rotary embedding.
     pub queries: &'a [f32],
     /// Boxes of the sequence's pages, `[pages, 2 (min, max), head_dim]`.
     pub boxes: &'a [f32],
+    /// The keys, where the backend can give them to the host.
+    pub keys: Option<&'a dyn PageKeys>,
 }
 
 impl<'a> SelectInput<'a> {
@@ -38,13 +46,23 @@ impl<'a> SelectInput<'a> {
     /// When they do not: the caller is a backend, and its arithmetic is wrong.
     #[must_use]
     pub fn new(fields: SelectFields<'a>) -> Self {
-        let SelectFields { layer, kv_head, tokens, page_size, head_dim, queries, boxes } = fields;
+        let SelectFields {
+            layer,
+            kv_head,
+            tokens,
+            page_size,
+            head_dim,
+            scale,
+            queries,
+            boxes,
+            keys,
+        } = fields;
         assert!(
             !queries.is_empty() && queries.len().is_multiple_of(head_dim),
             "queries [group, head_dim]"
         );
         assert_eq!(boxes.len(), tokens.div_ceil(page_size) * 2 * head_dim, "boxes [pages, 2, dim]");
-        Self { layer, kv_head, tokens, page_size, head_dim, queries, boxes }
+        Self { layer, kv_head, tokens, page_size, head_dim, scale, queries, boxes, keys }
     }
 
     /// Layer of the model.
@@ -77,6 +95,34 @@ impl<'a> SelectInput<'a> {
         self.tokens.div_ceil(self.page_size)
     }
 
+    /// Tokens of `page`: the page size, or fewer in the last one.
+    ///
+    /// # Panics
+    /// When `page` is not below [`Self::page_count`].
+    #[must_use]
+    pub fn page_tokens(&self, page: usize) -> usize {
+        assert!(page < self.page_count(), "page {page} of {}", self.page_count());
+        (self.tokens - page * self.page_size).min(self.page_size)
+    }
+
+    /// Channels of one head.
+    #[must_use]
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// Factor of `q·k` before the softmax.
+    #[must_use]
+    pub fn scale(&self) -> f32 {
+        self.scale
+    }
+
+    /// How many queries share the KV head.
+    #[must_use]
+    pub fn group(&self) -> usize {
+        self.queries.len() / self.head_dim
+    }
+
     /// The queries that share the KV head, each `[head_dim]`.
     pub fn queries(&self) -> impl Iterator<Item = &'a [f32]> {
         self.queries.chunks_exact(self.head_dim)
@@ -99,15 +145,34 @@ impl<'a> SelectInput<'a> {
     pub fn max(&self, page: usize) -> &'a [f32] {
         &self.boxes[(2 * page + 1) * self.head_dim..][..self.head_dim]
     }
+
+    /// Fills `out` with the keys of `page`, `[tokens of the page, head_dim]`, as attention reads
+    /// them.
+    ///
+    /// # Panics
+    /// When `page` is not below [`Self::page_count`], or the backend gave no keys: a selector that
+    /// needs them says so in [`PageSelector::needs_keys`].
+    pub fn keys(&self, page: usize, out: &mut Vec<f32>) {
+        assert!(page < self.page_count(), "page {page} of {}", self.page_count());
+        let Some(keys) = self.keys else { panic!("this selector did not say that it needs keys") };
+        keys.keys(page, out);
+    }
 }
 
 /// Chooses the pages that one KV head of one sequence reads in a decode step.
 ///
 /// This is the seam for research: a custom selector runs on the host, with the page summaries
-/// widened to f32 for it. What ships is a [`crate::SelectionPolicy`], which is data, so that a
-/// backend can run it where the pages live; as a selector it is the reference for those kernels.
+/// widened to f32 for it, and with the keys if it needs them. What ships is a
+/// [`crate::SelectionPolicy`], which is data, so that a backend can run it where the pages live; as
+/// a selector it is the reference for those kernels.
 pub trait PageSelector: Send + Sync {
     /// Fills `selected` with page indices in ascending order and returns `true`, or returns
     /// `false` to read every page. `selected` arrives empty.
     fn select(&self, input: &SelectInput<'_>, selected: &mut Vec<u32>) -> bool;
+
+    /// Whether [`SelectInput::keys`] is called. A backend whose pages are not in host memory
+    /// refuses such a selector, or copies the keys.
+    fn needs_keys(&self) -> bool {
+        false
+    }
 }

@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use proptest::prelude::*;
-use tinyserve_kv::{KvError, PageId, PagePool, PageTable};
+use tinyserve_kv::{GROUP_PAGES, KvError, PageId, PagePool, PageTable};
 
 #[derive(Debug, Clone)]
 enum Operation {
@@ -166,6 +166,53 @@ fn a_sequence_that_grows_alone_gets_ascending_pages_again_and_again() {
         assert_eq!(table.extend(&mut pool, 20), Ok(None));
         assert!(table.pages().is_sorted());
         table.release(&mut pool);
+    }
+}
+
+/// Lengths of the runs of neighbouring pages within one group.
+fn runs(table: &PageTable) -> Vec<usize> {
+    let follows = |a: &PageId, b: &PageId| {
+        b.index() == a.index() + 1 && b.index() / GROUP_PAGES == a.index() / GROUP_PAGES
+    };
+    table.pages().chunk_by(follows).map(<[PageId]>::len).collect()
+}
+
+#[test]
+fn sequences_that_grow_together_get_groups_of_their_own() {
+    let mut pool = PagePool::new(6 * GROUP_PAGES + 10).unwrap();
+    let mut tables: Vec<_> = (0..3).map(|_| PageTable::new(1)).collect();
+    for _ in 0..2 * GROUP_PAGES {
+        for table in &mut tables {
+            assert_eq!(table.extend(&mut pool, 1), Ok(None));
+        }
+    }
+    for table in &tables {
+        assert_eq!(runs(table), [GROUP_PAGES; 2]);
+        assert!(table.pages()[0].index().is_multiple_of(GROUP_PAGES));
+    }
+    // What is left is shared, and all of it can be had.
+    let mut late: Vec<_> = (0..2).map(|_| PageTable::new(1)).collect();
+    for i in 0..10 {
+        assert_eq!(late[i % 2].extend(&mut pool, 1), Ok(None));
+    }
+    assert_eq!(pool.free_pages(), 0);
+    assert_eq!(runs(&late[0]), [5]);
+    assert_eq!(runs(&late[1]), [5]);
+    tables.into_iter().chain(late).for_each(|table| table.release(&mut pool));
+    assert_eq!(pool.free_pages(), pool.capacity());
+}
+
+#[test]
+fn memory_that_was_touched_before_is_used_before_other() {
+    let mut pool = PagePool::new(10 * GROUP_PAGES).unwrap();
+    for _ in 0..5 {
+        let mut tables: Vec<_> = (0..2).map(|_| PageTable::new(1)).collect();
+        for table in &mut tables {
+            assert_eq!(table.extend(&mut pool, 70), Ok(None));
+        }
+        let highest = tables.iter().flat_map(PageTable::pages).max().unwrap();
+        assert!(highest.index() < 4 * GROUP_PAGES, "{highest:?}");
+        tables.into_iter().for_each(|table| table.release(&mut pool));
     }
 }
 

@@ -116,7 +116,8 @@ proptest! {
         }
         let queries = numbers.numbers(group * head_dim);
         let input = SelectInput::new(SelectFields {
-            layer, kv_head: 0, tokens, page_size, head_dim, queries: &queries, boxes: &boxes,
+            layer, kv_head: 0, tokens, page_size, head_dim, scale: 1.0, queries: &queries,
+            boxes: &boxes, keys: None,
         });
         prop_assert_eq!(input.page_count(), pages);
         prop_assert_eq!(input.queries().count(), group);

@@ -27,14 +27,38 @@ pub struct SequenceStep<'a> {
     pub attention: Attention<'a>,
     /// Which of the new tokens yield logits.
     pub logits: LogitRows,
+    /// What to tell about its attention.
+    pub observe: Observe,
 }
 
 impl SequenceStep<'_> {
-    /// Position of the first new token.
+    /// Place in the cache of the first new token.
     #[must_use]
-    pub fn first_position(&self) -> usize {
+    pub fn first_place(&self) -> usize {
         self.table.len() - self.tokens.len()
     }
+
+    /// Position in the text of the first new token: that of its place, unless tokens were pruned.
+    #[must_use]
+    pub fn first_position(&self) -> usize {
+        self.table.next_position() - self.tokens.len()
+    }
+}
+
+/// What a step tells about the attention of a sequence; nothing of it is computed unless it is
+/// asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Observe {
+    /// The entropy of the last new token's weights: [`StepOutput::attention_entropy`].
+    pub entropy: bool,
+    /// The mass that the last so many new tokens give to each cached one:
+    /// [`StepOutput::attention_mass`].
+    pub mass_rows: usize,
+}
+
+impl Observe {
+    /// Nothing.
+    pub const NOTHING: Self = Self { entropy: false, mass_rows: 0 };
 }
 
 /// What all sequences do in a step; their lengths may differ.
@@ -53,6 +77,20 @@ pub struct StepOutput {
     pub(crate) vocab: usize,
     pub(crate) rows: Vec<Range<usize>>,
     pub(crate) stats: AttendStats,
+    /// One for each sequence.
+    pub(crate) sequence_stats: Vec<AttendStats>,
+    pub(crate) observed: Observed,
+}
+
+/// What a step observed, for each sequence.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Observed {
+    pub(crate) entropies: Vec<f32>,
+    /// Where each sequence's entropies lie, `[layers, q_heads]`.
+    pub(crate) entropy_ranges: Vec<Range<usize>>,
+    pub(crate) mass: Vec<f32>,
+    /// Where each sequence's mass lies, `[cached tokens]`.
+    pub(crate) mass_ranges: Vec<Range<usize>>,
 }
 
 impl StepOutput {
@@ -63,6 +101,38 @@ impl StepOutput {
     pub fn logits(&self, sequence: usize) -> impl ExactSizeIterator<Item = &[f32]> {
         let rows = self.rows[sequence].clone();
         rows.map(|row| &self.logits[row * self.vocab..(row + 1) * self.vocab])
+    }
+
+    /// What attention read for sequence `sequence`, over all layers.
+    ///
+    /// # Panics
+    /// When the step had no such sequence.
+    #[must_use]
+    pub fn sequence_stats(&self, sequence: usize) -> &AttendStats {
+        &self.sequence_stats[sequence]
+    }
+
+    /// Entropy in nats of the attention weights of the last token of sequence `sequence`,
+    /// `[layers, q_heads]`, over the tokens that were read; `None` unless it was asked for.
+    ///
+    /// # Panics
+    /// When the step had no such sequence.
+    #[must_use]
+    pub fn attention_entropy(&self, sequence: usize) -> Option<&[f32]> {
+        let range = self.observed.entropy_ranges[sequence].clone();
+        (!range.is_empty()).then(|| &self.observed.entropies[range])
+    }
+
+    /// Attention mass of each cached token of sequence `sequence`, `[cached tokens]`: the weights
+    /// that it got, added up over layers, heads and the rows that were asked for; `None` unless
+    /// some were.
+    ///
+    /// # Panics
+    /// When the step had no such sequence.
+    #[must_use]
+    pub fn attention_mass(&self, sequence: usize) -> Option<&[f32]> {
+        let range = self.observed.mass_ranges[sequence].clone();
+        (!range.is_empty()).then(|| &self.observed.mass[range])
     }
 
     /// What attention read, over all layers and sequences.

@@ -15,6 +15,7 @@ static WEIGHTS: &Aligned<[u8]> =
 /// The file `name` of the built-in model.
 pub(crate) fn file(name: &str) -> Option<Bytes> {
     let bytes: &'static [u8] = match name {
+        "chat_template.jinja" => include_bytes!("../assets/stories260k/chat_template.jinja"),
         "config.json" => include_bytes!("../assets/stories260k/config.json"),
         "generation_config.json" => include_bytes!("../assets/stories260k/generation_config.json"),
         "model.safetensors" => &WEIGHTS.0,

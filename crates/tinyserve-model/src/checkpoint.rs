@@ -11,7 +11,7 @@ use crate::json::Fields;
 use crate::mmap::MappedFile;
 use crate::tokenizer::token_text;
 use crate::weights::{Stored, WeightFiles};
-use crate::{Architecture, ModelConfig, ModelError, Tokenizer};
+use crate::{Architecture, ChatTemplate, ModelConfig, ModelError, Tokenizer};
 
 const HEAD: &str = "lm_head.weight";
 
@@ -165,6 +165,12 @@ impl Checkpoint {
         &self.weights
     }
 
+    /// Whether the tensors lie in memory and in no file.
+    #[must_use]
+    pub fn is_in_memory(&self) -> bool {
+        matches!(self.files, Files::None(_))
+    }
+
     /// Takes what was read of the weight files out of this process's memory: a backend that keeps
     /// weights in another form has no use for it. Tensors stay valid, and are read again.
     pub(crate) fn release_memory(&self) {
@@ -202,6 +208,25 @@ impl Checkpoint {
     /// [`ModelError::NoTokenizer`] when there is none or it cannot be used.
     pub fn tokenizer(&self) -> Result<Tokenizer, ModelError> {
         Tokenizer::from_files(&self.files)
+    }
+
+    /// The checkpoint's chat template; `None` when it has none.
+    ///
+    /// # Errors
+    /// When a file cannot be read or is no template.
+    pub fn chat_template(&self) -> Result<Option<ChatTemplate>, ModelError> {
+        let eos = self.config.eos.first().copied();
+        ChatTemplate::from_files(&self.files, (self.config.bos, eos))
+    }
+
+    /// The texts of the checkpoint's special tokens by the names that chat templates use, such as
+    /// `bos_token`.
+    ///
+    /// # Errors
+    /// When a file cannot be read or names a token in another way than as a text.
+    pub fn special_tokens(&self) -> Result<Vec<(&'static str, String)>, ModelError> {
+        let eos = self.config.eos.first().copied();
+        crate::chat_template::special_tokens(&self.files, self.config.bos, eos)
     }
 
     fn embedding(&self) -> &'static str {

@@ -76,6 +76,14 @@ pub enum ModelError {
         /// What was looked for and what was found, one sentence.
         message: String,
     },
+    /// A chat template is broken, or refuses a conversation.
+    #[error("the chat template {place}: {reason}")]
+    ChatTemplate {
+        /// Where the template is from.
+        place: String,
+        /// The reason, in words.
+        reason: String,
+    },
     /// The tokenizer failed on a text or on tokens.
     #[error("the tokenizer cannot {doing}: {reason}")]
     Tokenize {

@@ -8,6 +8,7 @@ use tinyserve_kernels::{
 use tinyserve_kv::Slot;
 
 use crate::model::Norm;
+use crate::observe::Observation;
 use crate::{Batch, KvCache, LogitRows, Model, ModelError, StepOutput};
 
 /// Sequences whose descriptions lie on the stack: a larger batch costs one allocation per step,
@@ -39,6 +40,8 @@ pub struct Activations<B: Backend> {
     positions: Vec<u32>,
     slots: Vec<Slot>,
     logit_rows: Vec<u32>,
+    /// What attention tells, when it is asked to.
+    observation: Observation<B>,
 }
 
 impl<B: Backend> Activations<B> {
@@ -61,6 +64,7 @@ impl<B: Backend> Activations<B> {
             positions: Vec::new(),
             slots: Vec::new(),
             logit_rows: Vec::new(),
+            observation: Observation::default(),
         }
     }
 }
@@ -100,6 +104,8 @@ impl<B: Backend> Model<B> {
             });
         }
         output.stats = AttendStats::default();
+        output.sequence_stats.clear();
+        output.sequence_stats.resize(batch.sequences.len(), AttendStats::default());
         let mut row = 0;
         let sequences: SmallVec<[_; SEQUENCES_ON_STACK]> = batch
             .sequences
@@ -109,17 +115,20 @@ impl<B: Backend> Model<B> {
                 row = rows.end;
                 AttendSequence {
                     rows,
-                    first_position: step.first_position(),
+                    first_position: step.first_place(),
                     pages: step.table.pages(),
                     attention: step.attention,
                 }
             })
             .collect();
+        a.observation.begin(self, batch, &mut output.observed);
         for layer in 0..self.blocks.len() {
-            let stats = self.attention(a, cache, layer, &sequences, batch.measure_recall)?;
+            let read = (batch.measure_recall, &mut output.sequence_stats[..]);
+            let stats = self.attention(a, cache, layer, &sequences, read)?;
             output.stats.add(&stats);
             self.feed_forward(a, layer);
         }
+        a.observation.end(self, batch, &mut output.observed);
         self.logits(a, output);
         Ok(())
     }
@@ -140,11 +149,11 @@ impl<B: Backend> Model<B> {
             if step.tokens.is_empty() {
                 return Err(ModelError::EmptyPrompt);
             }
-            let (end, limit) = (step.table.len(), self.config.max_positions);
+            let (end, limit) = (step.table.next_position(), self.config.max_positions);
             if end > limit {
                 return Err(ModelError::ContextOverflow { tokens: end, limit });
             }
-            for (position, &token) in (step.first_position()..).zip(step.tokens) {
+            for (i, &token) in step.tokens.iter().enumerate() {
                 if token as usize >= self.config.vocab_size {
                     return Err(ModelError::TokenOutOfRange {
                         token,
@@ -152,8 +161,8 @@ impl<B: Backend> Model<B> {
                     });
                 }
                 a.ids.push(token);
-                a.positions.push(position as u32);
-                a.slots.push(step.table.slot(position));
+                a.positions.push((step.first_position() + i) as u32);
+                a.slots.push(step.table.slot(step.first_place() + i));
             }
             let (end, first_logit) = (a.ids.len() as u32, a.logit_rows.len());
             match step.logits {
@@ -175,7 +184,7 @@ impl<B: Backend> Model<B> {
         cache: &mut KvCache<B>,
         layer: usize,
         sequences: &[AttendSequence<'_>],
-        measure_recall: bool,
+        (measure_recall, sequence_stats): (bool, &mut [AttendStats]),
     ) -> Result<AttendStats, ModelError> {
         let (backend, block, heads) = (&self.backend, &self.blocks[layer], self.structure.heads);
         self.norm(&block.attention_norm, &a.hidden, &mut a.normed);
@@ -203,6 +212,8 @@ impl<B: Backend> Model<B> {
             sequences,
             pages: &cache.pages,
             measure_recall,
+            sequence_stats: Some(sequence_stats),
+            observe: a.observation.args(layer),
             out: &mut a.attended,
         })?;
         backend.linear(LinearArgs {

@@ -4,19 +4,21 @@
 mod batch;
 mod builtin;
 mod cache;
+mod chat_template;
 mod checkpoint;
 mod config;
 mod error;
 mod files;
 mod forward;
-mod generate;
 mod incremental;
 mod json;
 mod load;
 #[allow(unsafe_code)]
 mod mmap;
 mod model;
+mod observe;
 mod perplexity;
+mod plan;
 mod rope;
 mod sampler;
 mod stop;
@@ -25,21 +27,27 @@ mod tokenizer;
 mod weights;
 mod weights_cache;
 
-pub use batch::{Batch, LogitRows, SequenceStep, StepOutput};
+pub use batch::{Batch, LogitRows, Observe, SequenceStep, StepOutput};
 pub use builtin::BUILTIN_MODEL;
 pub use cache::KvCache;
+pub use chat_template::{
+    ChatInput, ChatMessage, ChatTemplate, TemplateMap, TemplateValue, template_value,
+};
 pub use checkpoint::{Checkpoint, TensorInfo};
 pub use config::{Architecture, ModelConfig};
 pub use error::ModelError;
 pub use forward::Activations;
-pub use generate::{FinishReason, Generation, GenerationEvent, GenerationOutcome, Generator};
 pub use incremental::IncrementalDecoder;
 pub use load::LoadOptions;
 pub use model::Model;
-pub use perplexity::Perplexity;
+pub use perplexity::{Perplexity, PerplexityWindow, perplexity_windows};
+pub use plan::{LargestStep, MemoryPlan};
 pub use rope::{RopeConfig, RopeScaling};
-pub use sampler::{SampledToken, Sampler, SamplingParams, logprob, top_logprobs};
+pub use sampler::{SampleContext, SampledToken, Sampler, SamplingParams, logprob, top_logprobs};
 pub use stop::StopMatcher;
-pub use synthetic::{SyntheticModel, SyntheticNormal, SyntheticShape, SyntheticTensor};
+pub use synthetic::{
+    InductionGeometry, InductionModel, LookupTokens, SyntheticModel, SyntheticNormal,
+    SyntheticShape, SyntheticTensor,
+};
 pub use tokenizer::Tokenizer;
 pub use weights_cache::CacheOutcome;

@@ -41,7 +41,20 @@ impl<B: Backend> Model<B> {
         checkpoint: &Checkpoint,
         progress: impl FnMut(usize, usize),
     ) -> Result<Self, ModelError> {
-        Self::load_with(backend, checkpoint, &WeightFormat::Stored.into(), progress)
+        Self::load_as(backend, checkpoint, WeightFormat::Stored, progress)
+    }
+
+    /// Loads a checkpoint's weights and quantises the matrices to `format`.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_as(
+        backend: B,
+        checkpoint: &Checkpoint,
+        format: WeightFormat,
+        progress: impl FnMut(usize, usize),
+    ) -> Result<Self, ModelError> {
+        Self::load_with(backend, checkpoint, &format.into(), progress)
     }
 
     /// Loads a checkpoint's weights and quantises them, or takes them from a cache.

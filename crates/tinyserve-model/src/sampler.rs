@@ -8,8 +8,8 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use crate::ModelError;
 
-/// How a token is drawn. Applied in this order, as Hugging Face transformers does: repetition
-/// penalty, temperature, top-k, top-p, min-p.
+/// How a token is drawn. Applied in this order: repetition penalty, frequency and presence penalty,
+/// logit bias, top-k, temperature, min-p, top-p.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SamplingParams {
     /// Divides the logits; 0 takes the most likely token.
@@ -23,6 +23,11 @@ pub struct SamplingParams {
     /// Divides positive and multiplies negative logits of tokens seen before (CTRL, arXiv
     /// 1909.05858); 1 changes nothing.
     pub repetition_penalty: f32,
+    /// Taken off the logit of each generated token (OpenAI's `presence_penalty`); 0 changes nothing.
+    pub presence_penalty: f32,
+    /// Taken off the logit of each generated token as often as it was generated (OpenAI's
+    /// `frequency_penalty`); 0 changes nothing.
+    pub frequency_penalty: f32,
     /// The draw's seed; `None` takes one from the system.
     pub seed: Option<u64>,
 }
@@ -35,6 +40,8 @@ impl Default for SamplingParams {
             top_p: 0.9,
             min_p: 0.0,
             repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
             seed: None,
         }
     }
@@ -62,6 +69,18 @@ impl SamplingParams {
                 self.repetition_penalty > 0.0,
                 "above 0 (1 changes nothing)",
             ),
+            (
+                "presence_penalty",
+                self.presence_penalty,
+                (-2.0..=2.0).contains(&self.presence_penalty),
+                "-2 to 2",
+            ),
+            (
+                "frequency_penalty",
+                self.frequency_penalty,
+                (-2.0..=2.0).contains(&self.frequency_penalty),
+                "-2 to 2",
+            ),
         ];
         for (name, found, holds, expected) in rules {
             if !(holds && found.is_finite()) {
@@ -75,6 +94,9 @@ impl SamplingParams {
         Ok(())
     }
 }
+
+/// Most likely tokens that top-p puts in order first.
+const TOP_P_SORTED: usize = 256;
 
 /// A drawn token.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -90,8 +112,20 @@ pub struct SampledToken {
 pub struct Sampler {
     params: SamplingParams,
     rng: ChaCha8Rng,
+    bias: Vec<(u32, f32)>,
     candidates: Vec<(u32, f32)>,
     seen: Vec<u32>,
+}
+
+/// What a draw looks back at.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SampleContext<'a> {
+    /// Tokens of the prompt.
+    pub prompt: &'a [u32],
+    /// Tokens that were generated so far.
+    pub generated: &'a [u32],
+    /// Tokens that must not be drawn now.
+    pub banned: &'a [u32],
 }
 
 impl Sampler {
@@ -105,36 +139,66 @@ impl Sampler {
         Ok(Self {
             params,
             rng: ChaCha8Rng::seed_from_u64(seed),
+            bias: Vec::new(),
             candidates: Vec::new(),
             seen: Vec::new(),
         })
     }
 
-    /// Draws from `logits` `[vocab]`; `history` holds the prompt's and the generated tokens.
+    /// The same sampler, which adds to the logits of some tokens (OpenAI's `logit_bias`).
+    ///
+    /// # Errors
+    /// [`ModelError::Setting`] when a bias is not a number from -100 to 100.
+    pub fn with_bias(mut self, bias: Vec<(u32, f32)>) -> Result<Self, ModelError> {
+        if let Some((_, wrong)) = bias.iter().find(|(_, x)| !(-100.0..=100.0).contains(x)) {
+            return Err(ModelError::Setting {
+                name: "logit_bias",
+                found: wrong.to_string(),
+                expected: "numbers from -100 to 100".to_owned(),
+            });
+        }
+        self.bias = bias;
+        Ok(self)
+    }
+
+    /// Draws from `logits` `[vocab]`; `history` holds the tokens before, for the repetition penalty.
+    ///
+    /// # Errors
+    /// As [`Self::sample_after`].
+    pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<SampledToken, ModelError> {
+        self.sample_after(logits, SampleContext { prompt: history, ..SampleContext::default() })
+    }
+
+    /// Draws from `logits` `[vocab]`, the next token after `context`.
     ///
     /// # Errors
     /// [`ModelError::NotFinite`] when no logit is a number above −∞ or one is NaN: the model is
     /// broken, and any token would be made up.
-    pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<SampledToken, ModelError> {
+    pub fn sample_after(
+        &mut self,
+        logits: &[f32],
+        context: SampleContext<'_>,
+    ) -> Result<SampledToken, ModelError> {
         let peak = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         if !peak.is_finite() || logits.iter().any(|x| x.is_nan()) {
             return Err(ModelError::NotFinite { what: "logits" });
         }
-        let id = self.draw(logits, history);
+        let id = self.draw(logits, context);
         Ok(SampledToken { id, logprob: logprob(logits, id) })
     }
 
-    fn draw(&mut self, logits: &[f32], history: &[u32]) -> u32 {
+    /// Changes the candidates' logits by what was said before and by what the request asks for.
+    fn adjust(&mut self, context: SampleContext<'_>) {
         let params = self.params;
-        self.candidates.clear();
-        self.candidates.extend((0..).zip(logits.iter().copied()));
+        let (candidates, seen) = (&mut self.candidates, &mut self.seen);
         if params.repetition_penalty != 1.0 {
-            self.seen.clear();
-            self.seen.extend_from_slice(history);
-            self.seen.sort_unstable();
-            self.seen.dedup();
-            for &token in &self.seen {
-                if let Some((_, logit)) = self.candidates.get_mut(token as usize) {
+            seen.clear();
+            seen.extend_from_slice(context.prompt);
+            seen.extend_from_slice(context.generated);
+            seen.sort_unstable();
+            seen.dedup();
+            for &token in seen.iter() {
+                if let Some((_, logit)) = candidates.get_mut(token as usize) {
                     *logit = if *logit > 0.0 {
                         *logit / params.repetition_penalty
                     } else {
@@ -143,6 +207,34 @@ impl Sampler {
                 }
             }
         }
+        if params.presence_penalty != 0.0 || params.frequency_penalty != 0.0 {
+            seen.clear();
+            seen.extend_from_slice(context.generated);
+            seen.sort_unstable();
+            for same in seen.chunk_by(|a, b| a == b) {
+                if let Some((_, logit)) = candidates.get_mut(same[0] as usize) {
+                    let often = same.len() as f32;
+                    *logit -= params.presence_penalty + params.frequency_penalty * often;
+                }
+            }
+        }
+        for &(token, bias) in &self.bias {
+            if let Some((_, logit)) = candidates.get_mut(token as usize) {
+                *logit += bias;
+            }
+        }
+        for &token in context.banned {
+            if let Some((_, logit)) = candidates.get_mut(token as usize) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+    }
+
+    fn draw(&mut self, logits: &[f32], context: SampleContext<'_>) -> u32 {
+        let params = self.params;
+        self.candidates.clear();
+        self.candidates.extend((0..).zip(logits.iter().copied()));
+        self.adjust(context);
         if params.temperature == 0.0 {
             return most_likely(&self.candidates);
         }
@@ -162,14 +254,27 @@ impl Sampler {
             candidates.retain(|&(_, weight)| weight >= params.min_p);
         }
         if params.top_p < 1.0 {
-            candidates.sort_unstable_by(by_likelihood);
             let total: f64 = candidates.iter().map(|&(_, weight)| f64::from(weight)).sum();
-            let mut sum = 0.0;
-            let kept = candidates.iter().position(|&(_, weight)| {
-                sum += f64::from(weight);
-                sum >= f64::from(params.top_p) * total
-            });
-            candidates.truncate(kept.map_or(candidates.len(), |last| last + 1));
+            // Few tokens hold most of the mass: the rest needs no order.
+            let mut sorted = candidates.len().min(TOP_P_SORTED);
+            loop {
+                if sorted < candidates.len() {
+                    candidates.select_nth_unstable_by(sorted - 1, by_likelihood);
+                }
+                candidates[..sorted].sort_unstable_by(by_likelihood);
+                let mut sum = 0.0;
+                let reached = candidates[..sorted].iter().position(|&(_, weight)| {
+                    sum += f64::from(weight);
+                    sum >= f64::from(params.top_p) * total
+                });
+                if let Some(last) = reached {
+                    candidates.truncate(last + 1);
+                }
+                if reached.is_some() || sorted == candidates.len() {
+                    break;
+                }
+                sorted = (8 * sorted).min(candidates.len());
+            }
         }
         let total: f64 = candidates.iter().map(|&(_, weight)| f64::from(weight)).sum();
         // 53 random bits: the finest uniform draw that an f64 below 1 holds.
@@ -288,6 +393,43 @@ mod tests {
     }
 
     #[test]
+    fn presence_counts_a_generated_token_once_and_frequency_each_time() {
+        let draw = |params: SamplingParams, context| {
+            Sampler::new(params).unwrap().sample_after(&LOGITS, context).unwrap().id
+        };
+        let [once, twice] = [&[1][..], &[1, 1]]
+            .map(|generated| SampleContext { generated, ..SampleContext::default() });
+        let presence = SamplingParams { presence_penalty: 0.9, ..SamplingParams::greedy() };
+        assert_eq!((draw(presence, once), draw(presence, twice)), (1, 1));
+        let frequency = SamplingParams { frequency_penalty: 0.9, ..SamplingParams::greedy() };
+        assert_eq!((draw(frequency, once), draw(frequency, twice)), (1, 2));
+        let prompt = SampleContext { prompt: &[1, 1], ..SampleContext::default() };
+        assert_eq!(draw(frequency, prompt), 1, "the prompt is not held against a token");
+    }
+
+    #[test]
+    fn bias_and_bans_decide_what_is_drawn_and_leave_the_logprob_alone() {
+        let greedy = Sampler::new(SamplingParams::greedy()).unwrap();
+        let mut biased = greedy.clone().with_bias(vec![(3, 100.0), (9, 1.0)]).unwrap();
+        let token = biased.sample(&LOGITS, &[]).unwrap();
+        assert_eq!((token.id, token.logprob), (3, logprob(&LOGITS, 3)));
+        let banned = SampleContext { banned: &[1, 2], ..SampleContext::default() };
+        assert_eq!(greedy.clone().sample_after(&LOGITS, banned).unwrap().id, 0);
+        assert!(greedy.with_bias(vec![(0, f32::NAN)]).is_err());
+    }
+
+    #[test]
+    fn top_p_keeps_as_many_of_a_flat_distribution_as_it_takes() {
+        let logits = vec![0.0; 5000];
+        let params =
+            SamplingParams { temperature: 1.0, top_p: 0.5, seed: Some(1), ..Default::default() };
+        let mut sampler = Sampler::new(params).unwrap();
+        let drawn: Vec<_> = (0..500).map(|_| sampler.sample(&logits, &[]).unwrap().id).collect();
+        assert!(drawn.iter().all(|&id| id < 2500), "the lower of equals come first");
+        assert!(drawn.iter().any(|&id| id > 2000), "half of 5000 are kept, not fewer");
+    }
+
+    #[test]
     fn a_seed_repeats_and_no_seed_does_not() {
         let draw = |seed| {
             let params =
@@ -312,6 +454,11 @@ mod tests {
             (
                 "repetition_penalty",
                 SamplingParams { repetition_penalty: 0.0, ..Default::default() },
+            ),
+            ("presence_penalty", SamplingParams { presence_penalty: 2.5, ..Default::default() }),
+            (
+                "frequency_penalty",
+                SamplingParams { frequency_penalty: f32::NAN, ..Default::default() },
             ),
         ];
         for (name, params) in bad {

@@ -5,6 +5,8 @@
 pub struct StopMatcher {
     stops: Vec<String>,
     held: String,
+    shown: bool,
+    found: Option<usize>,
 }
 
 impl StopMatcher {
@@ -14,17 +16,34 @@ impl StopMatcher {
         Self {
             stops: stops.iter().filter(|stop| !stop.is_empty()).cloned().collect(),
             held: String::new(),
+            shown: false,
+            found: None,
         }
+    }
+
+    /// The same matcher; `shown` decides whether the stop string belongs to the text.
+    #[must_use]
+    pub fn showing(mut self, shown: bool) -> Self {
+        self.shown = shown;
+        self
+    }
+
+    /// The stop string that ended the text.
+    #[must_use]
+    pub fn found(&self) -> Option<&str> {
+        self.found.map(|index| self.stops[index].as_str())
     }
 
     /// Takes new text; returns the text that may be shown and whether a stop string ended it.
     ///
-    /// The stop string itself is never shown.
+    /// The stop string itself is not shown, unless [`Self::showing`] asks for it.
     pub fn push(&mut self, text: &str) -> (String, bool) {
         self.held.push_str(text);
-        let found = self.stops.iter().filter_map(|stop| self.held.find(stop)).min();
-        if let Some(start) = found {
-            self.held.truncate(start);
+        let stops = self.stops.iter().enumerate();
+        let found = stops.filter_map(|(index, stop)| Some((self.held.find(stop)?, index))).min();
+        if let Some((start, index)) = found {
+            self.found = Some(index);
+            self.held.truncate(if self.shown { start + self.stops[index].len() } else { start });
             return (std::mem::take(&mut self.held), true);
         }
         let keep = self.stops.iter().map(|stop| overlap(&self.held, stop)).max().unwrap_or(0);
@@ -70,6 +89,17 @@ mod tests {
         assert_eq!(run(&["END"], &["one E", "N", "D two"]), ("one ".to_owned(), true));
         assert_eq!(run(&["\n\n"], &["a\n", "b\n", "\nc"]), ("a\nb".to_owned(), true));
         assert_eq!(run(&["b", "ab"], &["xa", "b"]), ("x".to_owned(), true), "the earliest wins");
+    }
+
+    #[test]
+    fn the_stop_that_was_found_is_told_and_shown_if_asked() {
+        let mut matcher =
+            StopMatcher::new(&["x".to_owned(), String::new(), "END".to_owned()]).showing(true);
+        assert_eq!(matcher.push("one EN"), ("one ".to_owned(), false));
+        assert_eq!(
+            (matcher.push("D two"), matcher.found()),
+            (("END".to_owned(), true), Some("END"))
+        );
     }
 
     #[test]

@@ -2,12 +2,14 @@
 
 mod byte_level;
 mod check;
+mod spelling;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::Arc;
 
 use byte_level::Extras;
+use spelling::Spelling;
 use tokenizers::PaddingParams;
 
 use crate::ModelError;
@@ -21,6 +23,8 @@ pub struct Tokenizer(Arc<Inner>);
 struct Inner {
     tokenizer: tokenizers::Tokenizer,
     special: HashSet<u32>,
+    added: HashMap<u32, String>,
+    spelling: Spelling,
 }
 
 impl Tokenizer {
@@ -83,7 +87,8 @@ impl Tokenizer {
         let special = tokenizer.get_added_tokens_decoder();
         let special = special.into_iter().filter(|(_, token)| token.special);
         let special = special.map(|(id, _)| id).collect();
-        Ok(Self(Arc::new(Inner { tokenizer, special })))
+        let (added, spelling) = (spelling::added(&tokenizer), Spelling::of(&tokenizer));
+        Ok(Self(Arc::new(Inner { tokenizer, special, added, spelling })))
     }
 
     /// The ids of `text`; `add_special` puts the tokens around it that the model expects.
@@ -123,6 +128,18 @@ impl Tokenizer {
     #[must_use]
     pub fn id_to_token(&self, id: u32) -> Option<String> {
         self.0.tokenizer.id_to_token(id)
+    }
+
+    /// The bytes that the token `id` stands for inside a text, its leading space included; part of
+    /// a character is not UTF-8. An id without a token stands for nothing.
+    #[must_use]
+    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
+        match self.0.added.get(&id) {
+            Some(text) => text.as_bytes().to_vec(),
+            None => {
+                self.id_to_token(id).map_or_else(Vec::new, |token| self.0.spelling.bytes(&token))
+            }
+        }
     }
 
     /// Whether the token `id` steers the model and is no text.

@@ -8,7 +8,7 @@ use common::golden;
 use tinyserve_kernels::{Attention, Cpu, CpuOptions};
 use tinyserve_kv::{Budget, KvFormat, PageTable, SelectionPolicy};
 use tinyserve_model::{
-    Activations, Batch, Checkpoint, KvCache, LogitRows, Model, Sampler, SamplingParams,
+    Activations, Batch, Checkpoint, KvCache, LogitRows, Model, Observe, Sampler, SamplingParams,
     SequenceStep, StepOutput,
 };
 use watched::Watched;
@@ -54,7 +54,9 @@ impl Engine {
         for table in tables.iter_mut() {
             self.cache.extend(self.model.backend(), table, tokens.len()).unwrap();
         }
-        let sequence = |table| SequenceStep { tokens, table, attention, logits: LogitRows::Last };
+        let logits = LogitRows::Last;
+        let observe = Observe::NOTHING;
+        let sequence = |table| SequenceStep { tokens, table, attention, logits, observe };
         // Whoever calls owns the list of sequences: here it lies on the stack.
         let steps: [SequenceStep<'_>; 2] = [sequence(&tables[0]), sequence(&tables[1])];
         let batch = Batch { sequences: &steps[..tables.len()], measure_recall: false };

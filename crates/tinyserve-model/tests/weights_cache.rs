@@ -9,7 +9,7 @@ use common::{Broken, GOLDEN, assert_refused};
 use tinyserve_kernels::{Attention, Cpu, CpuOptions, WeightFormat};
 use tinyserve_kv::KvFormat;
 use tinyserve_model::{
-    Activations, Batch, CacheOutcome, Checkpoint, KvCache, LoadOptions, LogitRows, Model,
+    Activations, Batch, CacheOutcome, Checkpoint, KvCache, LoadOptions, LogitRows, Model, Observe,
     SequenceStep, StepOutput,
 };
 
@@ -40,6 +40,7 @@ fn logits(model: &Model<Cpu>) -> Vec<u32> {
         table: &table,
         attention: Attention::Dense,
         logits: LogitRows::All,
+        observe: Observe::default(),
     };
     let batch = Batch { sequences: &[sequence], measure_recall: false };
     let (mut activations, mut output) = (Activations::new(model), StepOutput::default());

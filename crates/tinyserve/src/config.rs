@@ -1,11 +1,13 @@
 //! Settings of an engine: one name each in code, files, flags and the environment.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tinyserve_kernels::{DType, WeightFormat};
-use tinyserve_kv::{Budget, KvFormat, SelectionPolicy};
+use tinyserve_kv::{Budget, GroupReduce, KvError, KvFormat, Scorer, SelectionPolicy};
 use tinyserve_model::LoadOptions;
+use tinyserve_sched::EngineConfig;
 
 use crate::TinyServeError;
 
@@ -132,13 +134,43 @@ pub enum RopeFrequencyDtype {
     Weights,
 }
 
-/// What a page is scored by.
+/// What a page is scored by: the name of a scorer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ScorerName(pub Scorer);
+
+impl TryFrom<String> for ScorerName {
+    type Error = KvError;
+
+    fn try_from(name: String) -> Result<Self, KvError> {
+        Scorer::named(&name).map(Self)
+    }
+}
+
+impl From<ScorerName> for String {
+    fn from(name: ScorerName) -> Self {
+        name.0.name().to_owned()
+    }
+}
+
+/// How the scores of the query heads that share a KV head become one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum ScorerName {
-    /// The upper bound over the page's bounding box.
+pub enum GroupReduceName {
+    /// The largest.
     #[default]
-    Box,
+    Max,
+    /// Each query's scores become shares by a softmax over the pages, which are added up.
+    SoftmaxVote,
+}
+
+impl From<GroupReduceName> for GroupReduce {
+    fn from(name: GroupReduceName) -> Self {
+        match name {
+            GroupReduceName::Max => Self::Max,
+            GroupReduceName::SoftmaxVote => Self::SoftmaxVote,
+        }
+    }
 }
 
 /// Settings of an engine.
@@ -171,8 +203,14 @@ pub struct TinyServeConfig {
     /// Tokens that a selecting step reads, instead of a share.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token_budget: Option<usize>,
+    /// Share of the estimated attention mass that a selecting step reads, instead of a share of
+    /// the pages.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top_p_pages: Option<f64>,
     /// What a page is scored by.
     pub scorer: ScorerName,
+    /// How the scores of the query heads that share a KV head become one.
+    pub group_reduce: GroupReduceName,
     /// First pages that are always read.
     pub sink_pages: usize,
     /// Last pages that are always read.
@@ -188,9 +226,29 @@ pub struct TinyServeConfig {
     pub rope_frequency_dtype: RopeFrequencyDtype,
     /// Most prompt tokens of one prefill step.
     pub attention_chunk_size: usize,
-    /// Most tokens of a sequence, prompt included; unless set, the model's context, at most 8192.
+    /// Most tokens of a sequence, prompt included; unless set, the model's context, at most 8192,
+    /// or fewer where memory holds fewer.
     #[serde(alias = "max_model_len", skip_serializing_if = "Option::is_none")]
     pub max_sequence_length: Option<usize>,
+    /// Most sequences that run together.
+    pub max_num_seqs: usize,
+    /// Most tokens of one step, decodes and prefill chunks together; unless set, 512, or more where
+    /// `attention_chunk_size` or `max_num_seqs` are more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_num_batched_tokens: Option<usize>,
+    /// Most requests that wait for their first step; no limit unless set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_num_queued_reqs: Option<usize>,
+    /// Most prompt tokens of the requests that wait for their first step; no limit unless set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_num_queued_tokens: Option<usize>,
+    /// Seconds of waiting that count as much as one step of priority.
+    pub priority_ageing: f64,
+    /// Seconds without a request after which a session is deleted.
+    pub session_timeout: f64,
+    /// Most memory of the process, in units of 10⁹ bytes; unless set, 80 % of what is available.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_memory_gb: Option<f64>,
 }
 
 impl Default for TinyServeConfig {
@@ -206,7 +264,9 @@ impl Default for TinyServeConfig {
             attention: AttentionMode::Auto,
             selection_ratio: 0.3,
             token_budget: None,
-            scorer: ScorerName::Box,
+            top_p_pages: None,
+            scorer: ScorerName::default(),
+            group_reduce: GroupReduceName::Max,
             sink_pages: policy.sink_pages,
             recent_pages: policy.recent_pages,
             dense_layers: policy.dense_layers,
@@ -215,9 +275,19 @@ impl Default for TinyServeConfig {
             rope_frequency_dtype: RopeFrequencyDtype::F32,
             attention_chunk_size: 256,
             max_sequence_length: None,
+            max_num_seqs: 16,
+            max_num_batched_tokens: None,
+            max_num_queued_reqs: None,
+            max_num_queued_tokens: None,
+            priority_ageing: 10.0,
+            session_timeout: 300.0,
+            target_memory_gb: None,
         }
     }
 }
+
+/// Most tokens of a step when neither the user nor a larger setting asks for more.
+const DEFAULT_MAX_NUM_BATCHED_TOKENS: usize = 512;
 
 /// Most tokens of a sequence when neither the user nor the model asks for fewer.
 const DEFAULT_MAX_SEQUENCE_LENGTH: usize = 8192;
@@ -270,6 +340,8 @@ impl TinyServeConfig {
             ("attention_chunk_size", Some(self.attention_chunk_size)),
             ("threads", self.threads),
             ("max_sequence_length", self.max_sequence_length),
+            ("max_num_seqs", Some(self.max_num_seqs)),
+            ("max_num_batched_tokens", self.max_num_batched_tokens),
         ];
         for (field, value) in at_least_one {
             if value == Some(0) {
@@ -289,6 +361,27 @@ impl TinyServeConfig {
                 expected: "weights int8 or int4: only quantised weights are cached".to_owned(),
             });
         }
+        for (field, seconds) in
+            [("priority_ageing", self.priority_ageing), ("session_timeout", self.session_timeout)]
+        {
+            if Duration::try_from_secs_f64(seconds).is_err() {
+                return Err(TinyServeError::Setting {
+                    field,
+                    found: seconds.to_string(),
+                    expected: "seconds, 0 or more".to_owned(),
+                });
+            }
+        }
+        self.scheduling().check()?;
+        if let Some(gigabytes) = self.target_memory_gb
+            && !(gigabytes > 0.0 && gigabytes.is_finite())
+        {
+            return Err(TinyServeError::Setting {
+                field: "target_memory_gb",
+                found: gigabytes.to_string(),
+                expected: "a number above 0".to_owned(),
+            });
+        }
         Ok(self.selection_policy().check()?)
     }
 
@@ -300,6 +393,24 @@ impl TinyServeConfig {
         Ok(LoadOptions { format: self.weights.resolve(stored)?, cache: self.weights_cache.clone() })
     }
 
+    /// What the scheduler is told; the facade adds what only a loaded model knows.
+    pub(crate) fn scheduling(&self) -> EngineConfig {
+        let seconds = |seconds| Duration::try_from_secs_f64(seconds).unwrap_or_default();
+        let most = self.attention_chunk_size.max(self.max_num_seqs);
+        EngineConfig {
+            max_num_seqs: self.max_num_seqs,
+            max_num_batched_tokens: self
+                .max_num_batched_tokens
+                .unwrap_or(most.max(DEFAULT_MAX_NUM_BATCHED_TOKENS)),
+            attention_chunk_size: self.attention_chunk_size,
+            max_num_queued_reqs: self.max_num_queued_reqs,
+            max_num_queued_tokens: self.max_num_queued_tokens,
+            priority_ageing: seconds(self.priority_ageing),
+            session_timeout: seconds(self.session_timeout),
+            ..EngineConfig::default()
+        }
+    }
+
     /// The policy that these settings describe.
     #[must_use]
     pub fn selection_policy(&self) -> SelectionPolicy {
@@ -307,13 +418,15 @@ impl TinyServeConfig {
             AttentionMode::Sparse => 0,
             AttentionMode::Auto | AttentionMode::Dense => SelectionPolicy::default().min_context,
         };
+        let ratio = self.top_p_pages.map_or(Budget::Ratio(self.selection_ratio), Budget::TopP);
         SelectionPolicy {
-            budget: self.token_budget.map_or(Budget::Ratio(self.selection_ratio), Budget::Tokens),
+            scorer: self.scorer.0,
+            budget: self.token_budget.map_or(ratio, Budget::Tokens),
             sink_pages: self.sink_pages,
             recent_pages: self.recent_pages,
             dense_layers: self.dense_layers,
             min_context: self.sparse_min_context.unwrap_or(min_context),
-            ..SelectionPolicy::default()
+            group_reduce: self.group_reduce.into(),
         }
     }
 
@@ -368,6 +481,8 @@ mod tests {
             page_size: 32,
             token_budget: Some(512),
             attention: AttentionMode::Sparse,
+            scorer: "mean-std".to_owned().try_into().unwrap(),
+            group_reduce: GroupReduceName::SoftmaxVote,
             kv_cache_dtype: KvCacheDtype::Bf16,
             ..TinyServeConfig::default()
         };
@@ -392,11 +507,22 @@ mod tests {
             ("c.json", r#"{"selection_ratio": 1.5}"#, "selection_ratio is 1.5"),
             ("d.toml", "page_size = 0", "page_size is 0"),
             ("e.toml", "num_gpus = 2", "num_gpus"),
+            ("l.toml", "max_num_seqs = 0", "max_num_seqs is 0"),
+            (
+                "m.toml",
+                "max_num_batched_tokens = 3",
+                "max_num_batched_tokens is 3, expected at least 16",
+            ),
+            ("n.toml", "session_timeout = -1.0", "session_timeout is -1"),
+            ("j.toml", "target_memory_gb = 0.0", "target_memory_gb is 0"),
+            ("k.toml", "target_memory_gb = inf", "target_memory_gb is inf"),
             ("i.toml", "weights = \"int3\"", "int3"),
-            ("j.toml", "weights_cache = \"here\"", "weights_cache is here"),
+            ("o.toml", "weights_cache = \"here\"", "weights_cache is here"),
             ("f.toml", "kv_cache_dtype = \"int3\"", "int3"),
             ("g.json", "{", "EOF"),
             ("h.yaml", "", ".json or .toml"),
+            ("j.toml", "scorer = \"bocks\"", "cuboid-mean"),
+            ("k.json", r#"{"top_p_pages": 1.5}"#, "top_p_pages is 1.5"),
         ];
         for (name, text, expected) in cases {
             let path = dir.path().join(name);

@@ -2,26 +2,27 @@
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tinyserve_kernels::{Attention, Cpu, CpuOptions};
-use tinyserve_kv::{PageSelector, SelectionPolicy};
+use tinyserve_kernels::{Cpu, CpuOptions};
+use tinyserve_kv::PageSelector;
 use tinyserve_model::{
-    CacheOutcome, Checkpoint, FinishReason, Generation, GenerationEvent, GenerationOutcome,
-    Generator, IncrementalDecoder, KvCache, Model, ModelConfig, ModelError, Perplexity,
-    StopMatcher, Tokenizer,
+    CacheOutcome, ChatTemplate, Checkpoint, KvCache, MemoryPlan, Model, ModelConfig, ModelError,
+    Perplexity, PerplexityWindow, Tokenizer, perplexity_windows,
+};
+use tinyserve_sched::{
+    AttentionChoice, Engine, EngineConfig, Event, EventStream, ModelRunner, Request, SessionInfo,
+    Summary, Token,
 };
 
 use crate::{
-    AttentionMode, KvUsage, Prompt, RopeFrequencyDtype, Stats, StreamEvent, Timings,
-    TinyServeConfig, TinyServeError, TinyServeRequest, TinyServeResponse, Weights,
+    AttentionMode, FinishReason, KvUsage, PlannedMemory, Prompt, RopeFrequencyDtype, Stats,
+    StreamEvent, Timings, TinyServeConfig, TinyServeError, TinyServeRequest, TinyServeResponse,
+    Weights,
 };
 
-/// Decode steps between two measurements of recall.
-const RECALL_INTERVAL: usize = 16;
-
-/// A loaded model that answers requests, one at a time.
+/// A loaded model that answers requests, many at once.
 ///
 /// ```
 /// use tinyserve::{TinyServe, TinyServeRequest};
@@ -35,37 +36,15 @@ const RECALL_INTERVAL: usize = 16;
 /// ```
 pub struct TinyServe {
     config: TinyServeConfig,
-    attention: DecodeAttention,
     model: ModelConfig,
     tokenizer: Result<Tokenizer, String>,
-    max_sequence_length: usize,
+    chat_template: Result<Option<ChatTemplate>, ModelError>,
+    memory: PlannedMemory,
     weight_bytes: usize,
     weights_cache: Option<CacheOutcome>,
     load: Duration,
     backend_name: String,
-    state: Mutex<State>,
-}
-
-struct State {
-    generator: Generator<Cpu>,
-    stats: Stats,
-    last_id: u64,
-}
-
-enum DecodeAttention {
-    Dense,
-    Policy(SelectionPolicy),
-    Custom(Arc<dyn PageSelector>),
-}
-
-impl DecodeAttention {
-    fn as_kernel(&self) -> Attention<'_> {
-        match self {
-            Self::Dense => Attention::Dense,
-            Self::Policy(policy) => Attention::Policy(policy),
-            Self::Custom(selector) => Attention::Custom(selector.as_ref()),
-        }
-    }
+    engine: Engine,
 }
 
 impl std::fmt::Debug for TinyServe {
@@ -79,6 +58,7 @@ impl std::fmt::Debug for TinyServe {
 pub struct TinyServeBuilder {
     config: TinyServeConfig,
     selector: Option<Arc<dyn PageSelector>>,
+    checkpoint: Option<Checkpoint>,
     cpu: CpuOptions,
 }
 
@@ -160,6 +140,13 @@ impl TinyServeBuilder {
         self
     }
 
+    /// A checkpoint that is open already, in place of the one that `model` names.
+    #[must_use]
+    pub fn checkpoint(mut self, checkpoint: Checkpoint) -> Self {
+        self.checkpoint = Some(checkpoint);
+        self
+    }
+
     /// Loads the model.
     ///
     /// # Errors
@@ -181,40 +168,46 @@ impl TinyServeBuilder {
         config.check()?;
         let backend = Cpu::new(CpuOptions { threads: config.threads, ..self.cpu })?;
         let backend_name = format!("CPU, {}, {} threads", backend.path(), backend.threads());
-        let mut checkpoint = Checkpoint::load(&config.model)?;
+        let mut checkpoint = match self.checkpoint {
+            Some(checkpoint) => checkpoint,
+            None => Checkpoint::load(&config.model)?,
+        };
         if config.rope_frequency_dtype == RopeFrequencyDtype::Weights {
             checkpoint.round_rope_frequencies();
         }
-        let max_sequence_length = config.sequence_limit(checkpoint.config().max_positions)?;
-        let format = config.kv_cache_dtype.resolve(checkpoint.dtype());
-        let layout = checkpoint.config().kv_layout(config.page_size, format)?;
         let weights = config.load_options(checkpoint.dtype())?;
         // Only text needs a tokenizer: a checkpoint without one still serves token ids.
         let tokenizer = checkpoint.tokenizer().map_err(|error| error.to_string());
+        let chat_template = checkpoint.chat_template();
+        let memory = PlannedMemory::new(&config, &checkpoint, backend.threads())?;
         let model = Model::load_with(backend, &checkpoint, &weights, progress)?;
         let weight_bytes = model.weight_bytes();
         let weights_cache = model.weights_cache().cloned();
-        let pages = layout.pages_for(max_sequence_length);
+        let MemoryPlan { layout, pages, .. } = memory.plan;
         let cache = KvCache::new(model.backend(), layout, pages)?;
         let attention = match (config.attention, self.selector) {
-            (_, Some(selector)) => DecodeAttention::Custom(selector),
-            (AttentionMode::Dense, None) => DecodeAttention::Dense,
-            (_, None) => DecodeAttention::Policy(config.selection_policy()),
+            (_, Some(selector)) => AttentionChoice::Custom(selector),
+            (AttentionMode::Dense, None) => AttentionChoice::Dense,
+            (_, None) => AttentionChoice::Policy(config.selection_policy()),
         };
-        Ok(TinyServe {
+        let scheduling = EngineConfig {
+            max_sequence_length: memory.max_sequence_length,
             attention,
+            eos: checkpoint.config().eos.clone(),
+            tokenizer: tokenizer.as_ref().ok().cloned(),
+            ..config.scheduling()
+        };
+        let engine = Engine::start("tinyserve-engine", ModelRunner::new(model, cache), scheduling)?;
+        Ok(TinyServe {
             model: checkpoint.config().clone(),
             tokenizer,
-            max_sequence_length,
+            chat_template,
+            memory,
             weight_bytes,
             weights_cache,
             load: start.elapsed(),
             backend_name,
-            state: Mutex::new(State {
-                generator: Generator::new(model, cache),
-                stats: Stats::default(),
-                last_id: 0,
-            }),
+            engine,
             config,
         })
     }
@@ -242,7 +235,13 @@ impl TinyServe {
     /// Most tokens of a sequence, prompt included.
     #[must_use]
     pub fn max_sequence_length(&self) -> usize {
-        self.max_sequence_length
+        self.memory.max_sequence_length
+    }
+
+    /// Where the memory of the process goes, as planned before the model was loaded.
+    #[must_use]
+    pub fn memory(&self) -> &PlannedMemory {
+        &self.memory
     }
 
     /// What the model runs on, in words.
@@ -273,6 +272,21 @@ impl TinyServe {
             .map_err(|message| ModelError::NoTokenizer { message: message.clone() }.into())
     }
 
+    /// The model's chat template; `None` when it has none.
+    ///
+    /// # Errors
+    /// When it has one that cannot be used.
+    pub fn chat_template(&self) -> Result<Option<&ChatTemplate>, TinyServeError> {
+        let template = self.chat_template.as_ref().map_err(Clone::clone)?;
+        Ok(template.as_ref())
+    }
+
+    /// The scheduler's engine, for callers that want its events, sessions and counters.
+    #[must_use]
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
     /// Answers a request.
     ///
     /// # Errors
@@ -282,7 +296,8 @@ impl TinyServe {
         self.serve_stream(request, |_| ControlFlow::Continue(()))
     }
 
-    /// Answers a request and tells `on_event` what happens; `Break` ends it early.
+    /// Answers a request and tells `on_event` what happens; `Break` ends it early. What had been
+    /// generated until the engine heard of that is told, too.
     ///
     /// # Errors
     /// As [`Self::serve`].
@@ -291,67 +306,70 @@ impl TinyServe {
         request: TinyServeRequest,
         mut on_event: impl FnMut(StreamEvent) -> ControlFlow<()>,
     ) -> Result<TinyServeResponse, TinyServeError> {
-        let start = Instant::now();
+        let request_id = request.request_id.clone();
+        let events = self.submit(request)?;
+        let mut answer = Answer {
+            request_id: if request_id.is_empty() { events.id().to_string() } else { request_id },
+            ..Answer::default()
+        };
+        let mut events = events;
+        while let Some(event) = events.next() {
+            let (event, end) = match event {
+                Event::Prefill { done, total } => (StreamEvent::Prefill { done, total }, None),
+                Event::Token(token) => (answer.push(token), None),
+                Event::Finished(finished) => {
+                    let reason = FinishReason::from(&finished);
+                    (answer.rest(&finished.summary), Some((reason, finished.summary)))
+                }
+                Event::Aborted(summary) => {
+                    (answer.rest(&summary), Some((FinishReason::Cancelled, summary)))
+                }
+                Event::Failed(failure) => return Err(failure.into()),
+                Event::Started { .. } | Event::Prompt(_) => continue,
+            };
+            let empty = matches!(&event, StreamEvent::Rest { text } if text.is_empty());
+            if !empty && on_event(event).is_break() {
+                events.abort();
+            }
+            if let Some((reason, summary)) = end {
+                return Ok(self.response(answer, reason, &summary));
+            }
+        }
+        // A stream always has a terminal event.
+        Err(tinyserve_sched::AdmissionError::Stopped.into())
+    }
+
+    /// Submits a request and returns its events at once; dropping them ends it.
+    ///
+    /// # Errors
+    /// When the prompt is empty or longer than the context, a setting is out of its range, or too
+    /// many requests wait.
+    pub fn submit(&self, request: TinyServeRequest) -> Result<EventStream, TinyServeError> {
         let prompt = match request.prompt {
             Prompt::Tokens(tokens) => tokens,
             Prompt::Text(text) if text.is_empty() => return Err(ModelError::EmptyPrompt.into()),
             Prompt::Text(text) => self.tokenizer()?.encode(&text, true)?,
         };
-        let mut text = Text::new(self.tokenizer.as_ref().ok(), &prompt, &request.stop)?;
-        let stop_tokens: &[u32] = if request.ignore_eos { &[] } else { &self.model.eos };
-        let generation = Generation {
-            prompt: &prompt,
-            max_tokens: request.max_tokens,
-            sampling: request.sampling,
-            stop_tokens,
-            attention: self.attention.as_kernel(),
-            prefill_chunk: self.config.attention_chunk_size,
-            max_sequence_length: self.max_sequence_length,
-            recall_interval: RECALL_INTERVAL,
-        };
-        let mut state = self.lock()?;
-        let outcome = state.generator.generate(&generation, &mut |event| {
-            let (event, stopped) = match event {
-                GenerationEvent::Prefilled { done, total } => {
-                    (StreamEvent::Prefill { done, total }, false)
-                }
-                GenerationEvent::Token { token, ends } => {
-                    let (text, stopped) =
-                        if ends { Default::default() } else { text.push(token.id)? };
-                    (StreamEvent::Token { id: token.id, logprob: token.logprob, text }, stopped)
-                }
-            };
-            Ok(match on_event(event) {
-                _ if stopped => ControlFlow::Break(FinishReason::Stop),
-                ControlFlow::Break(()) => ControlFlow::Break(FinishReason::Cancelled),
-                ControlFlow::Continue(()) => ControlFlow::Continue(()),
-            })
-        })?;
-        let rest = text.finish()?;
-        if !rest.is_empty() {
-            // The request is over: there is nothing left for a `Break` to end.
-            let _ = on_event(StreamEvent::Rest { text: rest });
+        let room = self.engine.limits().max_tokens(prompt.len());
+        if room == 0 {
+            let (tokens, limit) = (prompt.len(), self.max_sequence_length());
+            return Err(ModelError::ContextOverflow { tokens, limit }.into());
         }
-        state.last_id += 1;
-        let request_id = match request.request_id {
-            id if id.is_empty() => format!("req-{}", state.last_id),
-            id => id,
-        };
-        let bytes_per_page = state.generator.cache().layout().bytes_per_page();
-        let response = self.response(Finished {
-            request_id,
-            prompt_tokens: prompt.len(),
-            text: text.shown,
-            outcome: &outcome,
-            bytes_per_page,
-            latency: start.elapsed(),
-        });
-        state.stats.add(&response);
-        Ok(response)
+        // The context may end an answer earlier than the request does.
+        let max_tokens = request.max_tokens.min(room);
+        Ok(self.engine.submit(Request {
+            max_tokens,
+            sampling: request.sampling,
+            stop: request.stop,
+            ignore_eos: request.ignore_eos,
+            priority: request.priority,
+            session: request.session_id,
+            ..Request::new(prompt)
+        })?)
     }
 
     /// Perplexity of `text` in windows of the context that start `stride` tokens apart (half the
-    /// context unless given).
+    /// context unless given); `progress` is told windows done and windows in all, in tokens.
     ///
     /// # Errors
     /// When the text has fewer than two tokens, the stride is out of range, or the model fails.
@@ -359,51 +377,127 @@ impl TinyServe {
         &self,
         text: &str,
         stride: Option<usize>,
-        progress: impl FnMut(usize, usize),
+        mut progress: impl FnMut(usize, usize),
     ) -> Result<Perplexity, TinyServeError> {
         let tokens = self.tokenizer()?.encode(text, true)?;
-        let window = self.max_sequence_length;
-        let windows = (window, stride.unwrap_or((window / 2).max(1)));
-        let chunk = self.config.attention_chunk_size;
-        Ok(self.lock()?.generator.perplexity(&tokens, windows, chunk, progress)?)
+        let window = self.max_sequence_length();
+        let stride = stride.unwrap_or((window / 2).max(1));
+        let windows = perplexity_windows(tokens.len(), (window, stride), window)?;
+        let total = windows.iter().map(|window| window.text.len()).sum();
+        let (mut logprobs, mut computed) = (Vec::new(), 0);
+        for PerplexityWindow { text, targets } in windows {
+            let events = self.engine.submit(Request {
+                max_tokens: 0,
+                prompt_logprobs: Some(0),
+                ..Request::new(&tokens[text.clone()])
+            })?;
+            let mut next = text.start;
+            for event in events {
+                match event {
+                    Event::Prompt(told) => {
+                        for token in told {
+                            logprobs.extend(token.logprob.filter(|_| targets.contains(&next)));
+                            next += 1;
+                        }
+                        progress(computed + next - text.start, total);
+                    }
+                    Event::Failed(failure) => return Err(failure.into()),
+                    _ => {}
+                }
+            }
+            computed += text.len();
+        }
+        Ok(Perplexity::of(logprobs))
     }
 
-    /// Totals over the requests that have finished.
+    /// Creates a session, unless it exists; a request creates the session that it names, too.
+    ///
+    /// # Errors
+    /// When the engine has stopped.
+    pub fn create_session(&self, session_id: impl Into<String>) -> Result<(), TinyServeError> {
+        answered(self.engine.create_session(session_id).wait())
+    }
+
+    /// The sessions, by name.
+    ///
+    /// # Errors
+    /// When the engine has stopped.
+    pub fn list_sessions(&self) -> Result<Vec<SessionInfo>, TinyServeError> {
+        answered(self.engine.list_sessions().wait())
+    }
+
+    /// What is known of a session; `None` when there is none of this name.
+    ///
+    /// # Errors
+    /// When the engine has stopped.
+    pub fn get_session_info(
+        &self,
+        session_id: impl Into<String>,
+    ) -> Result<Option<SessionInfo>, TinyServeError> {
+        answered(self.engine.session_info(session_id).wait())
+    }
+
+    /// Deletes a session and gives its pages back; tells whether it existed.
+    ///
+    /// # Errors
+    /// When the engine has stopped.
+    pub fn delete_session(&self, session_id: impl Into<String>) -> Result<bool, TinyServeError> {
+        answered(self.engine.delete_session(session_id).wait())
+    }
+
+    /// Totals over the requests that were answered, by their published names;
+    /// [`Self::engine`]'s own counters say more.
     #[must_use]
     pub fn get_stats(&self) -> Stats {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).stats
+        let stats = self.engine.stats();
+        let answered = stats.finished_stop + stats.finished_length;
+        let bytes_per_page = self.engine.limits().bytes_per_page as f64;
+        let pages = stats.finished_pages as f64 / answered.max(1) as f64;
+        let memory = self.weight_bytes as f64 + pages * bytes_per_page;
+        Stats {
+            total_requests: answered,
+            total_tokens: stats.generation_tokens,
+            avg_latency_ms: stats.e2e.mean().unwrap_or(0.0) * 1e3,
+            avg_memory_gb: if answered > 0 { memory / 1e9 } else { 0.0 },
+            // No measurement means that no step left a page out, so nothing was missed.
+            kv_hit_rate: stats.recall.unwrap_or(1.0),
+        }
     }
 
-    fn lock(&self) -> Result<MutexGuard<'_, State>, TinyServeError> {
-        self.state.lock().map_err(|_| TinyServeError::Poisoned)
-    }
-
-    fn response(&self, finished: Finished<'_>) -> TinyServeResponse {
-        let outcome = finished.outcome;
-        let stats = &outcome.decode_stats;
-        let bytes_resident = outcome.pages * finished.bytes_per_page;
-        let seconds = |duration: Duration| duration.as_secs_f64();
+    fn response(
+        &self,
+        answer: Answer,
+        finish_reason: FinishReason,
+        summary: &Summary,
+    ) -> TinyServeResponse {
+        let (usage, timings) = (&summary.usage, &summary.timings);
+        let stats = &summary.kv.decode;
+        let bytes_resident = summary.kv.pages * self.engine.limits().bytes_per_page;
+        let milliseconds = |duration: Duration| duration.as_secs_f64() * 1e3;
+        let computed = usage.prompt_tokens - usage.cached_tokens;
+        let steps = answer.tokens.len().saturating_sub(1);
         TinyServeResponse {
-            request_id: finished.request_id,
-            generated_text: finished.text,
-            tokens: outcome.tokens.iter().map(|token| token.id).collect(),
-            logprobs: outcome.tokens.iter().map(|token| token.logprob).collect(),
-            prompt_tokens: finished.prompt_tokens,
-            finish_reason: outcome.finish_reason,
-            latency_ms: seconds(finished.latency) * 1e3,
+            request_id: answer.request_id,
+            generated_text: answer.text,
+            tokens: answer.tokens,
+            logprobs: answer.logprobs,
+            prompt_tokens: usage.prompt_tokens,
+            cached_tokens: usage.cached_tokens,
+            finish_reason,
+            latency_ms: milliseconds(timings.e2e),
             memory_usage_gb: (self.weight_bytes + bytes_resident) as f64 / 1e9,
             // No measurement means that no step left a page out, so nothing was missed.
             kv_cache_hit_rate: stats.recall().unwrap_or(1.0),
             timings: Timings {
-                prefill_ms: seconds(outcome.prefill) * 1e3,
-                prefill_tok_s: finished.prompt_tokens as f64 / seconds(outcome.prefill),
-                ttft_ms: seconds(outcome.ttft) * 1e3,
-                decode_ms: seconds(outcome.decode) * 1e3,
-                decode_tok_s: (outcome.decode_steps > 0)
-                    .then(|| outcome.decode_steps as f64 / seconds(outcome.decode)),
+                queue_ms: milliseconds(timings.queued),
+                prefill_ms: milliseconds(timings.prefill),
+                prefill_tok_s: computed as f64 / timings.prefill.as_secs_f64(),
+                ttft_ms: milliseconds(timings.ttft.unwrap_or_default()),
+                decode_ms: milliseconds(timings.decode),
+                decode_tok_s: (steps > 0).then(|| steps as f64 / timings.decode.as_secs_f64()),
             },
             kv: KvUsage {
-                pages: outcome.pages,
+                pages: summary.kv.pages,
                 bytes_resident,
                 bytes_read: stats.bytes_read,
                 bytes_dense: stats.bytes_dense,
@@ -414,55 +508,30 @@ impl TinyServe {
     }
 }
 
-/// What a response is made of.
-struct Finished<'a> {
+/// What an engine answered, or that it has stopped.
+fn answered<T>(answer: Option<T>) -> Result<T, TinyServeError> {
+    answer.ok_or_else(|| tinyserve_sched::AdmissionError::Stopped.into())
+}
+
+/// An answer while it grows.
+#[derive(Default)]
+struct Answer {
     request_id: String,
-    prompt_tokens: usize,
     text: String,
-    outcome: &'a GenerationOutcome,
-    bytes_per_page: usize,
-    latency: Duration,
+    tokens: Vec<u32>,
+    logprobs: Vec<f32>,
 }
 
-/// The text of a request while it grows.
-struct Text {
-    decoder: Option<IncrementalDecoder>,
-    stops: StopMatcher,
-    stopped: bool,
-    shown: String,
-}
-
-impl Text {
-    fn new(
-        tokenizer: Option<&Tokenizer>,
-        prompt: &[u32],
-        stops: &[String],
-    ) -> Result<Self, TinyServeError> {
-        Ok(Self {
-            decoder: tokenizer.map(|tokenizer| IncrementalDecoder::new(tokenizer, prompt)),
-            stops: StopMatcher::new(stops),
-            stopped: false,
-            shown: String::new(),
-        })
+impl Answer {
+    fn push(&mut self, token: Token) -> StreamEvent {
+        self.text.push_str(&token.text);
+        self.tokens.push(token.id);
+        self.logprobs.push(token.logprob);
+        StreamEvent::Token { id: token.id, logprob: token.logprob, text: token.text }
     }
 
-    fn push(&mut self, id: u32) -> Result<(String, bool), ModelError> {
-        let Some(decoder) = &mut self.decoder else { return Ok(Default::default()) };
-        let (text, stopped) = self.stops.push(&decoder.push(id)?);
-        self.shown.push_str(&text);
-        self.stopped = stopped;
-        Ok((text, stopped))
-    }
-
-    fn finish(&mut self) -> Result<String, ModelError> {
-        let (false, Some(decoder)) = (self.stopped, &mut self.decoder) else {
-            return Ok(String::new());
-        };
-        let (mut text, stopped) = self.stops.push(&decoder.finish()?);
-        if !stopped {
-            text.push_str(&self.stops.finish());
-        }
-        self.shown.push_str(&text);
-        Ok(text)
+    fn rest(&mut self, summary: &Summary) -> StreamEvent {
+        self.text.push_str(&summary.rest);
+        StreamEvent::Rest { text: summary.rest.clone() }
     }
 }

@@ -6,6 +6,7 @@ use thiserror::Error;
 use tinyserve_kernels::KernelError;
 use tinyserve_kv::KvError;
 use tinyserve_model::ModelError;
+use tinyserve_sched::{AdmissionError, Failure};
 
 /// Why TinyServe refused or failed.
 #[derive(Debug, Error)]
@@ -46,7 +47,21 @@ pub enum TinyServeError {
     /// The cache.
     #[error(transparent)]
     Kv(#[from] KvError),
-    /// An earlier request panicked, which is a bug.
-    #[error("the engine stopped when an earlier request panicked; build a new one")]
-    Poisoned,
+    /// The scheduler does not take the request.
+    #[error(transparent)]
+    Admission(AdmissionError),
+    /// The request failed; no other is affected.
+    #[error(transparent)]
+    Failed(#[from] Failure),
+}
+
+impl From<AdmissionError> for TinyServeError {
+    fn from(error: AdmissionError) -> Self {
+        match error {
+            AdmissionError::Setting { name, found, expected } => {
+                Self::Setting { field: name, found, expected }
+            }
+            error => Self::Admission(error),
+        }
+    }
 }

@@ -4,15 +4,19 @@
 mod config;
 mod engine;
 mod error;
+pub mod memory;
+mod plan;
 mod request;
 
 pub use config::{
-    AttentionMode, Device, KvCacheDtype, RopeFrequencyDtype, ScorerName, TinyServeConfig, Weights,
+    AttentionMode, Device, GroupReduceName, KvCacheDtype, RopeFrequencyDtype, ScorerName,
+    TinyServeConfig, Weights,
 };
 pub use engine::{TinyServe, TinyServeBuilder};
 pub use error::TinyServeError;
+pub use plan::PlannedMemory;
 pub use request::{
-    KvUsage, Prompt, Stats, StreamEvent, Timings, TinyServeRequest, TinyServeResponse,
+    FinishReason, KvUsage, Prompt, Stats, StreamEvent, Timings, TinyServeRequest, TinyServeResponse,
 };
 
 /// Kernels: the backend seam and its CPU implementation.
@@ -21,3 +25,5 @@ pub use tinyserve_kernels as kernels;
 pub use tinyserve_kv as kv;
 /// Checkpoints, tokenizers, the forward pass, sampling.
 pub use tinyserve_model as model;
+/// The scheduler: the engine that requests run on, its events, sessions and counters.
+pub use tinyserve_sched as sched;

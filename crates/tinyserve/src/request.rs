@@ -1,7 +1,8 @@
 //! What goes into an engine and what comes out.
 
 use serde::Serialize;
-use tinyserve_model::{FinishReason, SamplingParams};
+use tinyserve_model::SamplingParams;
+use tinyserve_sched::Finished;
 
 /// A prompt as text or as token ids.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +44,11 @@ pub struct TinyServeRequest {
     pub stop: Vec<String>,
     /// Whether to go on after an end-of-sequence token.
     pub ignore_eos: bool,
+    /// Lower runs first; ties by arrival.
+    pub priority: i32,
+    /// The session that the request belongs to: its pages stay for the session's next request, which
+    /// computes only what is new.
+    pub session_id: Option<String>,
     /// The caller's name for the request; one is made up when it is empty.
     pub request_id: String,
 }
@@ -57,6 +63,8 @@ impl TinyServeRequest {
             sampling: SamplingParams::default(),
             stop: Vec::new(),
             ignore_eos: false,
+            priority: 0,
+            session_id: None,
             request_id: String::new(),
         }
     }
@@ -103,11 +111,57 @@ impl TinyServeRequest {
         self
     }
 
+    /// Sets the priority; lower runs first.
+    #[must_use]
+    pub fn priority(mut self, priority: i32) -> Self {
+        self.priority = priority;
+        self
+    }
+
+    /// Puts the request into a session.
+    #[must_use]
+    pub fn session(mut self, session_id: impl Into<String>) -> Self {
+        self.session_id = Some(session_id.into());
+        self
+    }
+
     /// Names the request.
     #[must_use]
     pub fn request_id(mut self, request_id: impl Into<String>) -> Self {
         self.request_id = request_id.into();
         self
+    }
+}
+
+/// Why a request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum FinishReason {
+    /// A stop token or a stop text.
+    Stop,
+    /// The token limit or the context's end.
+    Length,
+    /// The caller ended it.
+    Cancelled,
+}
+
+impl FinishReason {
+    /// The name as JSON spells it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+impl From<&Finished> for FinishReason {
+    fn from(finished: &Finished) -> Self {
+        match finished.reason {
+            tinyserve_sched::FinishReason::Stop => Self::Stop,
+            tinyserve_sched::FinishReason::Length => Self::Length,
+        }
     }
 }
 
@@ -140,9 +194,11 @@ pub enum StreamEvent {
 /// How long the parts of a request took.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
 pub struct Timings {
+    /// Milliseconds in the queue.
+    pub queue_ms: f64,
     /// Milliseconds to compute the prompt.
     pub prefill_ms: f64,
-    /// Prompt tokens per second.
+    /// Prompt tokens that were computed per second.
     pub prefill_tok_s: f64,
     /// Milliseconds to the first token.
     pub ttft_ms: f64,
@@ -183,6 +239,8 @@ pub struct TinyServeResponse {
     pub logprobs: Vec<f32>,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
+    /// Prompt tokens whose keys and values were in the cache already.
+    pub cached_tokens: usize,
     /// Why it ended.
     pub finish_reason: FinishReason,
     /// Milliseconds from submission to the last token.
@@ -197,32 +255,17 @@ pub struct TinyServeResponse {
     pub kv: KvUsage,
 }
 
-/// Totals over the requests that an engine has finished.
+/// Totals over the requests that an engine has answered.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
 pub struct Stats {
-    /// Finished requests.
+    /// Answered requests.
     pub total_requests: u64,
     /// Generated tokens.
     pub total_tokens: u64,
     /// Mean latency, milliseconds.
     pub avg_latency_ms: f64,
-    /// Mean memory, 10⁹ bytes.
+    /// Mean memory of the weights and a request's pages, 10⁹ bytes.
     pub avg_memory_gb: f64,
     /// Mean measured recall of the selected pages; 1 when every step read every page.
     pub kv_hit_rate: f64,
-}
-
-impl Stats {
-    pub(crate) fn add(&mut self, response: &TinyServeResponse) {
-        self.total_requests += 1;
-        self.total_tokens += response.tokens.len() as u64;
-        let n = self.total_requests as f64;
-        for (mean, value) in [
-            (&mut self.avg_latency_ms, response.latency_ms),
-            (&mut self.avg_memory_gb, response.memory_usage_gb),
-            (&mut self.kv_hit_rate, response.kv_cache_hit_rate),
-        ] {
-            *mean += (value - *mean) / n;
-        }
-    }
 }

@@ -4,14 +4,14 @@ use std::fmt::Write;
 use std::time::Instant;
 
 use anyhow::{Result, anyhow};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde::Serialize;
 use tinyserve::kernels::{
     AppendKvArgs, AttendArgs, AttendSequence, AttendStats, Attention, Backend, Cpu, CpuOptions,
     CpuPath, DType, Heads,
 };
 use tinyserve::kv::{
-    Budget, HostPages, KvLayout, KvShape, PagePool, PageTable, SelectionPolicy, Slot,
+    Budget, HostPages, KvError, KvLayout, KvShape, PagePool, PageTable, SelectionPolicy, Slot,
 };
 use tinyserve::model::SyntheticNormal;
 use tinyserve::{KvCacheDtype, TinyServeError};
@@ -41,9 +41,15 @@ pub(crate) struct AttentionArgs {
     /// Channels of one head.
     #[arg(long, value_name = "N", default_value = "64", value_parser = values::size)]
     head_dim: usize,
-    /// Tokens in the cache.
+    /// Tokens of each sequence in the cache.
     #[arg(long, value_name = "N", default_value = "32k", value_parser = values::size)]
     tokens: usize,
+    /// Sequences, which grew side by side and attend in one step.
+    #[arg(long, value_name = "N", default_value = "1", value_parser = values::size)]
+    sequences: usize,
+    /// Where the pages of sequences that grow side by side lie.
+    #[arg(long, value_name = "WHERE", default_value = "groups")]
+    placement: Placement,
     /// Tokens of one page.
     #[arg(long, value_name = "TOKENS", default_value = "16", value_parser = values::size)]
     page_size: usize,
@@ -74,6 +80,45 @@ pub(crate) struct AttentionArgs {
     cpu: Option<CpuPath>,
 }
 
+/// Where the pages of sequences lie that take turns to grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Placement {
+    /// In whole groups of neighbours, as the pool hands them out.
+    Groups,
+    /// In turn, each page beside another sequence's, as a pool without groups would.
+    Alternating,
+}
+
+impl Placement {
+    /// The tables of `sequences` sequences of `pages` pages each, and room for nothing else.
+    fn grow(
+        self,
+        sequences: usize,
+        (tokens, page_size): (usize, usize),
+        pages: usize,
+    ) -> Result<Vec<PageTable>, KvError> {
+        let mut pool = PagePool::new(pages)?;
+        let mut tables: Vec<_> = (0..sequences).map(|_| PageTable::new(page_size)).collect();
+        let mut taken = Vec::new();
+        if self == Self::Alternating {
+            while let Ok(page) = pool.allocate() {
+                taken.push(page);
+            }
+        }
+        let mut next = taken.into_iter();
+        for first in (0..tokens).step_by(page_size) {
+            for table in &mut tables {
+                // The only free page is the one that the table gets.
+                next.next().map(|page| pool.release(page));
+                // Nobody shares these pages, so there is none to copy.
+                let _ = table.extend(&mut pool, page_size.min(tokens - first))?;
+            }
+        }
+        Ok(tables)
+    }
+}
+
 /// One way to attend, and its measurements.
 #[derive(Debug, Clone, Serialize)]
 struct Row {
@@ -81,6 +126,8 @@ struct Row {
     kv_heads: usize,
     head_dim: usize,
     n_tokens: usize,
+    n_sequences: usize,
+    placement: Placement,
     page_size: usize,
     kv_cache_dtype: &'static str,
     n_threads: usize,
@@ -114,7 +161,7 @@ struct Bench {
     heads: Heads,
     layers: usize,
     pages: HostPages,
-    table: PageTable,
+    tables: Vec<PageTable>,
     tokens: usize,
 }
 
@@ -163,13 +210,15 @@ pub(crate) fn attention(args: &AttentionArgs) -> Result<()> {
             let (time, bytes) = (median(samples), stats.bytes_read as f64 / layers as f64);
             let ratio = mode.as_ref().and_then(|policy| match policy.budget {
                 Budget::Ratio(ratio) => Some(ratio),
-                Budget::Tokens(_) => None,
+                Budget::Tokens(_) | Budget::TopP(_) => None,
             });
             Row {
                 q_heads: args.q_heads,
                 kv_heads: args.kv_heads,
                 head_dim: args.head_dim,
                 n_tokens: args.tokens,
+                n_sequences: args.sequences,
+                placement: args.placement,
                 page_size: args.page_size,
                 kv_cache_dtype: args.kv_cache_dtype.resolve(DType::F16).name(),
                 n_threads: threads,
@@ -204,6 +253,7 @@ fn check(args: &AttentionArgs) -> Result<()> {
         ("--kv-heads", args.kv_heads),
         ("--head-dim", args.head_dim),
         ("--tokens", args.tokens),
+        ("--sequences", args.sequences),
         ("--page-size", args.page_size),
         ("--repetitions", args.repetitions),
     ] {
@@ -215,6 +265,9 @@ fn check(args: &AttentionArgs) -> Result<()> {
         let (heads, kv_heads) = (args.q_heads, args.kv_heads);
         let sentence = format!("--kv-heads is {kv_heads}, expected a divisor of {heads}");
         return Err(Usage(sentence).into());
+    }
+    if args.placement == Placement::Alternating && args.sequences == 1 {
+        return Err(out_of_range("--sequences", 1, "at least 2 with --placement alternating"));
     }
     if args.cpu == Some(CpuPath::Scalar) && args.threads.is_some_and(|threads| threads > 1) {
         return Err(out_of_range("--threads", args.threads.unwrap_or(0), "1 with --cpu scalar"));
@@ -232,10 +285,11 @@ impl Bench {
             format: args.kv_cache_dtype.resolve(DType::F16),
         };
         let layout = |layers| KvLayout::new(shape(layers)).map_err(TinyServeError::from);
-        let of_one = layout(1)?.bytes_per_token().saturating_mul(args.tokens);
+        let tokens = args.tokens.saturating_mul(args.sequences);
+        let of_one = layout(1)?.bytes_per_token().saturating_mul(tokens);
         let layers = LEAST_BYTES.div_ceil(of_one);
         let layout = layout(layers)?;
-        let count = layout.pages_for(args.tokens);
+        let count = layout.pages_for(args.tokens).saturating_mul(args.sequences);
         let needed = layout.bytes_per_page().saturating_mul(count) as u64;
         if let Some(available) = memory::available().filter(|&available| needed > available) {
             let [needed, available] = [needed, available].map(units::bytes);
@@ -248,38 +302,41 @@ impl Bench {
         let heads =
             Heads { q_heads: args.q_heads, kv_heads: args.kv_heads, head_dim: args.head_dim };
         let mut pages = backend.allocate_pages(layout, count).map_err(TinyServeError::from)?;
-        let mut pool = PagePool::new(count).map_err(TinyServeError::from)?;
-        let mut table = PageTable::new(args.page_size);
-        // Nobody shares these pages, so there is none to copy.
-        let _ = table.extend(&mut pool, args.tokens).map_err(TinyServeError::from)?;
+        let size = (args.tokens, args.page_size);
+        let tables =
+            args.placement.grow(args.sequences, size, count).map_err(TinyServeError::from)?;
         let mut random = SyntheticNormal::new(0, "keys and values");
         let mut qkv = backend.tensor(heads.qkv_width());
-        let mut first = 0;
-        while first < args.tokens {
-            let rows = FILL_TOKENS.min(args.tokens - first);
-            backend.upload(&random_rows(heads, rows, &mut random), &mut qkv);
-            let slots: Vec<Slot> = (first..first + rows).map(|i| table.slot(i)).collect();
-            for layer in 0..layers {
-                let (qkv, slots, pages) = (&qkv, slots.as_slice(), &mut pages);
-                backend.append_kv(AppendKvArgs { layer, heads, qkv, slots, pages });
+        for table in &tables {
+            for first in (0..args.tokens).step_by(FILL_TOKENS) {
+                let rows = FILL_TOKENS.min(args.tokens - first);
+                backend.upload(&random_rows(heads, rows, &mut random), &mut qkv);
+                let slots: Vec<Slot> = (first..first + rows).map(|i| table.slot(i)).collect();
+                for layer in 0..layers {
+                    let (qkv, slots, pages) = (&qkv, slots.as_slice(), &mut pages);
+                    backend.append_kv(AppendKvArgs { layer, heads, qkv, slots, pages });
+                }
             }
-            first += rows;
         }
-        Ok(Self { backend, heads, layers, pages, table, tokens: args.tokens })
+        Ok(Self { backend, heads, layers, pages, tables, tokens: args.tokens })
     }
 
     /// Seconds of one step through all layers, and what it read.
     fn run(&self, attention: Attention<'_>) -> Result<(f64, AttendStats)> {
         let mut random = SyntheticNormal::new(0, "queries");
         let mut qkv = self.backend.tensor(self.heads.qkv_width());
-        self.backend.upload(&random_rows(self.heads, 1, &mut random), &mut qkv);
+        let rows = self.tables.len();
+        self.backend.upload(&random_rows(self.heads, rows, &mut random), &mut qkv);
         let mut out = self.backend.tensor(self.heads.q_columns().len());
-        let sequences = [AttendSequence {
-            rows: 0..1,
-            first_position: self.tokens - 1,
-            pages: self.table.pages(),
-            attention,
-        }];
+        let tables = self.tables.iter().enumerate();
+        let sequences: Vec<_> = tables
+            .map(|(row, table)| AttendSequence {
+                rows: row..row + 1,
+                first_position: self.tokens - 1,
+                pages: table.pages(),
+                attention,
+            })
+            .collect();
         let mut stats = AttendStats::default();
         let start = Instant::now();
         for layer in 0..self.layers {
@@ -291,6 +348,8 @@ impl Bench {
                 sequences: &sequences,
                 pages: &self.pages,
                 measure_recall: false,
+                sequence_stats: None,
+                observe: None,
                 out: &mut out,
             };
             stats.add(&self.backend.attend(args).map_err(TinyServeError::from)?);
@@ -303,22 +362,32 @@ fn random_rows(heads: Heads, rows: usize, random: &mut SyntheticNormal) -> Vec<f
     (0..rows * heads.qkv_width()).map(|_| random.sample()).collect()
 }
 
+/// How many there are, and where their pages lie.
+fn sequences(row: &Row) -> String {
+    match (row.n_sequences, row.placement) {
+        (1, _) => "1".to_owned(),
+        (n, Placement::Groups) => format!("{n} in groups"),
+        (n, Placement::Alternating) => format!("{n} alternating"),
+    }
+}
+
 fn markdown(rows: &[Row]) -> String {
-    let mut text = "| heads | head dim | tokens | page | kv | threads | attention | µs | GB/s \
+    let mut text = "| heads | head dim | tokens | sequences | page | kv | threads | attention | µs | GB/s \
                     | of bandwidth | of FMA | speed-up | byte ceiling |\n\
-                    | --- | ---: | ---: | ---: | --- | ---: | --- | ---: | ---: | ---: | ---: \
+                    | --- | ---: | ---: | --- | ---: | --- | ---: | --- | ---: | ---: | ---: | ---: \
                     | ---: | ---: |\n"
         .to_owned();
     for row in rows {
         let ratio = row.selection_ratio.map_or(String::new(), |ratio| format!(" {ratio}"));
         let _ = writeln!(
             text,
-            "| {}/{} | {} | {} | {} | {} | {} | {}{ratio} | {:.1} ± {:.1} | {:.1} | {} | {} \
+            "| {}/{} | {} | {} | {} | {} | {} | {} | {}{ratio} | {:.1} ± {:.1} | {:.1} | {} | {} \
              | {:.2} | {:.2} |",
             row.q_heads,
             row.kv_heads,
             row.head_dim,
             row.n_tokens,
+            sequences(row),
             row.page_size,
             row.kv_cache_dtype,
             row.n_threads,

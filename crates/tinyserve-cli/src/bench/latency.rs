@@ -59,7 +59,7 @@ pub(crate) struct LatencyArgs {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(super) enum Format {
+pub(crate) enum Format {
     Md,
     Csv,
     Json,
@@ -91,7 +91,7 @@ impl Mode {
     fn described(&self) -> (&'static str, Option<f64>) {
         let ratio = self.policy.as_ref().and_then(|policy| match policy.budget {
             Budget::Ratio(ratio) => Some(ratio),
-            Budget::Tokens(_) => None,
+            Budget::Tokens(_) | Budget::TopP(_) => None,
         });
         (self.name, ratio)
     }

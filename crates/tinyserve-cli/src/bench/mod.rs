@@ -3,12 +3,16 @@
 mod attention;
 mod bandwidth;
 mod latency;
+mod load;
 mod report;
 mod runner;
+mod serve;
 mod source;
 mod statistics;
 mod throughput;
+mod trace;
 
 pub(crate) use attention::{AttentionArgs, attention};
-pub(crate) use latency::{LatencyArgs, latency};
+pub(crate) use latency::{Format, LatencyArgs, latency};
+pub(crate) use serve::{ServeArgs, serve};
 pub(crate) use throughput::{ThroughputArgs, throughput};

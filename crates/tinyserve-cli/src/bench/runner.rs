@@ -7,7 +7,7 @@ use tinyserve::TinyServeError;
 use tinyserve::kernels::{AttendStats, Attention, Cpu, Profile, Profiled};
 use tinyserve::kv::PageTable;
 use tinyserve::model::{
-    Activations, Batch, KvCache, LogitRows, Model, ModelError, SequenceStep, StepOutput,
+    Activations, Batch, KvCache, LogitRows, Model, ModelError, Observe, SequenceStep, StepOutput,
     SyntheticNormal,
 };
 
@@ -195,6 +195,7 @@ impl Runner {
                     table: &tables[piece.sequence],
                     attention,
                     logits: if piece.last { last } else { LogitRows::None },
+                    observe: Observe::NOTHING,
                 })
                 .collect();
             let batch = Batch { sequences: &sequences, measure_recall: false };
@@ -213,17 +214,21 @@ struct Piece {
 }
 
 /// The same tokens in every run of the program (splitmix64).
-struct RandomTokens {
+pub(super) struct RandomTokens {
     state: u64,
     vocab: u64,
 }
 
 impl RandomTokens {
-    fn new(vocab: usize) -> Self {
-        Self { state: 0, vocab: vocab as u64 }
+    pub(super) fn new(vocab: usize) -> Self {
+        Self::seeded(0, vocab)
     }
 
-    fn next(&mut self) -> u32 {
+    pub(super) fn seeded(state: u64, vocab: usize) -> Self {
+        Self { state, vocab: vocab as u64 }
+    }
+
+    pub(super) fn next(&mut self) -> u32 {
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.state;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

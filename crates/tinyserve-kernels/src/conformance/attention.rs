@@ -1,5 +1,7 @@
 //! Cases of the operations over pages: appending, selecting, attending.
 
+use std::ops::Range;
+
 use tinyserve_kv::{
     Budget, KvFormat, KvLayout, KvShape, PageCopy, PagePool, PageSelector, PageTable, SelectInput,
     SelectionPolicy, Slot,
@@ -9,7 +11,7 @@ use super::input::Numbers;
 use super::{CaseOutcome, max_error, values};
 use crate::{
     AppendKvArgs, AttendArgs, AttendSequence, AttendStats, Attention, Backend, Cpu, Heads,
-    KernelError,
+    KernelError, MassArgs, ObserveArgs, Store,
 };
 
 /// A softmax and sums over a few hundred tokens in f32 against f64.
@@ -24,6 +26,8 @@ struct Case {
     sequences: Vec<(usize, usize)>,
     reads: Reads,
     layer: usize,
+    /// Whether every third cached token is pruned before the step.
+    pruned: bool,
 }
 
 /// Which pages the rows of a case read.
@@ -51,12 +55,25 @@ pub(super) fn run<B: Backend>(
     outcomes: &mut Vec<CaseOutcome>,
 ) -> Result<(), KernelError> {
     for case in cases() {
-        let (found, found_stats) = attend(backend, &case)?;
-        let (expected, expected_stats) = attend(reference, &case)?;
+        let (found, found_stats, found_told) = attend(backend, &case)?;
+        let (expected, expected_stats, expected_told) = attend(reference, &case)?;
         let error = max_error(&found, &expected);
+        // Entropies and scores near zero are as good as their terms, which are near one.
+        let floor = |values: &[f32]| [values, &[1.0]].concat();
+        let told = found_told.iter().zip(&expected_told);
+        let told = told.map(|(found, expected)| max_error(&floor(found), &floor(expected)));
+        outcomes.push(CaseOutcome {
+            op: "observe attention",
+            case: case.describe(),
+            // Not f32::max, which would drop a NaN.
+            max_error: told
+                .fold(0.0, |worst, it| if it > worst || it.is_nan() { it } else { worst }),
+            tolerance: TOLERANCE,
+        });
         // What was read is counted, not computed: it is equal or wrong.
         let same = same_counts(&found_stats, &expected_stats);
         let op = match case.reads {
+            _ if case.pruned => "move_tokens and attend",
             Reads::Everything => "append_kv and attend",
             Reads::Chosen(_) | Reads::TwoOfThree => "select and attend",
         };
@@ -80,7 +97,8 @@ fn same_counts(found: &AttendStats, expected: &AttendStats) -> bool {
 impl Case {
     fn describe(&self) -> String {
         let Heads { q_heads, kv_heads, head_dim } = self.heads;
-        let Self { page_size, format, sequences, reads, layer, .. } = self;
+        let Self { page_size, format, sequences, reads, layer, pruned, .. } = self;
+        let pruned = if *pruned { ", every third pruned" } else { "" };
         let reads = match reads {
             Reads::Everything => String::new(),
             Reads::Chosen(policy) => format!(" {:?} in layer {layer}", policy.budget),
@@ -88,7 +106,7 @@ impl Case {
         };
         format!(
             "{format} {q_heads} over {kv_heads} heads of {head_dim}, pages of {page_size}, \
-             (cached, new) {sequences:?}{reads}"
+             (cached, new) {sequences:?}{reads}{pruned}"
         )
     }
 }
@@ -124,6 +142,7 @@ fn cases() -> Vec<Case> {
                     sequences: sequences.to_vec(),
                     reads,
                     layer,
+                    pruned: false,
                 };
                 cases.push(case(&sequences[(i + j) % 5], Reads::Everything, 1));
                 cases.push(case(&sequences[(i + j + 2) % 5], Reads::Everything, 0));
@@ -144,6 +163,8 @@ fn cases() -> Vec<Case> {
                     cases.push(case(&sequences, Reads::Chosen(policy), 1));
                 }
                 cases.push(case(&[(100, 1)], Reads::Chosen(policy), 0));
+                let pruned = case(&[(90, 1), (12, 3)], Reads::Chosen(policy), 1);
+                cases.push(Case { pruned: true, ..pruned });
                 cases.push(case(&[(70, 1), (9, 3)], Reads::TwoOfThree, 1));
             }
         }
@@ -170,7 +191,11 @@ fn keys(numbers: &mut Numbers, position: usize, page_size: usize, head_dim: usiz
     (0..head_dim).map(|d| height * direction(d) * (1.0 + 0.001 * numbers.next())).collect()
 }
 
-fn attend<B: Backend>(backend: &B, case: &Case) -> Result<(Vec<f32>, AttendStats), KernelError> {
+/// What attention gives, what it counts, and what it tells about its weights: log-sum-exp,
+/// entropy and mass.
+type Attended = (Vec<f32>, AttendStats, [Vec<f32>; 3]);
+
+fn attend<B: Backend>(backend: &B, case: &Case) -> Result<Attended, KernelError> {
     let Case { heads, page_size, format, layer, .. } = *case;
     let layout = KvLayout::new(KvShape {
         layers: 2,
@@ -209,13 +234,19 @@ fn attend<B: Backend>(backend: &B, case: &Case) -> Result<(Vec<f32>, AttendStats
     let mut tables: Vec<PageTable> = Vec::new();
     for &(cached, new) in &case.sequences {
         let mut table = PageTable::new(page_size);
-        let none = table.extend(&mut pool, cached + new)?;
+        let none = table.extend(&mut pool, cached)?;
         debug_assert!(none.is_none(), "nothing is shared");
         let qkv: Vec<f32> = (0..cached).flat_map(|p| row(p, &mut numbers)).collect();
         let slots: Vec<Slot> = (0..cached).map(|p| table.slot(p)).collect();
         if cached > 0 {
             append(&qkv, &slots, &mut pages);
         }
+        if case.pruned {
+            let every_third: Vec<u32> = (0..cached as u32).skip(1).step_by(3).collect();
+            backend.move_tokens(&mut pages, &table.prune(&mut pool, &every_third)?)?;
+        }
+        let none = table.extend(&mut pool, new)?;
+        debug_assert!(none.is_none(), "nothing is shared");
         tables.push(table);
     }
     // A copied page is read like the page it was copied from.
@@ -223,15 +254,15 @@ fn attend<B: Backend>(backend: &B, case: &Case) -> Result<(Vec<f32>, AttendStats
     let first = tables[0].pages()[0];
     backend.copy_page(&mut pages, PageCopy { from: first, to: moved });
     let mut lists: Vec<_> = tables.iter().map(|table| table.pages().to_vec()).collect();
-    if case.sequences[0].0 >= page_size {
+    if tables[0].len() - case.sequences[0].1 >= page_size {
         lists[0][0] = moved;
     }
     let (mut qkv, mut slots, mut sequences) = (Vec::new(), Vec::new(), Vec::new());
-    for (i, &(cached, new)) in case.sequences.iter().enumerate() {
-        let start = slots.len();
-        for position in cached..cached + new {
-            qkv.extend(row(position, &mut numbers));
-            slots.push(tables[i].slot(position));
+    for (i, &(_, new)) in case.sequences.iter().enumerate() {
+        let (start, cached) = (slots.len(), tables[i].len() - new);
+        for place in cached..cached + new {
+            qkv.extend(row(tables[i].position(place), &mut numbers));
+            slots.push(tables[i].slot(place));
         }
         sequences.push(AttendSequence {
             rows: start..slots.len(),
@@ -246,15 +277,38 @@ fn attend<B: Backend>(backend: &B, case: &Case) -> Result<(Vec<f32>, AttendStats
     }
     let qkv = append(&qkv, &slots, &mut pages);
     let mut out = backend.tensor(heads.q_columns().len());
-    let stats = backend.attend(AttendArgs {
-        layer,
-        heads,
-        qkv: &qkv,
-        scale: (heads.head_dim as f32).sqrt().recip(),
-        sequences: &sequences,
-        pages: &pages,
-        measure_recall: true,
-        out: &mut out,
-    })?;
-    Ok((values(backend, &out), stats))
+    let attend = |observe: Option<ObserveArgs<'_, B::Tensor>>, out: &mut B::Tensor| {
+        backend.attend(AttendArgs {
+            layer,
+            heads,
+            qkv: &qkv,
+            scale: (heads.head_dim as f32).sqrt().recip(),
+            sequences: &sequences,
+            pages: &pages,
+            measure_recall: observe.is_none(),
+            sequence_stats: None,
+            observe,
+            out,
+        })
+    };
+    let stats = attend(None, &mut out)?;
+    let (mut lse, mut entropy) = (backend.tensor(heads.q_heads), backend.tensor(heads.q_heads));
+    let (mut mass, mut again) =
+        (backend.tensor(page_size), backend.tensor(heads.q_columns().len()));
+    // Every second sequence, and of each all but the first rows.
+    let counted = |(i, sequence): (usize, &AttendSequence<'_>)| -> Range<usize> {
+        let Range { start, end } = sequence.rows;
+        if i.is_multiple_of(2) { start + (end - start) / 3..end } else { start..start }
+    };
+    let rows: Vec<_> = sequences.iter().enumerate().map(counted).collect();
+    // Adding costs the reference another run: some cases are enough.
+    let stores =
+        if page_size == 4 { &[Store::Overwrite, Store::Add][..] } else { &[Store::Overwrite] };
+    for &store in stores {
+        let told = MassArgs { rows: &rows, store, out: &mut mass };
+        let told = ObserveArgs { lse: &mut lse, entropy: &mut entropy, mass: Some(told) };
+        attend(Some(told), &mut again)?;
+    }
+    let told = [lse, entropy, mass].map(|told| values(backend, &told));
+    Ok((values(backend, &out), stats, told))
 }

@@ -5,14 +5,15 @@
 //! one a part of it; then the parts are merged. The parts depend on nothing but the list, so that
 //! neither the batch nor the number of threads shows in the result.
 
+mod observe;
 mod softmax;
 mod tile;
 
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Mutex, PoisonError, RwLock};
 
-use tinyserve_kv::{HostPages, KvElement, PageId, with_element};
+use tinyserve_kv::{HostPages, KvElement, PageId, ScoreCost, with_element};
 
 use super::columns::Columns;
 use super::path::CpuPath;
@@ -22,6 +23,7 @@ use super::{Cpu, CpuTensor};
 use crate::reference;
 use crate::{AttendArgs, AttendSequence, AttendStats, Attention, Heads, KernelError};
 
+use observe::Observed;
 use softmax::{Shape, State};
 use tile::{PageList, Target, Tile, TileScratch, part_pages};
 
@@ -67,6 +69,8 @@ struct Pages {
     list: Vec<u32>,
     stats: AttendStats,
     error: Option<KernelError>,
+    /// The mass of the list's tokens `[pages of the list, page_size]`, when it is asked for.
+    mass: Mutex<Vec<f32>>,
 }
 
 /// What every unit of a call needs.
@@ -79,6 +83,7 @@ pub(super) struct Context<'a> {
     sequences: &'a [AttendSequence<'a>],
     qkv: &'a CpuTensor,
     measure_recall: bool,
+    observed: Option<Observed<'a>>,
     columns: Columns<'a>,
 }
 
@@ -92,7 +97,7 @@ pub(super) struct Plan {
     pages: Vec<RwLock<Pages>>,
     /// What threads take one by one: a unit, and which of its parts.
     items: Vec<(usize, usize)>,
-    /// A [`State`] for each part.
+    /// A [`State`] for each part, and its [`observe::Records`] when mass is asked for.
     parts: Vec<f32>,
 }
 
@@ -103,7 +108,21 @@ impl std::fmt::Debug for Plan {
 }
 
 pub(super) fn attend(cpu: &Cpu, args: AttendArgs<'_, Cpu>) -> Result<AttendStats, KernelError> {
-    let AttendArgs { layer, heads, qkv, scale, sequences, pages, measure_recall, out } = args;
+    let AttendArgs {
+        layer,
+        heads,
+        qkv,
+        scale,
+        sequences,
+        pages,
+        measure_recall,
+        mut sequence_stats,
+        observe,
+        out,
+    } = args;
+    if let Some(stats) = &sequence_stats {
+        assert_eq!(stats.len(), sequences.len(), "one count of what was read for each sequence");
+    }
     let (width, shape) = (heads.q_columns().len(), pages.layout().shape());
     assert_eq!(
         (heads.kv_heads, heads.head_dim),
@@ -122,14 +141,25 @@ pub(super) fn attend(cpu: &Cpu, args: AttendArgs<'_, Cpu>) -> Result<AttendStats
     for row in sequences.iter().flat_map(|sequence| sequence.rows.clone()) {
         assert!(!std::mem::replace(&mut plan.written[row], true), "row {row} is in two sequences");
     }
+    let (observed, mut mass) = Observed::new(observe, out.rows(), heads, sequences, pages.layout());
     let columns = Columns::new(out.values_mut(), width);
     // Heads that do not fill a wide vector waste it: the narrower one has less to waste.
     let path = match cpu.path() {
         CpuPath::Avx512 if heads.head_dim < 16 => CpuPath::Avx2,
         path => path,
     };
-    let context =
-        Context { path, layer, heads, pages, scale, sequences, qkv, measure_recall, columns };
+    let context = Context {
+        path,
+        layer,
+        heads,
+        pages,
+        scale,
+        sequences,
+        qkv,
+        measure_recall,
+        observed,
+        columns,
+    };
     let work: usize =
         sequences.iter().map(|s| s.rows.len() * (s.first_position + s.rows.len()) * width).sum();
     let serial = work < SERIAL_WORK;
@@ -158,7 +188,10 @@ pub(super) fn attend(cpu: &Cpu, args: AttendArgs<'_, Cpu>) -> Result<AttendStats
         if plan.units.is_empty() {
             return Ok(stats);
         }
-        context.run(cpu, serial, &mut plan, &mut stats)?;
+        context.run(cpu, serial, &mut plan, (&mut stats, sequence_stats.as_deref_mut()))?;
+        if let Some(mass) = &mut mass {
+            context.add_mass(&plan, mass);
+        }
     }
 }
 
@@ -206,7 +239,7 @@ impl Context<'_> {
         cpu: &Cpu,
         serial: bool,
         plan: &mut Plan,
-        stats: &mut AttendStats,
+        (stats, mut sequence_stats): (&mut AttendStats, Option<&mut [AttendStats]>),
     ) -> Result<(), KernelError> {
         let Plan { units, pages, items, parts, .. } = plan;
         while pages.len() < units.len() {
@@ -240,6 +273,9 @@ impl Context<'_> {
                 return Err(error);
             }
             stats.add(&chosen.stats);
+            if let Some(of_sequences) = &mut sequence_stats {
+                of_sequences[unit.sequence].add(&chosen.stats);
+            }
             // Prefill has tiles enough for all threads, and its softmax fills the caches.
             let apart = unit.rows.len() == 1 && self.path != CpuPath::Scalar;
             let n = if apart { self.list(unit, chosen).len().div_ceil(part) } else { 1 };
@@ -247,11 +283,11 @@ impl Context<'_> {
             first += if n > 1 { n } else { 0 };
             items.extend((0..n).map(|part| (index, part)));
         }
-        let state = self.shape(1).state();
-        if parts.len() < first * state {
-            parts.resize(first * state, 0.0);
+        let width = self.shape(1).state() + self.records(1).len(part);
+        if parts.len() < first * width {
+            parts.resize(first * width, 0.0);
         }
-        let columns = Columns::new(&mut parts[..first * state], state);
+        let columns = Columns::new(&mut parts[..first * width], width);
         each(items.len(), false, &|thread, item| {
             let (index, part) = items[item];
             let chosen = pages[index].read().unwrap_or_else(PoisonError::into_inner);
@@ -259,17 +295,18 @@ impl Context<'_> {
                 Target::Rows
             } else {
                 // SAFETY: each part is one item's, and nobody reads it before all items are done.
-                Target::Part(unsafe { columns.slice(units[index].parts.0 + part, 0..state) })
+                Target::Part(unsafe { columns.slice(units[index].parts.0 + part, 0..width) })
             };
             let tile = &mut scratch(thread).tile;
             with_element!(self.pages.layout().shape().format, E => {
                 self.attend::<E>((&units[index], part), &chosen, target, tile);
             });
         });
-        for unit in units.iter().filter(|unit| unit.parts.1 > 1) {
+        for (unit, pages) in units.iter().zip(pages).filter(|(unit, _)| unit.parts.1 > 1) {
             let (first, n) = unit.parts;
-            let parts = &mut parts[first * state..(first + n) * state];
-            dispatch(self.path, Merge { context: self, unit, parts });
+            let parts = &mut parts[first * width..(first + n) * width];
+            let pages = pages.get_mut().unwrap_or_else(PoisonError::into_inner);
+            dispatch(self.path, Merge { context: self, unit, pages, parts, width });
         }
         Ok(())
     }
@@ -330,7 +367,7 @@ impl Context<'_> {
     ) {
         let list = self.list(unit, pages);
         if self.path == CpuPath::Scalar {
-            self.reference::<E>(unit, list);
+            self.reference::<E>(unit, list, pages);
             return;
         }
         let range = match target {
@@ -341,7 +378,8 @@ impl Context<'_> {
             }
         };
         let element = PhantomData::<E>;
-        let tile = Tile { context: self, unit, list, range, target, scratch, element };
+        let mass = &pages.mass;
+        let tile = Tile { context: self, unit, list, range, target, scratch, mass, element };
         dispatch(self.path, tile);
     }
 
@@ -349,7 +387,7 @@ impl Context<'_> {
     fn shape(&self, rows: usize) -> Shape {
         let (head_dim, group) = (self.heads.head_dim, self.heads.group());
         let stride = head_dim.next_multiple_of(MOST_LANES);
-        Shape { queries: rows * group, group, head_dim, stride }
+        Shape { queries: rows * group, group, head_dim, stride, observed: self.observed.is_some() }
     }
 
     /// Queries `[group, head_dim]` of `row` that share `kv_head`.
@@ -372,8 +410,12 @@ impl Context<'_> {
         for row in unit.rows.clone() {
             // SAFETY: rows and KV heads of units do not overlap, and the slice ends in this loop.
             let out = unsafe { self.columns.slice(row, self.columns_of(unit.kv_head)) };
-            for out in out.chunks_exact_mut(self.heads.head_dim) {
+            for (head, out) in out.chunks_exact_mut(self.heads.head_dim).enumerate() {
                 state.finish(query, out);
+                if let Some(observed) = &self.observed {
+                    let head = unit.kv_head * self.heads.group() + head;
+                    observed.store(row, head, (state.lse(query), state.entropy(query)));
+                }
                 query += 1;
             }
         }
@@ -396,7 +438,7 @@ impl Context<'_> {
         }
     }
 
-    fn reference<E: KvElement>(&self, unit: &Unit, list: PageList<'_>) {
+    fn reference<E: KvElement>(&self, unit: &Unit, list: PageList<'_>, pages: &Pages) {
         let everything: Vec<u32>;
         let list = match list {
             PageList::These(list) => list,
@@ -406,6 +448,10 @@ impl Context<'_> {
             }
         };
         let size = self.pages.layout().page_size();
+        let mut mass = pages.mass.lock().unwrap_or_else(PoisonError::into_inner);
+        let counted = self.mass_queries(unit);
+        mass.clear();
+        mass.resize(if counted.is_empty() { 0 } else { list.len() * size }, 0.0);
         for (i, row) in unit.rows.clone().enumerate() {
             let tokens = unit.first_visible + i;
             // A later row of the tile may see a page that this one does not.
@@ -413,9 +459,16 @@ impl Context<'_> {
             // SAFETY: rows and KV heads of units do not overlap, and the slice ends in this loop.
             let out = unsafe { self.columns.slice(row, self.columns_of(unit.kv_head)) };
             let queries = self.queries(row, unit.kv_head).chunks_exact(self.heads.head_dim);
-            for (query, out) in queries.zip(out.chunks_exact_mut(self.heads.head_dim)) {
-                let row = self.reference_row(unit, tokens, query);
-                reference::attend_row::<E>(&row, &list[..seen], out);
+            let heads = queries.zip(out.chunks_exact_mut(self.heads.head_dim)).enumerate();
+            for (head, (query, out)) in heads {
+                let reference_row = self.reference_row(unit, tokens, query);
+                reference::attend_row::<E>(&reference_row, &list[..seen], out);
+                if let Some(observed) = &self.observed {
+                    let counts = counted.contains(&(i * self.heads.group() + head));
+                    let mass = if counts { &mut mass[..] } else { &mut [] };
+                    let told = reference::observe_row::<E>(&reference_row, &list[..seen], mass);
+                    observed.store(row, unit.kv_head * self.heads.group() + head, told);
+                }
             }
         }
     }
@@ -438,10 +491,19 @@ impl Context<'_> {
                 }
             };
             // A box is a minimum and a maximum: as many bytes as one token's key and value. Of a
-            // query alone, a policy reads one of the two in each channel.
+            // query alone, a kernel reads one of the two in each channel.
             let boxes = match self.sequences[unit.sequence].attention {
                 _ if chosen == Chosen::Everything => 0,
-                Attention::Policy(_) if self.heads.group() == 1 => pages * head_bytes / 2,
+                Attention::Policy(policy) if policy.has_kernels() && self.heads.group() == 1 => {
+                    pages * head_bytes / 2
+                }
+                Attention::Policy(policy) => policy.scorer.bytes_read(&ScoreCost {
+                    pages,
+                    budget: seen,
+                    page_size: size,
+                    head_dim: self.heads.head_dim,
+                    vector_bytes: layout.token_head_bytes(),
+                }),
                 _ => pages * head_bytes,
             };
             stats.pages_read += seen as u64;
@@ -457,8 +519,11 @@ impl Context<'_> {
 struct Merge<'a> {
     context: &'a Context<'a>,
     unit: &'a Unit,
-    /// [`State`]s, one after the other.
+    pages: &'a mut Pages,
+    /// [`State`]s and their [`observe::Records`], one after the other.
     parts: &'a mut [f32],
+    /// Numbers of a part.
+    width: usize,
 }
 
 impl Kernel for Merge<'_> {
@@ -467,9 +532,24 @@ impl Kernel for Merge<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let shape = self.context.shape(1);
-        let (total, rest) = self.parts.split_at_mut(shape.state());
-        for part in rest.chunks_exact_mut(shape.state()) {
-            State::new(total, shape).merge(simd, part);
+        let (first, rest) = self.parts.split_at_mut(self.width);
+        let (total, records) = first.split_at_mut(shape.state());
+        for part in rest.chunks_exact_mut(self.width) {
+            State::new(total, shape).merge(simd, &mut part[..shape.state()]);
+        }
+        let counted = self.context.mass_queries(self.unit);
+        if !counted.is_empty() {
+            let size = self.context.pages.layout().page_size();
+            let (length, part) = (self.context.list(self.unit, self.pages).len(), part_pages(size));
+            let state = State::new(total, shape);
+            let mass = self.pages.mass.get_mut().unwrap_or_else(PoisonError::into_inner);
+            mass.clear();
+            mass.resize(length * size, 0.0);
+            let rest = rest.chunks_exact(self.width).map(|part| &part[shape.state()..]);
+            let records = std::iter::once(&*records).chain(rest);
+            for (records, mass) in records.zip(mass.chunks_mut(part * size)) {
+                self.context.records(1).add_mass(records, &state, counted.clone(), mass);
+            }
         }
         self.context.finish(self.unit, total);
     }

@@ -20,9 +20,9 @@ mod turned;
 
 use std::sync::Mutex;
 
-use tinyserve_kv::{HostPages, KvLayout, PageCopy};
+use tinyserve_kv::{HostPages, KvLayout, PageCopy, TokenMove};
 
-pub(crate) use packed::{GROUP, Packed};
+pub(crate) use packed::{GROUP, Packed, packed_bytes};
 pub use path::CpuPath;
 pub(crate) use quantised::RowGroup;
 pub use tensor::{CpuLinear, CpuTensor, CpuVector};
@@ -197,6 +197,11 @@ impl Backend for Cpu {
 
     fn copy_page(&self, pages: &mut HostPages, copy: PageCopy) {
         pages.copy(copy);
+    }
+
+    fn move_tokens(&self, pages: &mut HostPages, moves: &[TokenMove]) -> Result<(), KernelError> {
+        pages.move_tokens(moves);
+        Ok(())
     }
 
     fn embed(&self, args: EmbedArgs<'_, Self>) {

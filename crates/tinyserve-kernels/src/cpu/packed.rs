@@ -44,6 +44,13 @@ pub(crate) enum CodeBits {
 }
 
 impl CodeBits {
+    fn of(format: WeightFormat) -> Self {
+        match format {
+            WeightFormat::Int4 => Self::Four,
+            WeightFormat::Int8 | WeightFormat::Stored => Self::Eight,
+        }
+    }
+
     /// Bytes of the codes of a record.
     pub(crate) const fn code_bytes(self) -> usize {
         match self {
@@ -81,10 +88,7 @@ impl Packed {
         layout: MatrixLayout,
         parts: &[CpuMatrix],
     ) -> Result<Self, KernelError> {
-        let bits = match format {
-            WeightFormat::Int4 => CodeBits::Four,
-            WeightFormat::Int8 | WeightFormat::Stored => CodeBits::Eight,
-        };
+        let bits = CodeBits::of(format);
         let inputs = parts[0].inputs;
         let outputs: usize = parts.iter().map(|part| part.outputs).sum();
         let (blocks, groups) = (outputs.div_ceil(BLOCK), inputs.div_ceil(GROUP));
@@ -207,6 +211,14 @@ impl Packed {
             }
         }
     }
+}
+
+/// Bytes of [`Packed`] weights; saturated where no machine can hold them.
+pub(crate) fn packed_bytes(format: WeightFormat, inputs: u64, outputs: u64) -> u64 {
+    let (blocks, groups) = (outputs.div_ceil(BLOCK as u64), inputs.div_ceil(GROUP as u64));
+    let records = blocks.saturating_mul(groups);
+    let biases = 4 * blocks * BLOCK as u64;
+    records.saturating_mul(CodeBits::of(format).record_bytes() as u64).saturating_add(biases)
 }
 
 /// Quantises the outputs of one block.

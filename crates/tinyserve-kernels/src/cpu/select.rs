@@ -6,7 +6,7 @@ mod score;
 use std::marker::PhantomData;
 
 use tinyserve_kv::{
-    GroupReduce, KvElement, PageId, PageSelector, Scorer, SelectFields, SelectInput, select_pages,
+    HostKeys, KvElement, PageId, PageSelector, SelectFields, SelectInput, select_pages,
 };
 
 use super::attend::Context;
@@ -47,7 +47,7 @@ pub(super) fn choose<E: KvElement + Element>(
     list.clear();
     match attention {
         Attention::Dense => Ok(Chosen::Everything),
-        Attention::Policy(policy) => {
+        Attention::Policy(policy) if policy.has_kernels() => {
             let size = context.pages.layout().page_size();
             let Some(budget) = policy.page_budget(context.layer, tokens, size) else {
                 return Ok(Chosen::Everything);
@@ -64,7 +64,6 @@ pub(super) fn choose<E: KvElement + Element>(
                 }
                 select_pages(scores, budget, sink, recent, list);
             } else {
-                let (Scorer::Box, GroupReduce::Max) = (policy.scorer, policy.group_reduce);
                 let element = PhantomData::<E>;
                 let score = score::Scores { context, table, kv_head, queries, scores, element };
                 dispatch(context.path, score);
@@ -73,20 +72,45 @@ pub(super) fn choose<E: KvElement + Element>(
             }
             Ok(Chosen::Listed)
         }
+        Attention::Policy(policy) => {
+            let size = context.pages.layout().page_size();
+            match policy.page_budget(context.layer, tokens, size) {
+                Some(_) => {
+                    on_host(context, policy, (kv_head, table, tokens), queries, choice, list)
+                }
+                None => Ok(Chosen::Everything),
+            }
+        }
         Attention::Custom(selector) => {
-            context.pages.boxes_f32(context.layer, table, kv_head, &mut choice.boxes);
-            let input = SelectInput::new(SelectFields {
-                layer: context.layer,
-                kv_head,
-                tokens,
-                page_size: context.pages.layout().page_size(),
-                head_dim: context.heads.head_dim,
-                queries,
-                boxes: &choice.boxes,
-            });
-            custom(selector, &input, list)
+            on_host(context, selector, (kv_head, table, tokens), queries, choice, list)
         }
     }
+}
+
+/// Asks a selector that knows nothing of devices.
+fn on_host(
+    context: &Context<'_>,
+    selector: &dyn PageSelector,
+    (kv_head, table, tokens): (usize, &[PageId], usize),
+    queries: &[f32],
+    choice: &mut Choice,
+    list: &mut Vec<u32>,
+) -> Result<Chosen, KernelError> {
+    let Context { pages, layer, heads, scale, .. } = *context;
+    pages.boxes_f32(layer, table, kv_head, &mut choice.boxes);
+    let keys = HostKeys { pages, layer, kv_head, table, tokens };
+    let input = SelectInput::new(SelectFields {
+        layer,
+        kv_head,
+        tokens,
+        page_size: pages.layout().page_size(),
+        head_dim: heads.head_dim,
+        scale,
+        queries,
+        boxes: &choice.boxes,
+        keys: Some(&keys),
+    });
+    custom(selector, &input, list)
 }
 
 fn custom(

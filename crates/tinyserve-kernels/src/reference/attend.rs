@@ -66,6 +66,27 @@ pub(crate) fn attend_row<E: KvElement>(row: &AttendRow<'_>, list: &[u32], out: &
     }
 }
 
+/// Log-sum-exp of the row's scores and the entropy of its weights in nats; adds the weights of
+/// listed tokens to `mass` `[pages of the list, page_size]`, unless it is empty.
+pub(crate) fn observe_row<E: KvElement>(
+    row: &AttendRow<'_>,
+    list: &[u32],
+    mass: &mut [f32],
+) -> (f32, f32) {
+    let scores = row.scores::<E>(list);
+    let peak = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let total: f64 = scores.iter().map(|score| (score - peak).exp()).sum();
+    let lse = peak + total.ln();
+    let entropy: f64 = scores.iter().map(|score| (score - lse).exp() * (lse - score)).sum();
+    let mut weights = scores.iter().map(|score| (score - lse).exp());
+    for (&index, mass) in list.iter().zip(mass.chunks_mut(row.pages.layout().page_size())) {
+        for (mass, weight) in mass[..row.visible(index as usize)].iter_mut().zip(&mut weights) {
+            *mass += weight as f32;
+        }
+    }
+    (lse as f32, entropy as f32)
+}
+
 /// Share of the dense attention mass that the pages of `list` hold.
 pub(crate) fn recall<E: KvElement>(row: &AttendRow<'_>, list: &[u32]) -> f32 {
     let size = row.pages.layout().page_size();

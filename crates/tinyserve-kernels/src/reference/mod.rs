@@ -12,7 +12,7 @@ mod quantised;
 mod rotary;
 
 pub(crate) use activate::activate;
-pub(crate) use attend::{AttendRow, attend_row, recall};
+pub(crate) use attend::{AttendRow, attend_row, observe_row, recall};
 pub(crate) use embed::embed_row;
 pub(crate) use linear::{LinearRows, linear};
 pub(crate) use norm::norm_row;

@@ -128,6 +128,7 @@ impl Cache {
             })
             .collect();
         let mut out = cpu.tensor(self.heads.q_columns().len());
+        let mut of_sequences = vec![AttendStats::default(); sequences.len()];
         let stats = cpu.attend(AttendArgs {
             layer: LAYER,
             heads: self.heads,
@@ -136,8 +137,16 @@ impl Cache {
             sequences: &sequences,
             pages: &self.pages,
             measure_recall,
+            sequence_stats: Some(&mut of_sequences),
+            observe: None,
             out: &mut out,
         })?;
+        let mut sum = AttendStats::default();
+        of_sequences.iter().for_each(|stats| sum.add(stats));
+        // Recalls are added up in another order: they may differ in their last bits.
+        assert!((sum.recall_sum - stats.recall_sum).abs() <= 1e-9 * (1.0 + stats.recall_sum));
+        sum.recall_sum = stats.recall_sum;
+        assert_eq!(sum, stats, "what sequences read, and what all read together");
         Ok((out.values().to_vec(), stats))
     }
 

@@ -2,6 +2,7 @@
 //!
 //! What such a model writes means nothing, and its attention is nearly uniform.
 
+mod induction;
 mod shape;
 mod values;
 
@@ -10,6 +11,7 @@ use serde_json::Value;
 use tinyserve_kernels::{AppendKvArgs, Backend, DType};
 use tinyserve_kv::{PageTable, Slot};
 
+pub use induction::{InductionGeometry, InductionModel, LookupTokens};
 pub use shape::SyntheticShape;
 pub use values::{SyntheticNormal, SyntheticTensor};
 
@@ -232,6 +234,7 @@ mod tests {
                 table: &table,
                 attention: tinyserve_kernels::Attention::Dense,
                 logits: LogitRows::Last,
+                observe: crate::Observe::NOTHING,
             };
             let batch = Batch { sequences: &[sequence], measure_recall: false };
             model.forward(&mut activations, &mut cache, &batch, &mut output).unwrap();

@@ -4,6 +4,9 @@ use std::ops::Range;
 
 use crate::cpu::simd::{Element, Simd};
 
+/// Scores further below the highest weigh nothing that f32 could add to a sum.
+const DEEPEST: f32 = -87.3;
+
 /// Queries whose scores are summed up together.
 const BLOCK: usize = 8;
 
@@ -32,12 +35,14 @@ pub(super) struct Shape {
     pub(super) head_dim: usize,
     /// `head_dim`, padded to whole vectors of every instruction set.
     pub(super) stride: usize,
+    /// Whether entropies are added up, too.
+    pub(super) observed: bool,
 }
 
 impl Shape {
     /// Numbers of a [`State`].
     pub(super) fn state(&self) -> usize {
-        self.queries * (2 + self.stride)
+        self.queries * (3 + self.stride)
     }
 }
 
@@ -48,6 +53,9 @@ pub(super) struct State<'a> {
     peaks: &'a mut [f32],
     /// Sum of weights `[queries]`.
     sums: &'a mut [f32],
+    /// Sum of weights times how far their scores lie from the highest `[queries]`; only when
+    /// observed.
+    depths: &'a mut [f32],
     /// Weighted values `[queries, stride]`.
     out: &'a mut [f32],
 }
@@ -57,8 +65,9 @@ impl<'a> State<'a> {
     #[inline(always)]
     pub(super) fn new(numbers: &'a mut [f32], shape: Shape) -> Self {
         let (peaks, rest) = numbers.split_at_mut(shape.queries);
-        let (sums, out) = rest.split_at_mut(shape.queries);
-        Self { shape, peaks, sums, out }
+        let (sums, rest) = rest.split_at_mut(shape.queries);
+        let (depths, out) = rest.split_at_mut(shape.queries);
+        Self { shape, peaks, sums, depths, out }
     }
 
     /// Makes `numbers` the state before the first token.
@@ -83,6 +92,10 @@ impl<'a> State<'a> {
             let peak = if theirs > mine || theirs.is_nan() { theirs } else { mine };
             let keep = if mine == peak { 1.0 } else { (mine - peak).exp() };
             let add = if theirs == peak { 1.0 } else { (theirs - peak).exp() };
+            if self.shape.observed {
+                self.depths[query] = self.deepened(query, mine - peak) * keep
+                    + part.deepened(query, theirs - peak) * add;
+            }
             self.peaks[query] = peak;
             self.sums[query] = self.sums[query] * keep + part.sums[query] * add;
             let (keep, add) = (simd.splat(keep), simd.splat(add));
@@ -93,6 +106,35 @@ impl<'a> State<'a> {
                 simd.store(sum, out);
             }
         }
+    }
+
+    /// What `depths` becomes when the highest score lies `by` (at most 0) below a new one, before
+    /// its weights shrink.
+    #[inline(always)]
+    fn deepened(&self, query: usize, by: f32) -> f32 {
+        // Before the first token there is no highest score, and nothing that could lie deep.
+        if by == f32::NEG_INFINITY { 0.0 } else { self.depths[query] + by * self.sums[query] }
+    }
+
+    /// Highest score of `query` so far.
+    #[inline(always)]
+    pub(super) fn peak(&self, query: usize) -> f32 {
+        self.peaks[query]
+    }
+
+    /// `ln Σ exp(score)` of `query`.
+    #[inline(always)]
+    pub(super) fn lse(&self, query: usize) -> f32 {
+        self.peaks[query] + self.sums[query].ln()
+    }
+
+    /// Entropy of the weights of `query` in nats: `ln Σ w − Σ w·ln w / Σ w` for the weights
+    /// `w = exp(score − peak)`.
+    pub(super) fn entropy(&self, query: usize) -> f32 {
+        let sum = self.sums[query];
+        // Rounding may leave a distribution on one token a hair below zero; NaN stays.
+        let entropy = sum.ln() - self.depths[query] / sum;
+        if entropy < 0.0 { 0.0 } else { entropy }
     }
 
     /// Writes the weighted mean of the values of `query` into `out` `[head_dim]`.
@@ -130,16 +172,32 @@ impl<'a> State<'a> {
         }
         let peak = simd.highest(highest);
         let mut sum = simd.splat(0.0);
-        for scores in scores.chunks_exact_mut(S::LANES) {
-            let weights = simd.exp(simd.sub(simd.load(scores), simd.splat(peak)));
-            simd.store(weights, scores);
-            sum = simd.add(sum, weights);
+        let mut depth = simd.splat(0.0);
+        if self.shape.observed {
+            for scores in scores.chunks_exact_mut(S::LANES) {
+                let below = simd.sub(simd.load(scores), simd.splat(peak));
+                let weights = simd.exp(below);
+                simd.store(weights, scores);
+                sum = simd.add(sum, weights);
+                // Where the exponential ends, depth ends too: nothing times −∞ is not a number.
+                let below = simd.max(simd.splat(DEEPEST), below);
+                depth = simd.mul_add(weights, below, depth);
+            }
+        } else {
+            for scores in scores.chunks_exact_mut(S::LANES) {
+                let weights = simd.exp(simd.sub(simd.load(scores), simd.splat(peak)));
+                simd.store(weights, scores);
+                sum = simd.add(sum, weights);
+            }
         }
         // Far below zero the exponential is small, not nothing: too small for the sum to notice,
         // but not to be multiplied by a value that is not a number.
         scores[tokens..].fill(0.0);
         // Usually the peak stays, and what it would scale is not scaled.
         let shift = if before == peak { 1.0 } else { (before - peak).exp() };
+        if self.shape.observed {
+            self.depths[query] = self.deepened(query, before - peak) * shift + simd.sum(depth);
+        }
         self.peaks[query] = peak;
         self.sums[query] = self.sums[query] * shift + simd.sum(sum);
         shift

@@ -5,9 +5,11 @@
 //! and whoever computes its parts, so it gets bit for bit what it gets alone.
 
 use std::marker::PhantomData;
+use std::sync::{Mutex, PoisonError};
 
 use tinyserve_kv::{HeadPage, KvElement};
 
+use super::observe::Records;
 use super::softmax::{self, Shape, State};
 use super::{Context, Unit};
 use crate::cpu::simd::{Element, Kernel, Simd};
@@ -24,7 +26,7 @@ const PREFETCH_BYTES: usize = 16 * 1024;
 const PREFETCH_PAGES: usize = 4;
 
 /// Pages of a chunk.
-fn chunk_pages(page_size: usize) -> usize {
+pub(super) fn chunk_pages(page_size: usize) -> usize {
     (CHUNK_TOKENS / page_size).max(1)
 }
 
@@ -52,7 +54,7 @@ impl PageList<'_> {
     }
 
     #[inline(always)]
-    fn get(&self, i: usize) -> usize {
+    pub(super) fn get(&self, i: usize) -> usize {
         match self {
             Self::All(_) => i,
             Self::These(list) => list[i] as usize,
@@ -77,13 +79,15 @@ pub(super) struct TileScratch {
     part: Vec<f32>,
     /// The softmax of all parts before it.
     total: Vec<f32>,
+    /// The [`Records`] of the tile's list, when mass is asked for.
+    records: Vec<f32>,
 }
 
 /// Where a tile leaves what it computed.
 pub(super) enum Target<'a> {
     /// In the rows of the output.
     Rows,
-    /// In a [`State`], to be merged with those of other parts.
+    /// In a [`State`], to be merged with those of other parts; its [`Records`] follow it.
     Part(&'a mut [f32]),
 }
 
@@ -96,6 +100,8 @@ pub(super) struct Tile<'a, E> {
     pub(super) range: std::ops::Range<usize>,
     pub(super) target: Target<'a>,
     pub(super) scratch: &'a mut TileScratch,
+    /// Where the mass of the list's tokens goes, unless the list is read in parts.
+    pub(super) mass: &'a Mutex<Vec<f32>>,
     pub(super) element: PhantomData<E>,
 }
 
@@ -113,6 +119,10 @@ impl<E: KvElement + Element> Kernel for Tile<'_, E> {
         scratch.weights.resize(shape.queries * chunk, 0.0);
         scratch.shifts.resize(shape.queries, 0.0);
         let (chunk_pages, part_pages) = (chunk_pages(size), part_pages(size));
+        let counted = context.mass_queries(unit);
+        let mut records = context.records(unit.rows.len());
+        records.counted = !counted.is_empty();
+        scratch.records.resize(records.len(self.range.len()), 0.0);
         let mut first = self.range.start;
         while first < self.range.end {
             let end = (first + part_pages).min(self.range.end);
@@ -120,10 +130,15 @@ impl<E: KvElement + Element> Kernel for Tile<'_, E> {
             while first < end {
                 let pages = first..(first + chunk_pages).min(end);
                 first = pages.end;
-                self.add_chunk(simd, pages, (shape, chunk), &mut scratch);
+                let chunk_index = (pages.start - self.range.start) / chunk_pages;
+                self.add_chunk(simd, pages, (shape, chunk), (records, chunk_index), &mut scratch);
             }
             match &mut self.target {
-                Target::Part(part) => part.copy_from_slice(&scratch.part),
+                Target::Part(part) => {
+                    let (state, kept) = part.split_at_mut(scratch.part.len());
+                    state.copy_from_slice(&scratch.part);
+                    kept[..scratch.records.len()].copy_from_slice(&scratch.records);
+                }
                 Target::Rows if end <= part_pages => {
                     std::mem::swap(&mut scratch.part, &mut scratch.total);
                 }
@@ -133,6 +148,13 @@ impl<E: KvElement + Element> Kernel for Tile<'_, E> {
             }
         }
         if matches!(self.target, Target::Rows) {
+            if records.counted {
+                let mut mass = self.mass.lock().unwrap_or_else(PoisonError::into_inner);
+                mass.clear();
+                mass.resize(self.list.len() * size, 0.0);
+                let state = State::new(&mut scratch.total, shape);
+                records.add_mass(&scratch.records, &state, counted, &mut mass);
+            }
             context.finish(unit, &mut scratch.total);
         }
         *self.scratch = scratch;
@@ -202,6 +224,7 @@ impl<E: KvElement + Element> Tile<'_, E> {
         simd: S,
         pages: std::ops::Range<usize>,
         (shape, chunk): (Shape, usize),
+        (records, chunk_index): (Records, usize),
         scratch: &mut TileScratch,
     ) {
         let (size, group) = (self.context.pages.layout().page_size(), shape.group);
@@ -265,6 +288,10 @@ impl<E: KvElement + Element> Tile<'_, E> {
             let weights = &mut scratch.weights[query * chunk..(query + 1) * chunk];
             scratch.shifts[query] =
                 state.soften(simd, query, &mut weights[..], tokens, self.context.scale);
+            if records.counted {
+                let weights = &weights[..tokens];
+                records.keep(&mut scratch.records, (chunk_index, query), weights, &state);
+            }
         }
         let together = if S::LANES == 16 { 4 } else { 2 };
         let mut query = 0;

@@ -2,18 +2,27 @@
 
 use std::fs;
 
+/// Bytes that this process has resident.
+#[must_use]
+pub fn resident() -> Option<u64> {
+    field("/proc/self/status", "VmRSS:")
+}
+
 /// Most bytes that this process ever had resident.
-pub(crate) fn peak_resident() -> Option<u64> {
+#[must_use]
+pub fn peak_resident() -> Option<u64> {
     field("/proc/self/status", "VmHWM:")
 }
 
 /// Bytes of the machine.
-pub(crate) fn total() -> Option<u64> {
+#[must_use]
+pub fn total() -> Option<u64> {
     field("/proc/meminfo", "MemTotal:")
 }
 
 /// Bytes that new work can have.
-pub(crate) fn available() -> Option<u64> {
+#[must_use]
+pub fn available() -> Option<u64> {
     field("/proc/meminfo", "MemAvailable:")
 }
 

@@ -1,0 +1,42 @@
+//! `cuboid-mean`: a box around the same centre whose half-extent is the keys' mean distance from it.
+//!
+//! Summary: the box's centre `c = (min + max)/2` and the channel-wise mean of `|k − c|`: two
+//! vectors, as a box has.
+//! Score: `q·c + Σ_d |q_d|·mean|k_d − c_d|`. It lies between the mean and the bound. In a channel
+//! where one token stands out the centre lies half way to it and all tokens are equally far from
+//! the centre, so the token keeps its whole product: needles in channels of their own are found.
+//! Where all tokens are spread out it is tighter than the box.
+//! Source: ArkVale (Chen et al., NeurIPS 2024), which found it the best of its page digests.
+
+use super::{PageScorer, for_each_page, score_spread};
+use crate::SelectInput;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct CuboidMean;
+
+impl PageScorer for CuboidMean {
+    fn name(&self) -> &'static str {
+        "cuboid-mean"
+    }
+
+    fn about(&self) -> &'static str {
+        "box around the centre as wide as the keys' mean distance from it (ArkVale)"
+    }
+
+    fn score(&self, input: &SelectInput<'_>, _budget: usize, scores: &mut [f32]) {
+        let dim = input.head_dim();
+        let (mut centre, mut spread) = (vec![0.0; dim], vec![0.0; dim]);
+        for_each_page(input, |page, keys| {
+            let corners = input.min(page).iter().zip(input.max(page));
+            centre.iter_mut().zip(corners).for_each(|(c, (&lo, &hi))| *c = 0.5 * lo + 0.5 * hi);
+            spread.fill(0.0);
+            let tokens = input.page_tokens(page) as f32;
+            for key in keys.chunks_exact(dim) {
+                let pairs = key.iter().zip(&centre);
+                spread.iter_mut().zip(pairs).for_each(|(s, (&k, &c))| *s += (k - c).abs() / tokens);
+            }
+            score_spread(input, page, (&centre, &spread), scores);
+        });
+    }
+}

@@ -1,0 +1,244 @@
+//! The methods that choose pages, one file each, and the registry that names them.
+//!
+//! To add one, write a file with a [`PageScorer`] or an [`Evictor`] and add its line to [`METHODS`]:
+//! every command that takes the name of a method, and every property test, then has it.
+
+mod boxes;
+mod cuboid_mean;
+mod h2o;
+mod mean_std;
+mod observe;
+mod oracle;
+mod oracle_mass;
+mod random;
+mod snapkv;
+mod streaming;
+mod two_boxes;
+mod two_stage;
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::{KvError, PageSelector, SelectInput, SelectionPolicy};
+
+pub use boxes::score_box;
+pub(crate) use mean_std::Moments;
+pub use observe::{AttentionObserver, HeadAttention, PromptAttention, attention_weights};
+pub(crate) use oracle_mass::log_sum_exp;
+
+/// Every method by name.
+pub static METHODS: [Method; 12] = [
+    Method::Dense,
+    Method::Score(Scorer(&boxes::Box)),
+    Method::Score(Scorer(&mean_std::MeanStd)),
+    Method::Score(Scorer(&cuboid_mean::CuboidMean)),
+    Method::Score(Scorer(&two_boxes::TwoBoxes)),
+    Method::Score(Scorer(&two_stage::TwoStage)),
+    Method::Score(Scorer(&oracle::Oracle)),
+    Method::Score(Scorer(&oracle_mass::OracleMass)),
+    Method::Score(Scorer(&streaming::Streaming)),
+    Method::Evict(&h2o::H2o),
+    Method::Evict(&snapkv::SnapKv),
+    Method::Score(Scorer(&random::Random)),
+];
+
+/// A way to decide which pages are read.
+#[derive(Debug, Clone, Copy)]
+pub enum Method {
+    /// All of them (FullCache).
+    Dense,
+    /// At every step, those with the best scores.
+    Score(Scorer),
+    /// Those that are left: pages that were evicted never come back.
+    Evict(&'static dyn Evictor),
+}
+
+impl Method {
+    /// The name that flags and tables use.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Dense => "dense",
+            Self::Score(scorer) => scorer.name(),
+            Self::Evict(evictor) => evictor.name(),
+        }
+    }
+
+    /// What it does, in one line.
+    #[must_use]
+    pub fn about(self) -> &'static str {
+        match self {
+            Self::Dense => "reads every page",
+            Self::Score(scorer) => scorer.0.about(),
+            Self::Evict(evictor) => evictor.about(),
+        }
+    }
+
+    /// The method of that name.
+    ///
+    /// # Errors
+    /// When there is none; the message lists the names.
+    pub fn named(name: &str) -> Result<Self, KvError> {
+        find(name, METHODS.iter().copied(), "policy")
+    }
+}
+
+fn find(
+    name: &str,
+    methods: impl Iterator<Item = Method> + Clone,
+    what: &'static str,
+) -> Result<Method, KvError> {
+    methods.clone().find(|method| method.name() == name).ok_or_else(|| KvError::Invalid {
+        what,
+        found: name.to_owned(),
+        expected: methods.map(Method::name).collect::<Vec<_>>().join(", "),
+    })
+}
+
+/// Gives every page a score.
+pub trait PageScorer: Send + Sync + fmt::Debug {
+    /// The name that flags and tables use.
+    fn name(&self) -> &'static str;
+
+    /// What it does, in one line.
+    fn about(&self) -> &'static str;
+
+    /// Whether it calls [`SelectInput::keys`].
+    fn needs_keys(&self) -> bool {
+        true
+    }
+
+    /// Fills `scores` `[group, pages]`: what each query may gain from each page, in units of
+    /// `q·k`. `budget` pages will be read.
+    fn score(&self, input: &SelectInput<'_>, budget: usize, scores: &mut [f32]);
+
+    /// Bytes that a kernel would read to score all pages for one KV head, from summaries that lie
+    /// ready: two vectors for each page unless the method says otherwise.
+    fn bytes_read(&self, cost: &ScoreCost) -> usize {
+        2 * cost.pages * cost.vector_bytes
+    }
+}
+
+/// What scoring costs: see [`PageScorer::bytes_read`].
+#[derive(Debug, Clone, Copy)]
+pub struct ScoreCost {
+    /// Pages of the sequence.
+    pub pages: usize,
+    /// Pages that will be read.
+    pub budget: usize,
+    /// Tokens of one page.
+    pub page_size: usize,
+    /// Channels of one head.
+    pub head_dim: usize,
+    /// Bytes of one key.
+    pub vector_bytes: usize,
+}
+
+/// Keeps the pages that attention was seen to use, for good.
+pub trait Evictor: Send + Sync + fmt::Debug {
+    /// The name that flags and tables use.
+    fn name(&self) -> &'static str;
+
+    /// What it does, in one line.
+    fn about(&self) -> &'static str;
+
+    /// A selector for one sequence whose prompt was attended to as `prompt` says.
+    ///
+    /// It remembers what it evicted, so it serves this sequence and no other.
+    fn start(&self, policy: SelectionPolicy, prompt: Arc<PromptAttention>)
+    -> Box<dyn PageSelector>;
+}
+
+/// What a page is scored by: one of the registered [`PageScorer`]s.
+#[derive(Clone, Copy)]
+pub struct Scorer(&'static dyn PageScorer);
+
+impl Scorer {
+    /// The upper bound of `q·k` over the page's bounding box: `Σ_d max(q_d·min_d, q_d·max_d)`
+    /// (TinyServe, arXiv 2509.12211, equation 2; the same as Quest's).
+    pub const BOX: Self = Self(&boxes::Box);
+
+    /// The scorer of that name.
+    ///
+    /// # Errors
+    /// When there is none; the message lists the names.
+    pub fn named(name: &str) -> Result<Self, KvError> {
+        let scorers = METHODS.iter().copied().filter(|method| matches!(method, Method::Score(_)));
+        match find(name, scorers, "scorer")? {
+            Method::Score(scorer) => Ok(scorer),
+            // The filter leaves scorers only.
+            Method::Dense | Method::Evict(_) => Ok(Self::BOX),
+        }
+    }
+
+    /// The name that flags and tables use.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        self.0.name()
+    }
+
+    /// Whether scores take more than the boxes.
+    #[must_use]
+    pub fn needs_keys(self) -> bool {
+        self.0.needs_keys()
+    }
+
+    /// As [`PageScorer::score`].
+    pub fn score(self, input: &SelectInput<'_>, budget: usize, scores: &mut [f32]) {
+        self.0.score(input, budget, scores);
+    }
+
+    /// As [`PageScorer::bytes_read`].
+    #[must_use]
+    pub fn bytes_read(self, cost: &ScoreCost) -> usize {
+        self.0.bytes_read(cost)
+    }
+}
+
+impl Default for Scorer {
+    fn default() -> Self {
+        Self::BOX
+    }
+}
+
+impl fmt::Debug for Scorer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl PartialEq for Scorer {
+    fn eq(&self, other: &Self) -> bool {
+        self.name() == other.name()
+    }
+}
+
+impl Eq for Scorer {}
+
+/// Calls `each` with every page's number and its keys `[tokens of the page, head_dim]`.
+fn for_each_page(input: &SelectInput<'_>, mut each: impl FnMut(usize, &[f32])) {
+    let mut keys = Vec::new();
+    for page in 0..input.page_count() {
+        input.keys(page, &mut keys);
+        each(page, &keys);
+    }
+}
+
+/// `Σ_d a_d·b_d`.
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(&a, &b)| a * b).sum()
+}
+
+/// Scores `q·centre + Σ_d |q_d|·spread_d` for all queries of one page.
+fn score_spread(
+    input: &SelectInput<'_>,
+    page: usize,
+    (centre, spread): (&[f32], &[f32]),
+    scores: &mut [f32],
+) {
+    let pages = input.page_count();
+    for (i, query) in input.queries().enumerate() {
+        let terms = query.iter().zip(centre.iter().zip(spread));
+        scores[i * pages + page] = terms.map(|(&q, (&c, &s))| q * c + q.abs() * s).sum();
+    }
+}

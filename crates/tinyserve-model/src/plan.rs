@@ -1,0 +1,291 @@
+//! How much memory a model and its cache take, known before anything is loaded.
+
+use tinyserve_kernels::{DType, LinearSize, WeightFormat};
+use tinyserve_kv::KvLayout;
+
+use crate::{Architecture, Checkpoint, ModelConfig, ModelError};
+
+/// Attention's buffers of one thread: a tile's queries, scores and sums, at the largest heads.
+const THREAD_BYTES: u64 = 1 << 20;
+/// A quantised row's codes, scale and sums, for every 32 of its elements.
+const ROW_GROUP_BYTES: u64 = 44;
+const ROW_GROUP: u64 = 32;
+
+/// The largest step that a plan has to have room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LargestStep {
+    /// Tokens that are computed in one step.
+    pub tokens: usize,
+    /// Tokens of one step that yield logits.
+    pub logits: usize,
+    /// Threads that compute it.
+    pub threads: usize,
+}
+
+/// What a process takes to run a model: where its memory goes.
+///
+/// A plan says the most that is resident at any time. The pool's memory is reserved at once and
+/// becomes resident as pages are written, so less is resident until every page was in use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// What the process holds beside the model, in bytes: its code, the tokenizer.
+    pub process_bytes: u64,
+    /// Weights, in the format that they are held in.
+    pub weight_bytes: u64,
+    /// What loading them takes beside the weights themselves; it is given back before pages fill.
+    pub loading_bytes: u64,
+    /// Activations of the largest step, and buffers of the threads.
+    pub scratch_bytes: u64,
+    /// Layout of the pages.
+    pub layout: KvLayout,
+    /// Pages of the pool.
+    pub pages: usize,
+}
+
+impl MemoryPlan {
+    /// The plan of `pages` pages for the model of `checkpoint`, kept in `format`.
+    #[must_use]
+    pub fn new(
+        checkpoint: &Checkpoint,
+        format: WeightFormat,
+        layout: KvLayout,
+        largest: LargestStep,
+        pages: usize,
+    ) -> Self {
+        let config = checkpoint.config();
+        let weight_bytes = config.weight_bytes(checkpoint.dtype(), format);
+        let stored_bytes = checkpoint.weight_bytes() as u64;
+        let copies = format != WeightFormat::Stored || config.architecture == Architecture::Gpt2;
+        let loading_bytes = match (copies, checkpoint.is_in_memory()) {
+            (false, _) => 0,
+            // What lies in no file cannot be given back layer by layer.
+            (true, true) => stored_bytes,
+            (true, false) => {
+                stored_bytes - config.later_bytes(checkpoint.dtype()).min(stored_bytes)
+            }
+        };
+        let scratch_bytes = config.scratch_bytes(format, largest);
+        Self { process_bytes: 0, weight_bytes, loading_bytes, scratch_bytes, layout, pages }
+    }
+
+    /// Counts what the process holds beside the model.
+    #[must_use]
+    pub fn process_bytes(self, process_bytes: u64) -> Self {
+        Self { process_bytes, ..self }
+    }
+
+    /// The plan with as many pages as fit into `target` bytes, at most `most`.
+    ///
+    /// # Errors
+    /// When not one page fits.
+    pub fn fit(self, target: u64, most: usize) -> Result<Self, ModelError> {
+        let fixed = self.process_bytes + self.weight_bytes;
+        let room = target.saturating_sub(fixed + self.scratch_bytes);
+        let pages = (room / self.layout.bytes_per_page() as u64).min(most as u64);
+        let plan = Self { pages: pages as usize, ..self };
+        if pages == 0 || plan.total_bytes() > target {
+            let needed = Self { pages: 1, ..self }.total_bytes();
+            return Err(ModelError::Setting {
+                name: "target_memory_gb",
+                found: gigabytes(target),
+                expected: format!(
+                    "at least {}: weights of {}, and one page",
+                    gigabytes(needed),
+                    gigabytes(self.weight_bytes),
+                ),
+            });
+        }
+        Ok(plan)
+    }
+
+    /// Bytes of keys and values in all pages.
+    #[must_use]
+    pub fn kv_bytes(&self) -> u64 {
+        let page = self.layout.bytes_per_page() as u64 - self.box_bytes_per_page();
+        page.saturating_mul(self.pages as u64)
+    }
+
+    /// Bytes of boxes in all pages.
+    #[must_use]
+    pub fn box_bytes(&self) -> u64 {
+        self.box_bytes_per_page().saturating_mul(self.pages as u64)
+    }
+
+    /// Bytes of the boxes of one page.
+    #[must_use]
+    pub fn box_bytes_per_page(&self) -> u64 {
+        let shape = self.layout.shape();
+        (shape.layers * self.layout.box_elements() * shape.format.element_bytes()) as u64
+    }
+
+    /// Tokens that the pages hold: the longest context, if one sequence has them all.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.pages.saturating_mul(self.layout.page_size())
+    }
+
+    /// The most bytes that are resident at any time.
+    #[must_use]
+    pub fn total_bytes(&self) -> u64 {
+        let cache = self.kv_bytes().saturating_add(self.box_bytes());
+        let after_loading = cache.saturating_add(self.scratch_bytes);
+        self.process_bytes
+            .saturating_add(self.weight_bytes)
+            .saturating_add(after_loading.max(self.loading_bytes))
+    }
+}
+
+fn gigabytes(bytes: u64) -> String {
+    format!("{:.3}", bytes as f64 / 1e9)
+}
+
+impl ModelConfig {
+    /// Bytes of all weights that are stored as `stored` and kept in `format`, as the CPU keeps
+    /// them: what [`crate::Model::weight_bytes`] says after loading.
+    #[must_use]
+    pub fn weight_bytes(&self, stored: DType, format: WeightFormat) -> u64 {
+        let tables = self
+            .tables(stored, format)
+            .iter()
+            .fold(0, |sum: u64, size| sum.saturating_add(size.bytes()));
+        let blocks = self.block_bytes(stored, format).saturating_mul(self.layers as u64);
+        tables.saturating_add(blocks).saturating_add(self.norm_bytes())
+    }
+
+    /// Bytes of one layer's weights.
+    fn block_bytes(&self, stored: DType, format: WeightFormat) -> u64 {
+        let (hidden, wide) = (self.hidden_size, self.intermediate_size);
+        let q = self.q_heads * self.head_dim;
+        let (in_width, mlp_in) = match self.architecture {
+            Architecture::Gpt2 => (3 * hidden, wide),
+            Architecture::Llama => (q + 2 * self.kv_heads * self.head_dim, 2 * wide),
+        };
+        let gpt2 = self.architecture == Architecture::Gpt2;
+        let (attention, mlp) = (gpt2 || self.attention_bias, gpt2 || self.mlp_bias);
+        let sizes = [
+            (hidden, in_width, attention),
+            (q, hidden, attention),
+            (hidden, mlp_in, mlp),
+            (wide, hidden, mlp),
+        ];
+        sizes.into_iter().fold(0, |sum: u64, (inputs, outputs, biased)| {
+            sum.saturating_add(LinearSize { inputs, outputs, biased, stored, format }.bytes())
+        })
+    }
+
+    /// The embeddings and the output head.
+    fn tables(&self, stored: DType, format: WeightFormat) -> Vec<LinearSize> {
+        let outer = match format {
+            WeightFormat::Int4 => WeightFormat::Int8,
+            format => format,
+        };
+        let table = |outputs, format| LinearSize {
+            inputs: self.hidden_size,
+            outputs,
+            biased: false,
+            stored,
+            format,
+        };
+        let mut tables = vec![table(self.vocab_size, outer)];
+        if self.architecture == Architecture::Gpt2 {
+            tables.push(table(self.max_positions, WeightFormat::Stored));
+        }
+        if !self.tie_word_embeddings {
+            tables.push(table(self.vocab_size, outer));
+        }
+        tables
+    }
+
+    /// Bytes of the norms, in f32.
+    fn norm_bytes(&self) -> u64 {
+        let vectors = match self.architecture {
+            Architecture::Gpt2 => 2,
+            Architecture::Llama => 1,
+        };
+        4 * vectors * self.hidden_size as u64 * (2 * self.layers as u64 + 1)
+    }
+
+    /// Stored bytes that are not read yet, or were given back, when the most of them are in memory:
+    /// all layers but one, and a head of its own.
+    fn later_bytes(&self, stored: DType) -> u64 {
+        let blocks = self.layers.saturating_sub(1) as u64;
+        let blocks = self.block_bytes(stored, WeightFormat::Stored).saturating_mul(blocks);
+        let tables = self.tables(stored, WeightFormat::Stored);
+        let head = if self.tie_word_embeddings { 0 } else { tables[0].bytes() };
+        blocks.saturating_add(head)
+    }
+
+    /// Bytes of activations in `largest`, and of the buffers of its threads.
+    fn scratch_bytes(&self, format: WeightFormat, largest: LargestStep) -> u64 {
+        let q = self.q_heads * self.head_dim;
+        let gate = if self.architecture == Architecture::Llama { 2 } else { 1 };
+        let wide = (gate + 1) * self.intermediate_size;
+        let qkv = q + 2 * self.kv_heads * self.head_dim;
+        let row = 2 * self.hidden_size + qkv + self.head_dim + q + wide;
+        let logits_row = self.hidden_size + self.vocab_size;
+        let (tokens, logits) = (largest.tokens as u64, largest.logits as u64);
+        let quantised = match format {
+            WeightFormat::Stored => 0,
+            _ => {
+                let widest = self.hidden_size.max(self.intermediate_size).max(q) as u64;
+                widest.div_ceil(ROW_GROUP) * ROW_GROUP_BYTES * tokens
+            }
+        };
+        4 * (row as u64 * tokens + logits_row as u64 * logits)
+            + quantised
+            + THREAD_BYTES * largest.threads as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use tinyserve_kernels::Cpu;
+    use tinyserve_kv::KvFormat;
+
+    use super::*;
+    use crate::{Model, SyntheticModel, SyntheticShape};
+
+    const STEP: LargestStep = LargestStep { tokens: 256, logits: 1, threads: 2 };
+
+    fn checkpoints() -> Vec<Checkpoint> {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden");
+        let names = ["gpt2-tiny", "gpt2-hub-names", "llama-gqa", "llama-sharded-f16"];
+        let stored = names.map(|name| Checkpoint::open(&golden.join(name)).unwrap());
+        let shapes = [SyntheticShape::TinyGpt2, SyntheticShape::TinyLlama];
+        let made = shapes.map(|shape| SyntheticModel::new(shape, DType::F16).checkpoint().unwrap());
+        stored.into_iter().chain(made).chain([Checkpoint::builtin().unwrap()]).collect()
+    }
+
+    #[test]
+    fn weights_are_planned_to_the_byte() {
+        for checkpoint in checkpoints() {
+            for format in [WeightFormat::Stored, WeightFormat::Int8, WeightFormat::Int4] {
+                let model =
+                    Model::load_as(Cpu::reference(), &checkpoint, format, |_, _| {}).unwrap();
+                let planned = checkpoint.config().weight_bytes(checkpoint.dtype(), format);
+                assert_eq!(planned, model.weight_bytes() as u64, "{:?}", checkpoint.config());
+            }
+        }
+    }
+
+    #[test]
+    fn as_many_pages_as_fit_and_no_more() {
+        let checkpoint = Checkpoint::builtin().unwrap();
+        let layout = checkpoint.config().kv_layout(16, KvFormat::F16).unwrap();
+        let plan = MemoryPlan::new(&checkpoint, WeightFormat::Stored, layout, STEP, 1);
+        let plan = plan.process_bytes(1_000_000);
+        let target = 50_000_000;
+        let fitted = plan.fit(target, usize::MAX).unwrap();
+        let page = layout.bytes_per_page() as u64;
+        assert!(fitted.total_bytes() <= target && fitted.total_bytes() + page > target);
+        assert_eq!(fitted.kv_bytes() + fitted.box_bytes(), fitted.pages as u64 * page);
+        assert_eq!(fitted.tokens(), 16 * fitted.pages);
+        assert_eq!(plan.fit(target, 7).unwrap().pages, 7);
+        let smallest = plan.total_bytes();
+        assert_eq!(plan.fit(smallest, usize::MAX).unwrap().pages, 1);
+        let refused = plan.fit(smallest - 1, usize::MAX).unwrap_err().to_string();
+        assert!(refused.contains("target_memory_gb is 0.00"), "{refused}");
+    }
+}

@@ -1,0 +1,29 @@
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+mod api;
+mod channel;
+mod clock;
+mod config;
+mod engine;
+mod intake;
+mod metrics;
+mod runner;
+mod scheduler;
+mod sequence;
+mod session;
+mod text;
+
+pub use api::{
+    AdmissionError, AttentionChoice, Event, Failure, FailureKind, FinishReason, Finished, KvUse,
+    PromptToken, Request, RequestId, StopReason, Summary, Timings, Token, Usage,
+};
+pub use channel::{EventStream, Reply};
+pub use clock::Clock;
+pub use config::EngineConfig;
+pub use engine::{Engine, EngineState};
+pub use intake::{Intake, Limits, Submission};
+pub use metrics::{Histogram, Stats};
+pub use runner::{ModelRunner, Runner, RunnerShape};
+pub use scheduler::Scheduler;
+pub use session::SessionInfo;

@@ -1,0 +1,206 @@
+//! One request inside a scheduler.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use tinyserve_kernels::AttendStats;
+use tinyserve_kv::PageTable;
+use tinyserve_model::Sampler;
+use tinyserve_plugins::RequestPlugins;
+
+use crate::channel::EventSender;
+use crate::metrics::Metrics;
+use crate::text::TextStream;
+use crate::{
+    AttentionChoice, Event, Failure, FinishReason, KvUse, PromptToken, RequestId, StopReason,
+    Summary, Timings, Usage,
+};
+
+/// Who comes first: the smaller. Waiting time is part of it, so it never changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Rank {
+    /// Nanoseconds from the scheduler's start to the arrival, plus the ageing time for each step
+    /// of priority.
+    due: i128,
+    arrival: u64,
+}
+
+impl Rank {
+    pub(crate) fn new(
+        since_start: Duration,
+        priority: i32,
+        ageing: Duration,
+        id: RequestId,
+    ) -> Self {
+        let due = since_start.as_nanos() as i128 + i128::from(priority) * ageing.as_nanos() as i128;
+        Self { due, arrival: id.0 }
+    }
+}
+
+/// How a sequence ends.
+#[derive(Debug)]
+pub(crate) enum End {
+    Finished(FinishReason, Option<StopReason>),
+    Aborted,
+    Failed(Failure),
+}
+
+/// Counts a request among those that wait, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct QueuePlace {
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) tokens: usize,
+}
+
+impl Drop for QueuePlace {
+    fn drop(&mut self) {
+        self.metrics.queued_requests.fetch_sub(1, Ordering::Relaxed);
+        self.metrics.queued_tokens.fetch_sub(self.tokens, Ordering::Relaxed);
+    }
+}
+
+/// A request, its tokens and its pages.
+#[derive(Debug)]
+pub(crate) struct Sequence {
+    pub(crate) id: RequestId,
+    pub(crate) rank: Rank,
+    pub(crate) events: EventSender,
+    pub(crate) attention: AttentionChoice,
+    pub(crate) max_tokens: usize,
+    pub(crate) min_tokens: usize,
+    /// End-of-sequence tokens that end it; none when they are ignored.
+    pub(crate) eos: Vec<u32>,
+    pub(crate) stop_tokens: Vec<u32>,
+    /// `eos` and `stop_tokens`: what must not be drawn before `min_tokens`.
+    pub(crate) banned: Vec<u32>,
+    pub(crate) top_logprobs: usize,
+    pub(crate) prompt_logprobs: Option<usize>,
+    /// Prompt tokens whose log-probabilities were told.
+    pub(crate) prompt_told: usize,
+    pub(crate) session: Option<String>,
+    pub(crate) cache_salt: String,
+    pub(crate) sampler: Sampler,
+    pub(crate) text: TextStream,
+    pub(crate) plugins: RequestPlugins,
+    /// The prompt, then what was generated.
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) prompt_len: usize,
+    /// The pages; between steps they hold the first `computed()` of `tokens`, less what is pruned.
+    pub(crate) table: PageTable,
+    /// Tokens that the step being planned computes.
+    pub(crate) planned: usize,
+    /// Whether none of its steps has run since it got its pages.
+    pub(crate) fresh: bool,
+    pub(crate) place: Option<QueuePlace>,
+    pub(crate) cached_tokens: usize,
+    pub(crate) kv: KvUse,
+    pub(crate) times: Times,
+    pub(crate) end: Option<End>,
+}
+
+/// When things happened to a sequence.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Times {
+    pub(crate) submitted: Instant,
+    pub(crate) started: Option<Instant>,
+    pub(crate) prefilled: Option<Instant>,
+    pub(crate) first_token: Option<Instant>,
+    pub(crate) last_token: Option<Instant>,
+    pub(crate) preemptions: u32,
+}
+
+impl Times {
+    pub(crate) fn new(submitted: Instant) -> Self {
+        Self {
+            submitted,
+            started: None,
+            prefilled: None,
+            first_token: None,
+            last_token: None,
+            preemptions: 0,
+        }
+    }
+
+    fn summary(&self, now: Instant) -> Timings {
+        let since = |later: Instant, earlier: Instant| later.saturating_duration_since(earlier);
+        let started = self.started.unwrap_or(now);
+        let prefilled = self.prefilled.unwrap_or(now);
+        Timings {
+            queued: since(started, self.submitted),
+            prefill: since(prefilled, started),
+            ttft: self.first_token.map(|first| since(first, self.submitted)),
+            decode: self.last_token.map_or(Duration::ZERO, |last| since(last, prefilled)),
+            e2e: since(now, self.submitted),
+            preemptions: self.preemptions,
+        }
+    }
+}
+
+impl Sequence {
+    /// Of its tokens, those that were computed or are planned; pruned ones are counted.
+    pub(crate) fn computed(&self) -> usize {
+        self.table.next_position()
+    }
+
+    /// Tokens to compute before the next one is drawn.
+    pub(crate) fn pending(&self) -> usize {
+        self.tokens.len() - self.computed()
+    }
+
+    pub(crate) fn generated(&self) -> &[u32] {
+        &self.tokens[self.prompt_len..]
+    }
+
+    /// Whether its next step computes the one token that was drawn last.
+    pub(crate) fn is_decoding(&self) -> bool {
+        self.pending() == 1 && !self.generated().is_empty()
+    }
+
+    /// Most tokens that one step may compute: prompts read every page and what was generated
+    /// selects, so a step has only one of them.
+    pub(crate) fn uniform(&self, most: usize) -> usize {
+        let done = self.computed();
+        let end = if done < self.prompt_len { self.prompt_len } else { self.tokens.len() };
+        most.min(end - done)
+    }
+
+    pub(crate) fn note_decode(&mut self, read: &AttendStats) {
+        self.kv.decode_steps += 1;
+        self.kv.decode.add(read);
+    }
+
+    pub(crate) fn is_stop_token(&self, id: u32) -> Option<StopReason> {
+        if self.eos.contains(&id) {
+            return Some(StopReason::EndOfSequence(id));
+        }
+        self.stop_tokens.contains(&id).then_some(StopReason::Token(id))
+    }
+
+    /// Ends it with `end`, unless it has ended already.
+    pub(crate) fn end_with(&mut self, end: End) {
+        self.end.get_or_insert(end);
+    }
+
+    /// Tells its prompt's next log-probabilities.
+    pub(crate) fn tell_prompt(&mut self, tokens: Vec<PromptToken>) {
+        if !tokens.is_empty() {
+            self.prompt_told += tokens.len();
+            self.events.send(Event::Prompt(tokens));
+        }
+    }
+
+    /// The terminal event of a sequence that has ended.
+    pub(crate) fn summary(&self, rest: String, now: Instant) -> Summary {
+        Summary {
+            rest,
+            usage: Usage {
+                prompt_tokens: self.prompt_len,
+                cached_tokens: self.cached_tokens,
+                completion_tokens: self.generated().len(),
+            },
+            timings: self.times.summary(now),
+            kv: KvUse { pages: self.table.pages().len(), ..self.kv },
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! A toy in a model's place: its pages hold the tokens themselves, and the next token is a hash of
+//! all that its pages hold, so that a page in the wrong place or of somebody else changes the text.
+
+use tinyserve_kernels::AttendStats;
+use tinyserve_kv::{KvError, PagePool, PageTable};
+use tinyserve_model::{Batch, LogitRows, ModelError};
+use tinyserve_sched::{Runner, RunnerShape};
+
+pub(crate) const VOCAB: usize = 40;
+/// A step with this token fails.
+pub(crate) const FAILS: u32 = 38;
+/// A step with this token panics, saying [`PANIC`].
+pub(crate) const PANICS: u32 = 39;
+/// What tests that expect it need not see.
+pub(crate) const PANIC: &str = "the toy panics";
+/// Tokens below this one are drawn.
+pub(crate) const DRAWN: u32 = 37;
+
+pub(crate) struct Toy {
+    pool: PagePool,
+    page_size: usize,
+    /// What each page holds; what was never written is no token.
+    pages: Vec<Vec<u32>>,
+    /// Rows of logits, sequence by sequence.
+    logits: Vec<Vec<Vec<f32>>>,
+    /// Most tokens of a step so far.
+    pub(crate) largest_step: usize,
+    /// Most sequences of a step so far.
+    pub(crate) widest_step: usize,
+}
+
+impl Toy {
+    pub(crate) fn new(pages: usize, page_size: usize) -> Self {
+        Self {
+            pool: PagePool::new(pages).unwrap(),
+            page_size,
+            pages: vec![vec![u32::MAX; page_size]; pages],
+            logits: Vec::new(),
+            largest_step: 0,
+            widest_step: 0,
+        }
+    }
+}
+
+/// The token that follows `tokens`.
+pub(crate) fn next(tokens: &[u32]) -> u32 {
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    for &token in tokens {
+        hash = (hash ^ u64::from(token)).wrapping_mul(0x100_0000_01b3);
+    }
+    ((hash ^ (hash >> 29)) % u64::from(DRAWN)) as u32
+}
+
+impl Runner for Toy {
+    fn shape(&self) -> RunnerShape {
+        RunnerShape {
+            vocab: VOCAB,
+            max_positions: 1000,
+            page_size: self.page_size,
+            bytes_per_page: 64,
+            weight_bytes: 0,
+        }
+    }
+
+    fn pool(&self) -> &PagePool {
+        &self.pool
+    }
+
+    fn extend(&mut self, table: &mut PageTable, tokens: usize) -> Result<(), KvError> {
+        if let Some(copy) = table.extend(&mut self.pool, tokens)? {
+            self.pages[copy.to.index()] = self.pages[copy.from.index()].clone();
+        }
+        Ok(())
+    }
+
+    fn truncate(&mut self, table: &mut PageTable, tokens: usize) {
+        table.truncate(&mut self.pool, tokens);
+    }
+
+    fn release(&mut self, table: PageTable) {
+        table.release(&mut self.pool);
+    }
+
+    fn run(&mut self, batch: &Batch<'_>) -> Result<(), ModelError> {
+        self.widest_step = self.widest_step.max(batch.sequences.len());
+        let tokens = batch.sequences.iter().map(|step| step.tokens.len()).sum();
+        self.largest_step = self.largest_step.max(tokens);
+        self.logits.clear();
+        for step in batch.sequences {
+            assert!(!step.tokens.contains(&PANICS), "{PANIC}");
+            if step.tokens.contains(&FAILS) {
+                return Err(ModelError::NotFinite { what: "the toy" });
+            }
+            let first = step.first_position();
+            for (position, &token) in (first..).zip(step.tokens) {
+                let slot = step.table.slot(position);
+                self.pages[slot.page.index()][slot.offset] = token;
+            }
+            let all: Vec<u32> = (0..step.table.len())
+                .map(|position| {
+                    let slot = step.table.slot(position);
+                    self.pages[slot.page.index()][slot.offset]
+                })
+                .collect();
+            let rows = match step.logits {
+                LogitRows::None => all.len()..all.len(),
+                LogitRows::Last => all.len() - 1..all.len(),
+                LogitRows::All => first..all.len(),
+            };
+            let rows = rows.map(|row| {
+                let mut logits = vec![0.0; VOCAB];
+                logits[PANICS as usize] = -100.0;
+                logits[FAILS as usize] = -100.0;
+                logits[next(&all[..=row]) as usize] = 3.0;
+                logits
+            });
+            self.logits.push(rows.collect());
+        }
+        Ok(())
+    }
+
+    fn logits(&self, sequence: usize, row: usize) -> &[f32] {
+        &self.logits[sequence][row]
+    }
+
+    fn read(&self, _: usize) -> AttendStats {
+        AttendStats::default()
+    }
+}

@@ -1,0 +1,73 @@
+//! The memory of an engine, planned before its model is loaded.
+
+use tinyserve_model::{Checkpoint, LargestStep, MemoryPlan};
+
+use crate::{TinyServeConfig, TinyServeError, memory};
+
+/// Share of the available memory that an engine may take unless `target_memory_gb` says how much.
+const SHARE_OF_AVAILABLE: f64 = 0.8;
+
+/// Where the memory of an engine goes, and how much of it there is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PlannedMemory {
+    /// Most bytes that the process may have resident: `target_memory_gb`, or what it has and 80 %
+    /// of the memory that is available; `None` where the system does not say how much that is.
+    pub target_bytes: Option<u64>,
+    /// The plan with every page that fits into the target.
+    pub largest: MemoryPlan,
+    /// The plan with the pages that the engine has.
+    pub plan: MemoryPlan,
+    /// Most tokens of a sequence, prompt included.
+    pub max_sequence_length: usize,
+}
+
+impl PlannedMemory {
+    /// Plans an engine of `threads` threads for the model of `checkpoint`.
+    ///
+    /// # Errors
+    /// When a setting does not fit the model, or the target holds no page, or fewer tokens than
+    /// `max_sequence_length` asks for.
+    pub fn new(
+        config: &TinyServeConfig,
+        checkpoint: &Checkpoint,
+        threads: usize,
+    ) -> Result<Self, TinyServeError> {
+        let format = config.kv_cache_dtype.resolve(checkpoint.dtype());
+        let layout = checkpoint.config().kv_layout(config.page_size, format)?;
+        let weights = config.weights.resolve(checkpoint.dtype())?;
+        let limit = config.sequence_limit(checkpoint.config().max_positions)?;
+        let sequences = config.max_num_seqs;
+        let chunks = config.attention_chunk_size.saturating_mul(sequences);
+        let tokens = config.scheduling().max_num_batched_tokens.min(chunks);
+        let step = LargestStep { tokens, logits: sequences, threads };
+        // Room for the longest sequence as often as sequences run together, or for what fits.
+        let pages = layout.pages_for(limit).saturating_mul(sequences).min(u32::MAX as usize);
+        let resident = memory::resident().unwrap_or(0);
+        let wanted = MemoryPlan::new(checkpoint, weights, layout, step, pages);
+        let wanted = wanted.process_bytes(resident);
+        let target_bytes = match config.target_memory_gb {
+            Some(gigabytes) => Some((gigabytes * 1e9) as u64),
+            None => memory::available()
+                .map(|available| resident + (available as f64 * SHARE_OF_AVAILABLE) as u64),
+        };
+        let largest = match target_bytes {
+            Some(target) => wanted.fit(target, u32::MAX as usize)?,
+            None => wanted,
+        };
+        let asked = config.max_sequence_length.filter(|&tokens| tokens > largest.tokens());
+        if let Some(tokens) = asked {
+            return Err(TinyServeError::Setting {
+                field: "max_sequence_length",
+                found: tokens.to_string(),
+                expected: format!(
+                    "at most {}, which {:.3} GB hold beside the weights (see target_memory_gb)",
+                    largest.tokens(),
+                    target_bytes.unwrap_or(0) as f64 / 1e9,
+                ),
+            });
+        }
+        let plan = if wanted.pages <= largest.pages { wanted } else { largest };
+        let max_sequence_length = limit.min(plan.tokens());
+        Ok(Self { target_bytes, largest, plan, max_sequence_length })
+    }
+}
