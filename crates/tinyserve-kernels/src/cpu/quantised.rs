@@ -318,3 +318,64 @@ fn quad_of(x: &RowGroup, quad: usize) -> i32 {
     let quads: &[i32; GROUP / 4] = bytemuck::cast_ref(&x.codes);
     i32::from_le(quads[quad])
 }
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use half::f16;
+
+    use super::super::simd::avx512;
+    use super::*;
+    use crate::{
+        Backend, CpuOptions, CpuPath, DType, HostTensor, LinearPart, LinearSpec, MatrixLayout,
+        WeightFormat,
+    };
+
+    /// Integers are summed exactly, so that both ways to multiply them give the same bits.
+    #[test]
+    fn without_vnni_the_numbers_are_the_same() {
+        if !CpuPath::Avx512.is_available() {
+            return;
+        }
+        let options = CpuOptions { threads: Some(1), path: Some(CpuPath::Avx512) };
+        let cpu = Cpu::new(options).unwrap();
+        let (inputs, outputs, rows) = (300, 70, 19);
+        let numbers = |n: usize, step: usize| -> Vec<f32> {
+            (0..n).map(|i| ((i * step) % 1999) as f32 / 999.0 - 1.0).collect()
+        };
+        let bytes: Vec<u8> = numbers(inputs * outputs, 7919)
+            .iter()
+            .flat_map(|&x| f16::from_f32(x).to_le_bytes())
+            .collect();
+        for format in [WeightFormat::Int8, WeightFormat::Int4] {
+            let weight = HostTensor::new("w", bytes.clone().into(), DType::F16, &[outputs, inputs]);
+            let parts = vec![LinearPart { weight: weight.unwrap(), bias: None }];
+            let spec = LinearSpec { parts, layout: MatrixLayout::OutIn, format };
+            let linear = cpu.load_linear(spec).unwrap();
+            let super::super::tensor::CpuWeights::Packed(packed) = &linear.weights else {
+                unreachable!("quantised weights")
+            };
+            let groups = packed.groups();
+            let mut x = vec![RowGroup::zeroed(); rows * groups];
+            let values = numbers(rows * inputs, 104_729);
+            dispatch(CpuPath::Avx512, QuantiseRows { x: &values, inputs, out: &mut x });
+            // One row, a batch in two passes, and enough for pairs of blocks.
+            for rows in [1, 5, 16, rows] {
+                let product = |out: &mut [f32], vnni: bool| {
+                    let columns = Columns::new(out, outputs);
+                    let (x, blocks) = (&x[..rows * groups], 0..packed.blocks());
+                    let product = Product { packed, x, rows, blocks, columns, add: false };
+                    if vnni {
+                        dispatch(CpuPath::Avx512, product);
+                    } else {
+                        avx512::run_without_vnni(product);
+                    }
+                };
+                let mut found = [vec![0.0; rows * outputs], vec![1.0; rows * outputs]];
+                product(&mut found[0], true);
+                product(&mut found[1], false);
+                assert_eq!(found[0], found[1], "{format:?}, {rows} rows");
+                assert!(found[0].iter().any(|&x| x != 0.0));
+            }
+        }
+    }
+}

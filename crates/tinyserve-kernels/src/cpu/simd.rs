@@ -7,7 +7,7 @@ use super::path::CpuPath;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
-mod avx512;
+pub(in crate::cpu) mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;

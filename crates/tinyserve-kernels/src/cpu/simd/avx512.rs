@@ -13,6 +13,17 @@ pub(super) struct Avx512<const VNNI: bool> {
 }
 
 pub(super) fn run<K: Kernel>(kernel: K) -> K::Output {
+    let vnni = K::INTEGERS && is_x86_feature_detected!("avx512vnni");
+    run_with(kernel, vnni)
+}
+
+/// As on a processor that has no VNNI.
+#[cfg(test)]
+pub(in super::super) fn run_without_vnni<K: Kernel>(kernel: K) -> K::Output {
+    run_with(kernel, false)
+}
+
+fn run_with<K: Kernel>(kernel: K, vnni: bool) -> K::Output {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
     fn compiled<K: Kernel>(kernel: K, simd: Avx512<false>) -> K::Output {
         kernel.run(simd)
@@ -22,8 +33,8 @@ pub(super) fn run<K: Kernel>(kernel: K) -> K::Output {
         kernel.run(simd)
     }
     assert!(super::CpuPath::Avx512.is_available(), "this processor has no AVX-512");
-    if K::INTEGERS && is_x86_feature_detected!("avx512vnni") {
-        // SAFETY: the processor has the features, as the two lines above made sure.
+    if vnni {
+        // SAFETY: the processor has the features, as the assertion and the caller made sure.
         return unsafe { with_vnni(kernel, Avx512 { _only_made_after_detection: () }) };
     }
     // SAFETY: the processor has the features, as the assertion above made sure.
