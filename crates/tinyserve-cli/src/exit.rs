@@ -98,6 +98,7 @@ fn flag(name: &str) -> Option<String> {
         "presence_penalty",
         "repetition_penalty",
         "scorer",
+        "replicas",
         "selection_ratio",
         "stride",
         "temperature",

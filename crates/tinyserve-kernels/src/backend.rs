@@ -4,7 +4,9 @@ use std::fmt;
 use std::ops::Range;
 
 use bytes::Bytes;
-use tinyserve_kv::{KvLayout, PageCopy, PageId, PageSelector, SelectionPolicy, Slot, TokenMove};
+use tinyserve_kv::{
+    KvFormat, KvLayout, PageCopy, PageId, PagePool, PageSelector, SelectionPolicy, Slot, TokenMove,
+};
 
 use crate::cpu::packed_bytes;
 use crate::{DType, HostTensor, KernelError};
@@ -456,7 +458,12 @@ pub trait Backend: Send + Sized {
         })
     }
 
-    /// Memory for `pages` pages.
+    /// The formats of keys and values that it has: those without codes, unless it says more.
+    fn kv_formats(&self) -> &'static [KvFormat] {
+        &KvFormat::FLOATS
+    }
+
+    /// Memory for `pages` pages, in one of [`Self::kv_formats`].
     ///
     /// # Errors
     /// When the device has no memory for them.
@@ -464,6 +471,34 @@ pub trait Backend: Send + Sized {
 
     /// Copies a page, for copy on write.
     fn copy_page(&self, pages: &mut Self::KvPages, copy: PageCopy);
+
+    /// Lets go of what it keeps, apart from the pages' own places, of pages that nobody holds.
+    ///
+    /// Called after pages were released. A backend that keeps nothing elsewhere does nothing.
+    fn forget_free_pages(&self, _pages: &mut Self::KvPages, _pool: &PagePool) {}
+
+    /// Appends the bytes of a full page to `out`, as [`tinyserve_kv::HostPages::read_page`] has
+    /// them, whatever the device's own layout is.
+    ///
+    /// # Errors
+    /// When the device fails; what was appended is then garbage.
+    fn download_page(
+        &self,
+        pages: &Self::KvPages,
+        page: PageId,
+        out: &mut Vec<u8>,
+    ) -> Result<(), KernelError>;
+
+    /// Puts a full page back that [`Self::download_page`] wrote, here or on another device.
+    ///
+    /// # Errors
+    /// When the device fails; the page is then garbage.
+    fn upload_page(
+        &self,
+        pages: &mut Self::KvPages,
+        page: PageId,
+        bytes: &[u8],
+    ) -> Result<(), KernelError>;
 
     /// Moves tokens within pages, in order, after some were pruned, and rebuilds the boxes of the
     /// pages that they reach, up to the last token that came: keys, values and boxes of all layers.
@@ -512,4 +547,15 @@ pub trait Backend: Send + Sized {
 
     /// Fills a tensor from the host; `values` is `[rows · columns]`.
     fn upload(&self, values: &[f32], out: &mut Self::Tensor);
+
+    /// Tells what went wrong on the device since it was last asked.
+    ///
+    /// Operations return before a device has run them, so that they cannot tell themselves; what
+    /// they wrote is then not defined. Ask after a download. The CPU has nothing to tell.
+    ///
+    /// # Errors
+    /// The first thing that went wrong.
+    fn check(&self) -> Result<(), KernelError> {
+        Ok(())
+    }
 }

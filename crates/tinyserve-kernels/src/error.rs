@@ -29,6 +29,9 @@ pub enum KernelError {
     /// A page selector returned a list that attention cannot read.
     #[error("page selector: {0}")]
     Selector(String),
+    /// A CUDA device cannot be used, or failed.
+    #[error(transparent)]
+    Cuda(#[from] crate::CudaError),
     /// The KV cache refused an operation.
     #[error(transparent)]
     Kv(#[from] tinyserve_kv::KvError),

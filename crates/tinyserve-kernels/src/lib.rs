@@ -3,6 +3,7 @@
 mod backend;
 pub mod conformance;
 mod cpu;
+mod cuda;
 mod error;
 mod profiled;
 mod reference;
@@ -14,7 +15,10 @@ pub use backend::{
     MassArgs, MatrixLayout, NormArgs, NormKind, ObserveArgs, RotaryAnglesArgs, RotaryArgs, Store,
     WeightFormat,
 };
-pub use cpu::{Cpu, CpuLinear, CpuOptions, CpuPath, CpuTensor, CpuVector};
+pub use cpu::{Cpu, CpuLinear, CpuOptions, CpuPath, CpuTensor, CpuVector, SelectionTimes};
+pub use cuda::{
+    Cuda, CudaDevice, CudaError, CudaLinear, CudaPages, CudaTensor, CudaVector, CudaVersion,
+};
 pub use error::KernelError;
 pub use profiled::{Profile, Profiled};
 pub use tensor::{DType, HostTensor};

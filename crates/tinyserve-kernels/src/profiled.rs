@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tinyserve_kv::{KvLayout, PageCopy, TokenMove};
+use tinyserve_kv::{KvFormat, KvLayout, PageCopy, PageId, PagePool, TokenMove};
 
 use crate::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
@@ -99,8 +99,34 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
         self.inner.allocate_pages(layout, pages)
     }
 
+    fn kv_formats(&self) -> &'static [KvFormat] {
+        self.inner.kv_formats()
+    }
+
     fn copy_page(&self, pages: &mut B::KvPages, copy: PageCopy) {
         self.inner.copy_page(pages, copy);
+    }
+
+    fn forget_free_pages(&self, pages: &mut B::KvPages, pool: &PagePool) {
+        self.inner.forget_free_pages(pages, pool);
+    }
+
+    fn download_page(
+        &self,
+        pages: &B::KvPages,
+        page: PageId,
+        out: &mut Vec<u8>,
+    ) -> Result<(), KernelError> {
+        self.inner.download_page(pages, page, out)
+    }
+
+    fn upload_page(
+        &self,
+        pages: &mut B::KvPages,
+        page: PageId,
+        bytes: &[u8],
+    ) -> Result<(), KernelError> {
+        self.inner.upload_page(pages, page, bytes)
     }
 
     fn move_tokens(&self, pages: &mut B::KvPages, moves: &[TokenMove]) -> Result<(), KernelError> {
@@ -180,5 +206,9 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
 
     fn upload(&self, values: &[f32], out: &mut B::Tensor) {
         self.inner.upload(values, out);
+    }
+
+    fn check(&self) -> Result<(), KernelError> {
+        self.inner.check()
     }
 }

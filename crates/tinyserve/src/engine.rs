@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tinyserve_kernels::{Cpu, CpuOptions};
-use tinyserve_kv::PageSelector;
+use tinyserve_kv::{PageSelector, PrefixIndex, PrefixOptions};
 use tinyserve_model::{
     CacheOutcome, ChatTemplate, Checkpoint, KvCache, MemoryPlan, Model, ModelConfig, ModelError,
     Perplexity, PerplexityWindow, Tokenizer, perplexity_windows,
@@ -40,6 +40,8 @@ pub struct TinyServe {
     tokenizer: Result<Tokenizer, String>,
     chat_template: Result<Option<ChatTemplate>, ModelError>,
     memory: PlannedMemory,
+    /// Names what keys and values depend on beside tokens and layout.
+    identity: String,
     weight_bytes: usize,
     weights_cache: Option<CacheOutcome>,
     load: Duration,
@@ -161,13 +163,25 @@ impl TinyServeBuilder {
     /// As [`Self::build`].
     pub fn build_with_progress(
         self,
-        progress: impl FnMut(usize, usize),
+        mut progress: impl FnMut(usize, usize),
     ) -> Result<TinyServe, TinyServeError> {
         let start = Instant::now();
         let config = self.config;
         config.check()?;
-        let backend = Cpu::new(CpuOptions { threads: config.threads, ..self.cpu })?;
-        let backend_name = format!("CPU, {}, {} threads", backend.path(), backend.threads());
+        let replicas = config.replicas;
+        let threads = config.threads.or_else(|| {
+            let all = std::thread::available_parallelism().map_or(1, usize::from);
+            (replicas > 1).then_some(all)
+        });
+        let threads = threads.map(|all| (all / replicas).max(1));
+        let backends = (0..replicas)
+            .map(|_| Cpu::new(CpuOptions { threads, ..self.cpu }))
+            .collect::<Result<Vec<_>, _>>()?;
+        let (path, threads) = (backends[0].path(), backends[0].threads());
+        let backend_name = match replicas {
+            1 => format!("CPU, {path}, {threads} threads"),
+            _ => format!("CPU, {path}, {replicas} replicas of {threads} threads"),
+        };
         let mut checkpoint = match self.checkpoint {
             Some(checkpoint) => checkpoint,
             None => Checkpoint::load(&config.model)?,
@@ -179,12 +193,32 @@ impl TinyServeBuilder {
         // Only text needs a tokenizer: a checkpoint without one still serves token ids.
         let tokenizer = checkpoint.tokenizer().map_err(|error| error.to_string());
         let chat_template = checkpoint.chat_template();
-        let memory = PlannedMemory::new(&config, &checkpoint, backend.threads())?;
-        let model = Model::load_with(backend, &checkpoint, &weights, progress)?;
-        let weight_bytes = model.weight_bytes();
-        let weights_cache = model.weights_cache().cloned();
+        let memory = PlannedMemory::new(&config, &checkpoint, threads)?;
         let MemoryPlan { layout, pages, .. } = memory.plan;
-        let cache = KvCache::new(model.backend(), layout, pages)?;
+        // What keys and values depend on beside tokens and layout.
+        let identity = format!(
+            "{} {} {:?}",
+            checkpoint.fingerprint(),
+            config.weights.name(checkpoint.dtype()),
+            config.rope_frequency_dtype
+        );
+        let policy = config.eviction_policy.resolve(&checkpoint);
+        let prefixes = PrefixOptions { identity: &identity, layout, policy, max_pages: pages };
+        let (mut weight_bytes, mut weights_cache) = (0, None);
+        let mut runners = Vec::with_capacity(replicas);
+        for (index, backend) in backends.into_iter().enumerate() {
+            let model = Model::load_with(backend, &checkpoint, &weights, |done, total| {
+                progress(index * total + done, replicas * total);
+            })?;
+            weight_bytes += model.weight_bytes();
+            // The first one may have quantised and written what the others use.
+            weights_cache = weights_cache.or_else(|| model.weights_cache().cloned());
+            let mut cache = KvCache::new(model.backend(), layout, pages)?;
+            if config.enable_prefix_caching {
+                cache = cache.with_prefix_index(PrefixIndex::new(prefixes));
+            }
+            runners.push(ModelRunner::new(model, cache));
+        }
         let attention = match (config.attention, self.selector) {
             (_, Some(selector)) => AttentionChoice::Custom(selector),
             (AttentionMode::Dense, None) => AttentionChoice::Dense,
@@ -197,12 +231,13 @@ impl TinyServeBuilder {
             tokenizer: tokenizer.as_ref().ok().cloned(),
             ..config.scheduling()
         };
-        let engine = Engine::start("tinyserve-engine", ModelRunner::new(model, cache), scheduling)?;
+        let engine = Engine::start_replicas("tinyserve-engine", runners, &scheduling)?;
         Ok(TinyServe {
             model: checkpoint.config().clone(),
             tokenizer,
             chat_template,
             memory,
+            identity,
             weight_bytes,
             weights_cache,
             load: start.elapsed(),
@@ -443,6 +478,38 @@ impl TinyServe {
     /// When the engine has stopped.
     pub fn delete_session(&self, session_id: impl Into<String>) -> Result<bool, TinyServeError> {
         answered(self.engine.delete_session(session_id).wait())
+    }
+
+    /// Saves what a session keeps between its requests to a file, as far as it fills whole pages;
+    /// returns how many tokens that is. The next request of a session that was restored computes
+    /// the others.
+    ///
+    /// The file is the old one or the new one whatever happens; see
+    /// [`tinyserve_model::KvCache::save_session`]. Other requests wait while it is written.
+    ///
+    /// # Errors
+    /// When there is no such session, a request of it runs, or the file cannot be written.
+    pub fn save_session(
+        &self,
+        session_id: impl Into<String>,
+        path: impl Into<PathBuf>,
+    ) -> Result<usize, TinyServeError> {
+        let saved = self.engine.save_session(session_id, path, &self.identity);
+        Ok(answered(saved.wait())??)
+    }
+
+    /// Restores a session from a file, in place of the one of this name, if there is one.
+    ///
+    /// # Errors
+    /// When requests of that session wait or run, too few pages are available, or the file is
+    /// damaged or of another model, kv_cache_dtype or page_size. The session is then what it was.
+    pub fn restore_session(
+        &self,
+        session_id: impl Into<String>,
+        path: impl Into<PathBuf>,
+    ) -> Result<SessionInfo, TinyServeError> {
+        let restored = self.engine.restore_session(session_id, path, &self.identity);
+        Ok(answered(restored.wait())??)
     }
 
     /// Totals over the requests that were answered, by their published names;

@@ -168,6 +168,11 @@ impl Packed {
         self.outputs.div_ceil(BLOCK)
     }
 
+    /// All records.
+    pub(crate) fn records(&self) -> &[u8] {
+        &self.records[..self.blocks() * self.groups() * self.bits.record_bytes()]
+    }
+
     /// The records of one block, one for each group.
     pub(crate) fn block(&self, block: usize) -> &[u8] {
         let bytes = self.groups() * self.bits.record_bytes();

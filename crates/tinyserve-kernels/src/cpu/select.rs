@@ -66,9 +66,13 @@ pub(super) fn choose<E: KvElement + Element>(
             } else {
                 let element = PhantomData::<E>;
                 let score = score::Scores { context, table, kv_head, queries, scores, element };
+                let start = context.clock.start();
                 dispatch(context.path, score);
+                context.clock.scored(start);
                 let best = best::Best { scores: &choice.scores, budget, sink, recent, list };
+                let start = context.clock.start();
                 dispatch(context.path, best);
+                context.clock.listed(start);
             }
             Ok(Chosen::Listed)
         }
@@ -110,7 +114,10 @@ fn on_host(
         boxes: &choice.boxes,
         keys: Some(&keys),
     });
-    custom(selector, &input, list)
+    let start = context.clock.start();
+    let chosen = custom(selector, &input, list);
+    context.clock.scored(start);
+    chosen
 }
 
 fn custom(
@@ -118,8 +125,18 @@ fn custom(
     input: &SelectInput<'_>,
     list: &mut Vec<u32>,
 ) -> Result<Chosen, KernelError> {
+    let listed = ask_selector(selector, input, list)?;
+    Ok(if listed { Chosen::Listed } else { Chosen::EverythingSeen })
+}
+
+/// Asks a custom selector, and checks its list; `false` when every page is to be read.
+pub(crate) fn ask_selector(
+    selector: &dyn PageSelector,
+    input: &SelectInput<'_>,
+    list: &mut Vec<u32>,
+) -> Result<bool, KernelError> {
     if !selector.select(input, list) {
-        return Ok(Chosen::EverythingSeen);
+        return Ok(false);
     }
     let pages = input.page_count();
     let wrong = if list.is_empty() {
@@ -130,7 +147,7 @@ fn custom(
         list.last().filter(|&&page| page as usize >= pages).map(|page| format!("page {page}"))
     };
     match wrong {
-        None => Ok(Chosen::Listed),
+        None => Ok(true),
         Some(found) => Err(KernelError::Selector(format!(
             "layer {}, KV head {}: found {found}, expected at least one page, in ascending order, \
              below {pages}",

@@ -1,0 +1,153 @@
+//! Writing keys and values into pages, and copying pages.
+
+use tinyserve_kv::{PageCopy, Slot, TokenMove};
+
+use super::Cuda;
+use super::error::CudaError;
+use super::launch::{Arg, Launcher, Shape};
+use super::memory::Upload;
+use super::pages::CudaPages;
+use crate::AppendKvArgs;
+
+/// Where the rows of a step go; the same for all layers, so it is sent once.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    slots: Vec<Slot>,
+    plan: Plan,
+    pages: Upload,
+    offsets: Upload,
+    order: Upload,
+    starts: Upload,
+}
+
+/// Rows by the page that they go to.
+#[derive(Debug, Default)]
+struct Plan {
+    pages: Vec<u32>,
+    offsets: Vec<u32>,
+    /// Rows, those of one page side by side and in order.
+    order: Vec<u32>,
+    /// Where each page's rows begin in `order`, and their end.
+    starts: Vec<u32>,
+}
+
+impl Plan {
+    fn new(slots: &[Slot]) -> Self {
+        let of = |slot: &Slot| (slot.page.index(), slot.offset);
+        let mut order: Vec<u32> = (0..slots.len() as u32).collect();
+        order.sort_by_key(|&row| of(&slots[row as usize]));
+        let page = |row: u32| slots[row as usize].page;
+        let mut starts: Vec<u32> = (0..slots.len())
+            .filter(|&i| i == 0 || page(order[i]) != page(order[i - 1]))
+            .map(|i| i as u32)
+            .collect();
+        starts.push(slots.len() as u32);
+        Self {
+            pages: slots.iter().map(|slot| slot.page.index() as u32).collect(),
+            offsets: slots.iter().map(|slot| slot.offset as u32).collect(),
+            order,
+            starts,
+        }
+    }
+}
+
+pub(super) fn append_kv(
+    device: &Launcher,
+    scratch: &mut Scratch,
+    args: AppendKvArgs<'_, Cuda>,
+) -> Result<(), CudaError> {
+    let AppendKvArgs { layer, heads, qkv, slots, pages } = args;
+    let shape = pages.layout().shape();
+    assert_eq!(qkv.columns(), heads.qkv_width(), "width of queries, keys and values");
+    assert_eq!(qkv.rows(), slots.len(), "one slot per row");
+    assert_eq!(
+        (heads.kv_heads, heads.head_dim),
+        (shape.kv_heads, shape.head_dim),
+        "heads of pages"
+    );
+    assert!(layer < shape.layers, "layer {layer} of {}", shape.layers);
+    if scratch.slots != slots {
+        for slot in slots {
+            assert!(slot.offset < shape.page_size, "offset {} in a page", slot.offset);
+            let page = slot.page.index();
+            assert!(page < pages.capacity(), "page {page} of {}", pages.capacity());
+        }
+        scratch.plan = Plan::new(slots);
+        scratch.slots.clear();
+        scratch.slots.extend_from_slice(slots);
+    }
+    let plan = &scratch.plan;
+    let args = [
+        qkv.arg(),
+        pages.layer(layer),
+        pages.layer_boxes(layer),
+        scratch.pages.send(device, &plan.pages)?,
+        scratch.offsets.send(device, &plan.offsets)?,
+        scratch.order.send(device, &plan.order)?,
+        scratch.starts.send(device, &plan.starts)?,
+        pages.shape(),
+        Arg::count(heads.qkv_width()),
+        Arg::count(heads.k_columns().start),
+        Arg::count(heads.v_columns().start),
+    ];
+    let kernel = pages.element().kernel(["append_kv_f32", "append_kv_f16", "append_kv_bf16"]);
+    let grid = (plan.starts.len() - 1, heads.kv_heads, 1);
+    // SAFETY: every slot is inside the pages, and every row inside `qkv`.
+    unsafe { device.launch(kernel, Shape::new(grid, 128), &args) }
+}
+
+pub(super) fn copy_page(
+    device: &Launcher,
+    pages: &CudaPages,
+    PageCopy { from, to }: PageCopy,
+) -> Result<(), CudaError> {
+    for page in [from, to] {
+        assert!(page.index() < pages.capacity(), "page {} of {}", page.index(), pages.capacity());
+    }
+    let shape = pages.layout().shape();
+    let kernel = pages.element().kernel(["copy_page_32", "copy_page_16", "copy_page_16"]);
+    for layer in 0..shape.layers {
+        let args = [
+            pages.layer(layer),
+            pages.layer_boxes(layer),
+            Arg::count(from.index()),
+            Arg::count(to.index()),
+            pages.shape(),
+        ];
+        let grid = (shape.kv_heads, 1, 1);
+        // SAFETY: both pages are inside the pool.
+        unsafe { device.launch(kernel, Shape::new(grid, 256), &args)? };
+    }
+    Ok(())
+}
+
+/// Moves tokens and rebuilds the boxes of the pages that they reach, in every layer.
+pub(super) fn move_tokens(
+    device: &Launcher,
+    uploaded: &mut Upload,
+    pages: &CudaPages,
+    moves: &[TokenMove],
+) -> Result<(), CudaError> {
+    let shape = pages.layout().shape();
+    for slot in moves.iter().flat_map(|it| [it.from, it.to]) {
+        assert!(slot.offset < shape.page_size, "offset {} in a page", slot.offset);
+        assert!(slot.page.index() < pages.capacity(), "page {}", slot.page.index());
+    }
+    let of = |slot: Slot| [slot.page.index() as u32, slot.offset as u32];
+    let records: Vec<[[u32; 2]; 2]> = moves.iter().map(|it| [of(it.from), of(it.to)]).collect();
+    let records = uploaded.send(device, &records)?;
+    let names = ["move_tokens_f32", "move_tokens_f16", "move_tokens_bf16"];
+    for layer in 0..shape.layers {
+        let args = [
+            pages.layer(layer),
+            pages.layer_boxes(layer),
+            records,
+            Arg::count(moves.len()),
+            pages.shape(),
+        ];
+        let grid = (shape.kv_heads, 1, 1);
+        // SAFETY: every slot is inside the pages.
+        unsafe { device.launch(pages.element().kernel(names), Shape::new(grid, 128), &args)? };
+    }
+    Ok(())
+}

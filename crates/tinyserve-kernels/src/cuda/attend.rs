@@ -1,0 +1,384 @@
+//! Paged attention on a device: what is read is laid out on the host, chosen and read there.
+//!
+//! How long every list will be follows from the policy and the number of tokens, so that nothing is
+//! waited for. A custom selector is the exception: boxes and queries go to the host for it.
+
+mod custom;
+mod plan;
+
+use super::error::CudaError;
+use super::launch::{Arg, Launcher, Shape};
+use super::memory::{Buffer, Upload, grown};
+use super::pages::CudaPages;
+use super::{Cuda, CudaTensor};
+use crate::{AttendArgs, AttendStats, Heads, KernelError, ObserveArgs, Store};
+use plan::{Layout, MOST_QUERIES, Pages, TilePlan, part_pages};
+
+/// As `ATTEND_STATE` in kernels/attend.cuh.
+const STATE: usize = 3;
+/// Threads of a block that attends.
+const ATTEND_THREADS: u32 = 128;
+/// Threads of a block that scores pages; each takes 16 bytes of boxes.
+const SCORE_THREADS: u32 = 64;
+/// Threads of a block that selects pages, as `SELECT_BINS` in kernels/select.cuh.
+const SELECT_THREADS: u32 = 256;
+
+/// Buffers that calls of attention reuse.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    records: Upload,
+    tables: Upload,
+    lengths: Upload,
+    selecting: Upload,
+    lists: Option<Buffer>,
+    scores: Option<Buffer>,
+    parts: Option<Buffer>,
+    states: Option<Buffer>,
+    /// What dense attention gives where recall is measured: its result is not kept.
+    dense: Option<Buffer>,
+    dense_states: Option<Buffer>,
+    dense_records: Upload,
+}
+
+/// What the launches of a call have in common.
+struct Call<'a> {
+    device: &'a Launcher,
+    pages: &'a CudaPages,
+    layer: usize,
+    heads: Heads,
+    qkv: Arg,
+    rows: usize,
+    /// Factor of scores.
+    score_scale: f32,
+    /// The same in units of ln 2.
+    scale: f32,
+}
+
+/// Where tiles lie on the device.
+#[derive(Clone, Copy)]
+struct Placed {
+    records: Arg,
+    tables: Arg,
+    lists: Arg,
+    lengths: Arg,
+}
+
+pub(super) fn attend(cuda: &Cuda, args: AttendArgs<'_, Cuda>) -> Result<AttendStats, KernelError> {
+    let AttendArgs { layer, heads, qkv, scale, sequences, pages, measure_recall, .. } = args;
+    let AttendArgs { mut sequence_stats, observe, out, .. } = args;
+    check_shapes(heads, qkv, pages, out);
+    let layout = pages.layout();
+    let mut tiles = plan::tiles(sequences, layer, layout.page_size(), heads.group());
+    let device = &cuda.launcher;
+    out.resize(device, qkv.rows())?;
+    let call = Call {
+        device,
+        pages,
+        layer,
+        heads,
+        qkv: qkv.arg(),
+        rows: qkv.rows(),
+        score_scale: scale,
+        scale: scale * std::f32::consts::LOG2_E,
+    };
+    custom::ask(&call, qkv, sequences, &mut tiles)?;
+    let mut stats = AttendStats::default();
+    for tile in &tiles {
+        let of_tile = plan::count(tile, layout, heads, sequences[tile.sequence].attention);
+        stats.add(&of_tile);
+        if let Some(of_sequences) = &mut sequence_stats {
+            of_sequences[tile.sequence].add(&of_tile);
+        }
+    }
+    if tiles.is_empty() {
+        return Ok(stats);
+    }
+    let mut state = cuda.state();
+    let scratch = &mut state.attend;
+    let plan = Layout::new(&tiles, sequences, layout, heads);
+    let placed = call.place(scratch, &plan)?;
+    call.select(scratch, &plan, placed)?;
+    let selects = tiles.iter().any(TilePlan::has_list);
+    let recall = measure_recall && selects;
+    let states = if recall || observe.is_some() {
+        let bytes = 4 * STATE * call.rows * heads.q_heads;
+        grown(&mut scratch.states, device, bytes, "states of attention")?.arg()
+    } else {
+        Arg::Pointer(0)
+    };
+    call.attend(&mut scratch.parts, &plan, placed, (out.arg(), states))?;
+    if recall {
+        measure(&call, scratch, &tiles, &plan, placed, (&mut stats, sequence_stats))?;
+    }
+    if let Some(observe) = observe {
+        call.observe(observe, states, &tiles, sequences.len(), &plan, placed)?;
+    }
+    Ok(stats)
+}
+
+fn check_shapes(heads: Heads, qkv: &CudaTensor, pages: &CudaPages, out: &CudaTensor) {
+    let shape = pages.layout().shape();
+    assert_eq!(
+        (heads.kv_heads, heads.head_dim),
+        (shape.kv_heads, shape.head_dim),
+        "heads of pages"
+    );
+    assert!(heads.q_heads.is_multiple_of(heads.kv_heads), "query heads of one KV head");
+    assert_eq!(qkv.columns(), heads.qkv_width(), "width of queries, keys and values");
+    assert_eq!(out.columns(), heads.q_columns().len(), "output width of attention");
+}
+
+impl Call<'_> {
+    /// Sends what the host has laid out.
+    fn place(&self, scratch: &mut Scratch, plan: &Layout) -> Result<Placed, CudaError> {
+        let device = self.device;
+        let records = scratch.records.send(device, &plan.records)?;
+        let tables = scratch.tables.send(device, &plan.tables)?;
+        let lengths = scratch.lengths.send(device, &plan.lengths)?;
+        let lists = grown(&mut scratch.lists, device, 4 * plan.list_entries, "page lists")?;
+        for (start, list) in &plan.known_lists {
+            lists.write(device, 4 * start, bytemuck::cast_slice(list))?;
+        }
+        Ok(Placed { records, tables, lists: lists.arg(), lengths })
+    }
+
+    /// Scores the pages of the tiles that select, and lists the best.
+    fn select(
+        &self,
+        scratch: &mut Scratch,
+        plan: &Layout,
+        placed: Placed,
+    ) -> Result<(), CudaError> {
+        if plan.selecting.is_empty() {
+            return Ok(());
+        }
+        let (device, heads) = (self.device, self.heads);
+        let selecting = scratch.selecting.send(device, &plan.selecting)?;
+        let lists = plan.selecting.len() * heads.kv_heads;
+        let bytes = 4 * lists * plan.most_pages;
+        let scores = grown(&mut scratch.scores, device, bytes, "page scores")?.arg();
+        let format = self.pages.layout().shape().format;
+        let element = self.pages.element();
+        let kernel = element.kernel(["score_pages_f32", "score_pages_f16", "score_pages_bf16"]);
+        let per_block = SCORE_THREADS as usize * (16 / format.element_bytes());
+        let blocks = plan.most_pages.div_ceil(per_block);
+        let grid = (plan.selecting.len(), heads.kv_heads, blocks);
+        let shared = u32::try_from(4 * heads.group() * heads.head_dim).unwrap_or(u32::MAX);
+        let args = [
+            self.qkv,
+            self.pages.layer_boxes(self.layer),
+            placed.tables,
+            placed.records,
+            selecting,
+            scores,
+            self.pages.shape(),
+            Arg::count(heads.group()),
+            Arg::count(heads.qkv_width()),
+            Arg::count(plan.most_pages),
+        ];
+        // SAFETY: `plan` was laid out for these pages, and the buffers are as large as it says.
+        unsafe {
+            let shape = Shape { shared, ..Shape::new(grid, SCORE_THREADS) };
+            device.launch(kernel, shape, &args)?;
+        }
+        let args = [
+            scores,
+            placed.records,
+            selecting,
+            placed.lists,
+            Arg::count(self.pages.layout().page_size()),
+            Arg::count(plan.most_pages),
+        ];
+        let grid = (plan.selecting.len(), heads.kv_heads, 1);
+        // SAFETY: as above; a list has room for its budget, which is what the kernel lists.
+        unsafe { device.launch("select_pages", Shape::new(grid, SELECT_THREADS), &args) }
+    }
+
+    /// Reads the lists, and merges what was read in parts.
+    fn attend(
+        &self,
+        parts: &mut Option<Buffer>,
+        plan: &Layout,
+        placed: Placed,
+        (out, states): (Arg, Arg),
+    ) -> Result<(), CudaError> {
+        let (device, heads) = (self.device, self.heads);
+        let layout = self.pages.layout();
+        let bytes = 4 * plan.parts * heads.q_heads * (heads.head_dim + STATE);
+        let parts = grown(parts, device, bytes, "parts of attention")?.arg();
+        let part_pages = Arg::count(part_pages(layout.page_size()));
+        let element = self.pages.element();
+        let (kernel, queries) = match (self.pages.is_wide(), plan.most_queries) {
+            (false, _) => {
+                (element.kernel(["attend_f32_any", "attend_f16_any", "attend_bf16_any"]), 4)
+            }
+            (true, 1) => (element.kernel(["attend_f32_1", "attend_f16_1", "attend_bf16_1"]), 1),
+            (true, 2..=4) => (element.kernel(["attend_f32_4", "attend_f16_4", "attend_bf16_4"]), 4),
+            (true, _) => {
+                let names = ["attend_f32_8", "attend_f16_8", "attend_bf16_8"];
+                (element.kernel(names), MOST_QUERIES)
+            }
+        };
+        let passes = plan.most_queries.div_ceil(queries);
+        let grid = (plan.records.len(), plan.most_parts, heads.kv_heads * passes);
+        let args = [
+            self.qkv,
+            self.pages.layer(self.layer),
+            placed.tables,
+            placed.records,
+            placed.lists,
+            placed.lengths,
+            out,
+            parts,
+            states,
+            self.pages.shape(),
+            Arg::count(heads.group()),
+            Arg::count(heads.qkv_width()),
+            Arg::Number(self.scale),
+            part_pages,
+        ];
+        // SAFETY: `plan` was laid out for these pages, and the buffers are as large as it says.
+        unsafe { device.launch(kernel, Shape::new(grid, ATTEND_THREADS), &args)? };
+        if plan.parts == 0 {
+            return Ok(());
+        }
+        let args = [
+            parts,
+            placed.records,
+            placed.lengths,
+            out,
+            states,
+            self.pages.shape(),
+            Arg::count(heads.group()),
+            part_pages,
+        ];
+        let grid = (plan.records.len(), heads.q_heads, 1);
+        // SAFETY: as above.
+        unsafe { device.launch("combine", Shape::new(grid, ATTEND_THREADS), &args) }
+    }
+
+    /// Tells about the weights, out of `states`.
+    fn observe(
+        &self,
+        observe: ObserveArgs<'_, CudaTensor>,
+        states: Arg,
+        tiles: &[TilePlan],
+        sequences: usize,
+        plan: &Layout,
+        placed: Placed,
+    ) -> Result<(), CudaError> {
+        let (device, heads) = (self.device, self.heads);
+        let ObserveArgs { lse, entropy, mass } = observe;
+        for tensor in [&mut *lse, &mut *entropy] {
+            assert_eq!(tensor.columns(), heads.q_heads, "width of what attention tells");
+            tensor.resize(device, self.rows)?;
+        }
+        let n = self.rows * heads.q_heads;
+        let args = [states, lse.arg(), entropy.arg(), Arg::count(n)];
+        // SAFETY: all three have `n` entries.
+        unsafe { device.launch("observe", Shape::new((n.div_ceil(256), 1, 1), 256), &args)? };
+        let Some(mass) = mass else { return Ok(()) };
+        let layout = self.pages.layout();
+        assert_eq!(mass.rows.len(), sequences, "rows of mass for each sequence");
+        assert_eq!(mass.out.columns(), layout.page_size(), "width of mass");
+        // Where the mass of each sequence that is asked for begins, and its pages.
+        let (mut of_sequences, mut total) = (Vec::new(), 0);
+        for (sequence, rows) in mass.rows.iter().enumerate() {
+            if rows.is_empty() {
+                continue;
+            }
+            let of_it = |tile: &&TilePlan| tile.sequence == sequence;
+            let first = tiles.iter().position(|tile| tile.sequence == sequence);
+            let tokens = tiles.iter().filter(of_it).map(TilePlan::tokens).max();
+            let pages = layout.pages_for(tokens.unwrap_or(0));
+            of_sequences.push((rows, first, tiles.iter().filter(of_it).count(), total, pages));
+            total += heads.kv_heads * pages;
+        }
+        match mass.store {
+            Store::Overwrite => mass.out.resize(device, total)?,
+            Store::Add => assert_eq!(mass.out.rows(), total, "rows of mass to add to"),
+        }
+        let kernel = self.pages.element().kernel(["mass_f32", "mass_f16", "mass_bf16"]);
+        for (rows, first, n_tiles, start, pages) in of_sequences {
+            let Some(first) = first else { continue };
+            let args = [
+                self.qkv,
+                self.pages.layer(self.layer),
+                placed.tables,
+                offset(placed.records, first * size_of_val(&plan.records[0])),
+                placed.lists,
+                placed.lengths,
+                states,
+                offset(mass.out.arg(), 4 * start * layout.page_size()),
+                self.pages.shape(),
+                Arg::count(heads.group()),
+                Arg::count(heads.qkv_width()),
+                Arg::Number(self.scale),
+                Arg::count(n_tiles),
+                Arg::count(rows.start),
+                Arg::count(rows.end),
+                Arg::flag(mass.store == Store::Add),
+            ];
+            // SAFETY: `plan` was laid out for these pages, and `out` has a row for each of them.
+            unsafe {
+                let shape = Shape::new((pages, heads.kv_heads, 1), 128);
+                device.launch(kernel, shape, &args)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn offset(pointer: Arg, bytes: usize) -> Arg {
+    match pointer {
+        Arg::Pointer(address) => Arg::Pointer(address + bytes as u64),
+        other => other,
+    }
+}
+
+/// Adds up how much of the dense attention mass the lists hold: dense attention of the rows that
+/// selected, of which only the sums of weights are kept.
+fn measure(
+    call: &Call<'_>,
+    scratch: &mut Scratch,
+    tiles: &[TilePlan],
+    plan: &Layout,
+    placed: Placed,
+    (stats, mut sequence_stats): (&mut AttendStats, Option<&mut [AttendStats]>),
+) -> Result<(), CudaError> {
+    let (device, heads, layout) = (call.device, call.heads, call.pages.layout());
+    let dense = plan.everything(layout.page_size());
+    let records = scratch.dense_records.send(device, &dense.records)?;
+    let bytes = 4 * call.rows * heads.q_columns().len();
+    let out = grown(&mut scratch.dense, device, bytes, "dense attention")?.arg();
+    let bytes = 4 * STATE * call.rows * heads.q_heads;
+    let states = grown(&mut scratch.dense_states, device, bytes, "states of attention")?.arg();
+    call.attend(&mut scratch.parts, &dense, Placed { records, ..placed }, (out, states))?;
+    let mut all = [Vec::new(), Vec::new()];
+    for (states, buffer) in all.iter_mut().zip([&scratch.states, &scratch.dense_states]) {
+        states.resize(STATE * call.rows * heads.q_heads, 0.0f32);
+        if let Some(buffer) = buffer {
+            buffer.read(device, 0, bytemuck::cast_slice_mut(states))?;
+        }
+    }
+    let [listed, dense] = all;
+    for tile in tiles.iter().filter(|tile| tile.has_list()) {
+        let total = layout.pages_for(tile.tokens());
+        for head in 0..heads.q_heads {
+            if tile.length(head / heads.group(), total) == total {
+                continue;
+            }
+            let at = STATE * (tile.rows.start * heads.q_heads + head);
+            // The largest scores and the sums of weights relative to them.
+            let fall = f64::from(listed[at]) - f64::from(dense[at]);
+            let mass = f64::from(listed[at + 1]) * fall.exp2() / f64::from(dense[at + 1]);
+            let found = AttendStats { recall_sum: mass, recall_count: 1, ..AttendStats::default() };
+            stats.add(&found);
+            if let Some(of_sequences) = &mut sequence_stats {
+                of_sequences[tile.sequence].add(&found);
+            }
+        }
+    }
+    debug_assert!(tiles.iter().any(|tile| tile.pages != Pages::Everything), "somebody selects");
+    Ok(())
+}

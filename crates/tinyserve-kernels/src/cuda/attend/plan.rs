@@ -1,0 +1,283 @@
+//! What a call of attention reads, laid out on the host: tiles, lists and counts.
+
+use std::ops::Range;
+
+use bytemuck::{Pod, Zeroable};
+use tinyserve_kv::{KvLayout, ScoreCost};
+
+use crate::{AttendSequence, AttendStats, Attention, Heads};
+
+/// Tokens of a part: a list of one row is read by a block for each.
+const PART_TOKENS: usize = 512;
+/// Queries that one pass over keys and values serves, at most.
+pub(super) const MOST_QUERIES: usize = 8;
+/// As `ts::NO_PARTS`.
+const NO_PARTS: u32 = u32::MAX;
+
+/// `ts::Tile` in kernels/tile.cuh: neighbouring rows of one sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct TileRecord {
+    row: u32,
+    rows: u32,
+    visible: u32,
+    table: u32,
+    list: u32,
+    list_stride: u32,
+    lengths: u32,
+    parts: u32,
+    budget: u32,
+    sink: u32,
+    recent: u32,
+    unused: u32,
+}
+
+/// Which pages a tile reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pages {
+    /// Every one, without a look at the boxes.
+    Everything,
+    /// The best ones, as many as the policy's budget.
+    Best { budget: usize, sink: usize, recent: usize },
+    /// Those that a selector on the host chose, by KV head.
+    Chosen,
+}
+
+/// A tile before it is laid out.
+#[derive(Debug, Clone)]
+pub(super) struct TilePlan {
+    /// The sequence's number in the call.
+    pub(super) sequence: usize,
+    /// Rows of the batch.
+    pub(super) rows: Range<usize>,
+    /// Tokens that the first row sees.
+    pub(super) visible: usize,
+    pub(super) pages: Pages,
+    /// With [`Pages::Chosen`], the list of each KV head.
+    pub(super) chosen: Vec<Vec<u32>>,
+}
+
+impl TilePlan {
+    /// Tokens that the last row sees.
+    pub(super) fn tokens(&self) -> usize {
+        self.visible + self.rows.len() - 1
+    }
+
+    /// Pages that `kv_head` reads, of `total`.
+    pub(super) fn length(&self, kv_head: usize, total: usize) -> usize {
+        match self.pages {
+            Pages::Everything => total,
+            Pages::Best { budget, .. } => budget,
+            Pages::Chosen => self.chosen[kv_head].len(),
+        }
+    }
+
+    pub(super) fn has_list(&self) -> bool {
+        matches!(self.pages, Pages::Best { .. } | Pages::Chosen)
+    }
+}
+
+/// Splits every sequence's rows into tiles: one row where pages are selected, elsewhere as many as
+/// share a pass.
+pub(super) fn tiles(
+    sequences: &[AttendSequence<'_>],
+    layer: usize,
+    page_size: usize,
+    group: usize,
+) -> Vec<TilePlan> {
+    let together = (MOST_QUERIES / group).max(1);
+    let mut tiles: Vec<TilePlan> = Vec::new();
+    for (number, sequence) in sequences.iter().enumerate() {
+        let first = tiles.len();
+        for row in sequence.rows.clone() {
+            let visible = sequence.first_position + row - sequence.rows.start + 1;
+            let pages = match sequence.attention {
+                Attention::Dense => Pages::Everything,
+                // Until it was asked.
+                Attention::Custom(_) => Pages::Chosen,
+                Attention::Policy(policy) => match policy.page_budget(layer, visible, page_size) {
+                    None => Pages::Everything,
+                    Some(budget) => Pages::Best {
+                        budget,
+                        sink: policy.sink_pages,
+                        recent: policy.recent_pages.max(1),
+                    },
+                },
+            };
+            match tiles[first..].last_mut() {
+                Some(last)
+                    if pages == Pages::Everything
+                        && last.pages == Pages::Everything
+                        && last.rows.len() < together =>
+                {
+                    last.rows.end = row + 1;
+                }
+                _ => tiles.push(TilePlan {
+                    sequence: number,
+                    rows: row..row + 1,
+                    visible,
+                    pages,
+                    chosen: Vec::new(),
+                }),
+            }
+        }
+    }
+    tiles
+}
+
+/// Tiles as kernels read them.
+#[derive(Debug, Default)]
+pub(super) struct Layout {
+    pub(super) records: Vec<TileRecord>,
+    /// Page ids of every sequence, one after the other.
+    pub(super) tables: Vec<u32>,
+    /// Lengths of the lists, by tile and KV head.
+    pub(super) lengths: Vec<u32>,
+    /// Tiles whose pages are scored.
+    pub(super) selecting: Vec<u32>,
+    /// Entries of all lists.
+    pub(super) list_entries: usize,
+    /// Lists that the host knows, by where they lie.
+    pub(super) known_lists: Vec<(usize, Vec<u32>)>,
+    /// Parts of one KV head.
+    pub(super) parts: usize,
+    /// Most parts of a tile, at least 1.
+    pub(super) most_parts: usize,
+    /// Most pages that are scored for one tile.
+    pub(super) most_pages: usize,
+    /// Most queries of a tile.
+    pub(super) most_queries: usize,
+}
+
+impl Layout {
+    pub(super) fn new(
+        tiles: &[TilePlan],
+        sequences: &[AttendSequence<'_>],
+        layout: &KvLayout,
+        heads: Heads,
+    ) -> Self {
+        let mut all = Self { most_parts: 1, most_queries: 1, ..Self::default() };
+        let mut starts = Vec::with_capacity(sequences.len());
+        for sequence in sequences {
+            starts.push(all.tables.len() as u32);
+            all.tables.extend(sequence.pages.iter().map(|page| page.index() as u32));
+        }
+        let part_pages = part_pages(layout.page_size());
+        for (number, tile) in tiles.iter().enumerate() {
+            let total = layout.pages_for(tile.tokens());
+            let longest = (0..heads.kv_heads).map(|head| tile.length(head, total)).max();
+            let longest = longest.unwrap_or(total);
+            let mut record = TileRecord {
+                row: tile.rows.start as u32,
+                rows: tile.rows.len() as u32,
+                visible: tile.visible as u32,
+                table: starts[tile.sequence],
+                list: 0,
+                list_stride: 0,
+                lengths: 0,
+                parts: NO_PARTS,
+                budget: 0,
+                sink: 0,
+                recent: 0,
+                unused: 0,
+            };
+            if tile.has_list() {
+                record.list = all.list_entries as u32;
+                record.list_stride = longest as u32;
+                record.lengths = all.lengths.len() as u32;
+                let lengths = (0..heads.kv_heads).map(|head| tile.length(head, total) as u32);
+                all.lengths.extend(lengths);
+                for (kv_head, list) in tile.chosen.iter().enumerate() {
+                    all.known_lists.push((all.list_entries + kv_head * longest, list.clone()));
+                }
+                all.list_entries += heads.kv_heads * longest;
+            }
+            if let Pages::Best { budget, sink, recent } = tile.pages {
+                let of = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+                (record.budget, record.sink, record.recent) = (of(budget), of(sink), of(recent));
+                all.selecting.push(number as u32);
+                all.most_pages = all.most_pages.max(total);
+            }
+            let parts = longest.div_ceil(part_pages);
+            if tile.rows.len() == 1 && parts > 1 {
+                record.parts = all.parts as u32;
+                all.parts += parts;
+                all.most_parts = all.most_parts.max(parts);
+            }
+            all.most_queries = all.most_queries.max(tile.rows.len() * heads.group());
+            all.records.push(record);
+        }
+        all
+    }
+}
+
+impl Layout {
+    /// The same tiles of those rows, reading every page.
+    pub(super) fn everything(&self, page_size: usize) -> Self {
+        let part_pages = part_pages(page_size);
+        let mut all = Self { most_parts: 1, most_queries: self.most_queries, ..Self::default() };
+        for record in &self.records {
+            let mut record = TileRecord { list_stride: 0, parts: NO_PARTS, ..*record };
+            let tokens = (record.visible + record.rows - 1) as usize;
+            let parts = tokens.div_ceil(page_size).div_ceil(part_pages);
+            if record.rows == 1 && parts > 1 {
+                record.parts = all.parts as u32;
+                all.parts += parts;
+                all.most_parts = all.most_parts.max(parts);
+            }
+            all.records.push(record);
+        }
+        all
+    }
+}
+
+/// Pages of a part.
+pub(super) fn part_pages(page_size: usize) -> usize {
+    (PART_TOKENS / page_size).max(1)
+}
+
+/// What the rows of a tile read, as [`crate::Cpu`] counts it.
+pub(super) fn count(
+    tile: &TilePlan,
+    layout: &KvLayout,
+    heads: Heads,
+    attention: Attention<'_>,
+) -> AttendStats {
+    let (size, head_bytes) = (layout.page_size(), 2 * layout.token_head_bytes());
+    let mut stats = AttendStats::default();
+    for kv_head in 0..heads.kv_heads {
+        for i in 0..tile.rows.len() {
+            let tokens = tile.visible + i;
+            let pages = layout.pages_for(tokens);
+            let (seen, read) = match tile.pages {
+                Pages::Everything => (pages, tokens),
+                // The newest page is always among them; only it may be partial.
+                Pages::Best { budget, .. } => (budget, budget * size - (pages * size - tokens)),
+                Pages::Chosen => {
+                    let list = &tile.chosen[kv_head];
+                    let last = list.last().is_some_and(|&last| last as usize + 1 == pages);
+                    let missing = if last { pages * size - tokens } else { 0 };
+                    (list.len(), list.len() * size - missing)
+                }
+            };
+            let boxes = match (tile.pages, attention) {
+                (Pages::Everything, _) => 0,
+                // Of a lone query the kernel reads one corner of the two in each channel.
+                (Pages::Best { .. }, _) if heads.group() == 1 => pages * head_bytes / 2,
+                (_, Attention::Policy(policy)) => policy.scorer.bytes_read(&ScoreCost {
+                    pages,
+                    budget: seen,
+                    page_size: size,
+                    head_dim: heads.head_dim,
+                    vector_bytes: layout.token_head_bytes(),
+                }),
+                _ => pages * head_bytes,
+            };
+            stats.pages_read += seen as u64;
+            stats.pages_total += pages as u64;
+            stats.bytes_read += (read * head_bytes + boxes) as u64;
+            stats.bytes_dense += (tokens * head_bytes) as u64;
+        }
+    }
+    stats
+}

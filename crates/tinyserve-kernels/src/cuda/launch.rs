@@ -1,0 +1,194 @@
+//! Loading kernels from the embedded PTX, and launching them on the device's one stream.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaModule, CudaStream, LaunchConfig, PushKernelArg,
+};
+use cudarc::nvrtc::Ptx;
+
+use super::device::message;
+use super::error::CudaError;
+
+macro_rules! modules {
+    ($($name:literal),* $(,)?) => {
+        &[$(($name, include_str!(concat!("../../ptx/", $name, ".ptx")))),*]
+    };
+}
+
+/// What `cargo xtask build-kernels` made of `kernels/`.
+const MODULES: &[(&str, &str)] = modules!(
+    "activate",
+    "append_kv",
+    "attend_bf16",
+    "attend_f16",
+    "attend_f32",
+    "combine",
+    "copy_page",
+    "embed",
+    "gemv",
+    "gemv_quantised",
+    "move_tokens",
+    "norm",
+    "observe",
+    "rotary",
+    "rows",
+    "score_pages",
+    "select_pages",
+);
+
+/// An argument of a kernel.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Arg {
+    /// An address on the device; 0 is null.
+    Pointer(u64),
+    /// A whole number.
+    Whole(i32),
+    /// A number.
+    Number(f32),
+    /// `ts::PageShape`: KV heads, channels, tokens of a page.
+    Shape([i32; 3]),
+}
+
+impl Arg {
+    /// A count, as kernels take it.
+    pub(super) fn count(n: usize) -> Self {
+        // What does not fit was refused when memory was asked for.
+        Self::Whole(i32::try_from(n).unwrap_or(i32::MAX))
+    }
+
+    /// A flag, as kernels take it.
+    pub(super) fn flag(flag: bool) -> Self {
+        Self::Whole(i32::from(flag))
+    }
+}
+
+/// How a kernel is launched.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Shape {
+    pub(super) grid: (u32, u32, u32),
+    pub(super) block: (u32, u32, u32),
+    /// Bytes of dynamic shared memory.
+    pub(super) shared: u32,
+}
+
+impl Shape {
+    /// `x` by `y` by `z` blocks of `threads` threads.
+    pub(super) fn new((x, y, z): (usize, usize, usize), threads: u32) -> Self {
+        let of = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        Self { grid: (of(x), of(y), of(z)), block: (threads, 1, 1), shared: 0 }
+    }
+}
+
+/// The stream, and the kernels that were asked for so far.
+#[derive(Debug)]
+pub(super) struct Launcher {
+    pub(super) context: Arc<CudaContext>,
+    pub(super) stream: Arc<CudaStream>,
+    loaded: Mutex<Loaded>,
+}
+
+#[derive(Debug, Default)]
+struct Loaded {
+    modules: HashMap<&'static str, Arc<CudaModule>>,
+    kernels: HashMap<&'static str, CudaFunction>,
+}
+
+impl Launcher {
+    pub(super) fn new(context: Arc<CudaContext>, stream: Arc<CudaStream>) -> Self {
+        Self { context, stream, loaded: Mutex::default() }
+    }
+
+    /// Launches `kernel`; nothing is waited for.
+    ///
+    /// # Safety
+    /// The arguments are those of the kernel in `kernels/`, in its order, and every pointer is to
+    /// device memory of the size that the kernel's comment states for these numbers.
+    pub(super) unsafe fn launch(
+        &self,
+        kernel: &'static str,
+        shape: Shape,
+        args: &[Arg],
+    ) -> Result<(), CudaError> {
+        let Shape { grid, block, shared } = shape;
+        // An empty grid is an error to the driver, and nothing to do for us.
+        if grid.0 == 0 || grid.1 == 0 || grid.2 == 0 {
+            return Ok(());
+        }
+        let failed = |error| CudaError::Launch {
+            kernel: kernel.to_owned(),
+            grid,
+            block,
+            message: message(error),
+        };
+        let function = self.kernel(kernel)?;
+        let mut launch = self.stream.launch_builder(&function);
+        for arg in args {
+            match arg {
+                Arg::Pointer(pointer) => launch.arg(pointer),
+                Arg::Whole(whole) => launch.arg(whole),
+                Arg::Number(number) => launch.arg(number),
+                Arg::Shape(shape) => launch.arg(shape),
+            };
+        }
+        let config = LaunchConfig { grid_dim: grid, block_dim: block, shared_mem_bytes: shared };
+        // SAFETY: the caller's promise.
+        unsafe { launch.launch(config) }.map(drop).map_err(failed)
+    }
+
+    /// A kernel by its name; its module is loaded, and compiled for the device, when first used.
+    fn kernel(&self, name: &'static str) -> Result<CudaFunction, CudaError> {
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        let Loaded { modules, kernels } = &mut *loaded;
+        if let Some(kernel) = kernels.get(name) {
+            return Ok(kernel.clone());
+        }
+        let failed = |message| CudaError::Driver {
+            what: "loading a kernel",
+            message: format!("{name}: {message}"),
+        };
+        let entry = format!(".entry {name}(");
+        let Some((module, ptx)) = MODULES.iter().find(|(_, ptx)| ptx.contains(&entry)) else {
+            return Err(failed("no such kernel in this binary".to_owned()));
+        };
+        let module = match modules.get(module) {
+            Some(module) => module.clone(),
+            None => {
+                let fresh = self.context.load_module(Ptx::from_src(*ptx));
+                let fresh = fresh.map_err(|error| failed(message(error)))?;
+                modules.insert(module, fresh.clone());
+                fresh
+            }
+        };
+        let kernel = module.load_function(name).map_err(|error| failed(message(error)))?;
+        kernels.insert(name, kernel.clone());
+        Ok(kernel)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_module_is_embedded_and_every_kernel_is_in_one() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/ptx");
+        let mut files: Vec<String> = std::fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        files.sort();
+        let names: Vec<String> = MODULES.iter().map(|(name, _)| format!("{name}.ptx")).collect();
+        assert_eq!(files, names);
+        let mut entries: Vec<&str> = MODULES
+            .iter()
+            .flat_map(|(_, ptx)| ptx.split(".entry ").skip(1))
+            .filter_map(|rest| rest.split('(').next())
+            .collect();
+        let all = entries.len();
+        entries.sort_unstable();
+        entries.dedup();
+        assert_eq!(entries.len(), all, "two kernels have one name");
+    }
+}

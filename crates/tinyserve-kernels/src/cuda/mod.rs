@@ -1,0 +1,296 @@
+//! The CUDA backend: kernels of `kernels/`, embedded as PTX, behind the operations of the seam.
+//!
+//! Work goes to one stream, in order, and the host waits only where something is downloaded. An
+//! operation that fails leaves its cause behind, and those after it do nothing, until
+//! [`Backend::check`] tells; the device's memory stays as it was.
+
+mod append;
+mod attend;
+mod device;
+mod error;
+mod launch;
+mod linear;
+mod memory;
+mod pages;
+mod tensor;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tinyserve_kv::{KvLayout, PageCopy, PageId, TokenMove};
+
+pub use device::CudaDevice;
+pub use error::{CudaError, CudaVersion};
+pub use pages::CudaPages;
+pub use tensor::{CudaLinear, CudaTensor, CudaVector};
+
+use crate::{
+    ActivateArgs, Activation, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs,
+    HostTensor, KernelError, LinearArgs, LinearSpec, NormArgs, NormKind, RotaryAnglesArgs,
+    RotaryArgs,
+};
+use launch::{Arg, Launcher, Shape};
+use memory::{Buffer, Staging, Upload};
+
+/// Threads of a block of a pointwise kernel.
+const POINTWISE: u32 = 256;
+
+/// The CUDA backend on one device.
+#[derive(Debug)]
+pub struct Cuda {
+    launcher: Launcher,
+    device: CudaDevice,
+    state: Mutex<State>,
+}
+
+/// What operations reuse, and what went wrong.
+#[derive(Debug, Default)]
+struct State {
+    failure: Option<CudaError>,
+    staging: Staging,
+    ids: Upload,
+    positions: Upload,
+    frequencies: Upload,
+    rows: Upload,
+    moves: Upload,
+    append: append::Scratch,
+    attend: attend::Scratch,
+    linear: linear::Scratch,
+}
+
+impl Cuda {
+    /// Opens device `ordinal`.
+    ///
+    /// # Errors
+    /// When there is no driver, no such device, or one of them is too old.
+    pub fn new(ordinal: usize) -> Result<Self, KernelError> {
+        let (context, device) = device::open(ordinal)?;
+        // SAFETY: all work goes to one stream, in order, so that no buffer needs to be watched.
+        // Watching would wait inside captures for what is outside.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(device::driver_error("making a stream"))?;
+        let launcher = Launcher::new(context, stream);
+        Ok(Self { launcher, device, state: Mutex::default() })
+    }
+
+    /// The device.
+    #[must_use]
+    pub fn device(&self) -> &CudaDevice {
+        &self.device
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // What a panic left half done is written again before it is read.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs an operation, unless an earlier one failed; its failure is kept.
+    fn run(&self, operation: impl FnOnce(&mut State) -> Result<(), CudaError>) {
+        let mut state = self.state();
+        if state.failure.is_none()
+            && let Err(error) = operation(&mut state)
+        {
+            state.failure = Some(error);
+        }
+    }
+
+    /// Blocks for `rows` rows of `columns` channels.
+    fn pointwise(rows: usize, columns: usize) -> Shape {
+        Shape::new((rows, columns.div_ceil(POINTWISE as usize), 1), POINTWISE)
+    }
+}
+
+impl Backend for Cuda {
+    type Tensor = CudaTensor;
+    type Vector = CudaVector;
+    type Linear = CudaLinear;
+    type KvPages = CudaPages;
+
+    fn tensor(&self, columns: usize) -> CudaTensor {
+        CudaTensor::new(columns)
+    }
+
+    fn load_vector(&self, vector: &HostTensor) -> Result<CudaVector, KernelError> {
+        let values = crate::cpu::vector(vector)?;
+        let what = format!("tensor {:?}", vector.name());
+        let columns = values.len();
+        Ok(CudaVector { values: Buffer::of(&self.launcher, &values, &what)?, columns })
+    }
+
+    fn load_linear(&self, spec: LinearSpec) -> Result<CudaLinear, KernelError> {
+        linear::load(&self.launcher, &mut self.state().staging, spec)
+    }
+
+    fn linear_bytes(&self, linear: &CudaLinear) -> usize {
+        linear.bytes()
+    }
+
+    fn allocate_pages(&self, layout: KvLayout, pages: usize) -> Result<CudaPages, KernelError> {
+        CudaPages::new(&self.launcher, layout, pages)
+    }
+
+    fn copy_page(&self, pages: &mut CudaPages, copy: PageCopy) {
+        self.run(|_| append::copy_page(&self.launcher, pages, copy));
+    }
+
+    fn download_page(
+        &self,
+        pages: &CudaPages,
+        page: PageId,
+        out: &mut Vec<u8>,
+    ) -> Result<(), KernelError> {
+        Ok(pages.read_page(&self.launcher, page, out)?)
+    }
+
+    fn upload_page(
+        &self,
+        pages: &mut CudaPages,
+        page: PageId,
+        bytes: &[u8],
+    ) -> Result<(), KernelError> {
+        Ok(pages.write_page(&self.launcher, page, bytes)?)
+    }
+
+    fn move_tokens(&self, pages: &mut CudaPages, moves: &[TokenMove]) -> Result<(), KernelError> {
+        let mut state = self.state();
+        Ok(append::move_tokens(&self.launcher, &mut state.moves, pages, moves)?)
+    }
+
+    fn embed(&self, args: EmbedArgs<'_, Self>) {
+        self.run(|state| linear::embed(&self.launcher, &mut state.ids, args));
+    }
+
+    fn norm(&self, args: NormArgs<'_, Self>) {
+        let NormArgs { kind, x, weight, bias, epsilon, out } = args;
+        let (rows, columns) = (x.rows(), x.columns());
+        assert_eq!(out.columns(), columns, "output width of a norm");
+        assert_eq!(weight.columns, columns, "scale of a norm");
+        assert!(bias.is_none_or(|bias| bias.columns == columns), "shift of a norm");
+        self.run(|_| {
+            out.resize(&self.launcher, rows)?;
+            let kernel = match kind {
+                NormKind::Layer => "norm_layer",
+                NormKind::Rms => "norm_rms",
+            };
+            let args = [
+                x.arg(),
+                weight.values.arg(),
+                bias.map_or(Arg::Pointer(0), |bias| bias.values.arg()),
+                out.arg(),
+                Arg::count(columns),
+                Arg::Number(epsilon),
+            ];
+            // SAFETY: `x` and `out` have `rows` rows of `columns`, as both vectors have.
+            unsafe { self.launcher.launch(kernel, Shape::new((rows, 1, 1), 256), &args) }
+        });
+    }
+
+    fn linear(&self, args: LinearArgs<'_, Self>) {
+        self.run(|state| linear::linear(&self.launcher, &mut state.linear, args));
+    }
+
+    fn rotary_angles(&self, args: RotaryAnglesArgs<'_, Self>) {
+        let RotaryAnglesArgs { positions, inverse_frequencies, out } = args;
+        let half = inverse_frequencies.len();
+        assert_eq!(out.columns(), 2 * half, "width of the angles");
+        self.run(|state| {
+            out.resize(&self.launcher, positions.len())?;
+            let args = [
+                state.positions.send(&self.launcher, positions)?,
+                state.frequencies.send(&self.launcher, inverse_frequencies)?,
+                out.arg(),
+                Arg::count(half),
+            ];
+            let shape = Shape::new((positions.len(), 1, 1), 128);
+            // SAFETY: `out` has a row of twice as many columns as frequencies for each position.
+            unsafe { self.launcher.launch("rotary_angles", shape, &args) }
+        });
+    }
+
+    fn rotary(&self, args: RotaryArgs<'_, Self>) {
+        let RotaryArgs { angles, heads, qkv } = args;
+        assert_eq!(angles.columns(), heads.head_dim, "width of the angles");
+        assert_eq!(qkv.columns(), heads.qkv_width(), "width of queries, keys and values");
+        assert_eq!(angles.rows(), qkv.rows(), "rows of the angles");
+        self.run(|_| {
+            let args = [
+                angles.arg(),
+                qkv.arg(),
+                Arg::count(heads.head_dim),
+                Arg::count(heads.qkv_width()),
+            ];
+            let shape = Shape::new((qkv.rows(), heads.q_heads + heads.kv_heads, 1), 64);
+            // SAFETY: queries and keys are the first heads of each row, and `angles` has as many.
+            unsafe { self.launcher.launch("rotary", shape, &args) }
+        });
+    }
+
+    fn append_kv(&self, args: AppendKvArgs<'_, Self>) {
+        self.run(|state| append::append_kv(&self.launcher, &mut state.append, args));
+    }
+
+    fn attend(&self, args: AttendArgs<'_, Self>) -> Result<AttendStats, KernelError> {
+        self.check()?;
+        attend::attend(self, args)
+    }
+
+    fn activate(&self, args: ActivateArgs<'_, Self>) {
+        let ActivateArgs { activation, gated, x, out } = args;
+        let (rows, width) = (x.rows(), out.columns());
+        let expected = if gated { 2 * width } else { width };
+        assert_eq!(x.columns(), expected, "input width of an activation");
+        self.run(|_| {
+            out.resize(&self.launcher, rows)?;
+            // As the kernel numbers them.
+            let number = match activation {
+                Activation::GeluTanh => 0,
+                Activation::Gelu => 1,
+                Activation::Relu => 2,
+                Activation::Silu => 3,
+            };
+            let args =
+                [x.arg(), out.arg(), Arg::Whole(number), Arg::flag(gated), Arg::count(width)];
+            // SAFETY: `x` has `rows` rows of `width`, or twice that, and `out` as many of `width`.
+            unsafe { self.launcher.launch("activate", Self::pointwise(rows, width), &args) }
+        });
+    }
+
+    fn gather_rows(&self, x: &CudaTensor, rows: &[u32], out: &mut CudaTensor) {
+        assert_eq!(out.columns(), x.columns(), "width of gathered rows");
+        assert!(rows.iter().all(|&row| (row as usize) < x.rows()), "rows to gather");
+        self.run(|state| {
+            out.resize(&self.launcher, rows.len())?;
+            let indices = state.rows.send(&self.launcher, rows)?;
+            let args = [x.arg(), indices, out.arg(), Arg::count(x.columns())];
+            let shape = Self::pointwise(rows.len(), x.columns());
+            // SAFETY: every index is a row of `x`, and `out` has a row for each.
+            unsafe { self.launcher.launch("gather_rows", shape, &args) }
+        });
+    }
+
+    fn download(&self, x: &CudaTensor, out: &mut Vec<f32>) {
+        out.clear();
+        out.resize(x.rows() * x.columns(), 0.0);
+        self.run(|_| match &x.values {
+            Some(values) => values.read(&self.launcher, 0, bytemuck::cast_slice_mut(out)),
+            None => Ok(()),
+        });
+    }
+
+    fn upload(&self, values: &[f32], out: &mut CudaTensor) {
+        assert!(values.len().is_multiple_of(out.columns()), "whole rows");
+        self.run(|_| {
+            out.resize(&self.launcher, values.len() / out.columns())?;
+            match &mut out.values {
+                Some(buffer) => buffer.write(&self.launcher, 0, bytemuck::cast_slice(values)),
+                None => Ok(()),
+            }
+        });
+    }
+
+    fn check(&self) -> Result<(), KernelError> {
+        match self.state().failure.take() {
+            None => Ok(()),
+            Some(error) => Err(error.into()),
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! The bytes of a page pool on a device, laid out as in host memory.
+
+use tinyserve_kv::{GROUP_PAGES, KvFormat, KvLayout, PageId};
+
+use super::error::CudaError;
+use super::launch::{Arg, Launcher};
+use super::memory::Buffer;
+use crate::KernelError;
+
+/// Most channels of a head: what a block of the attention kernel has registers for.
+const MOST_HEAD_DIM: usize = 256;
+
+/// Keys, values and boxes of a page pool, in a device's memory.
+///
+/// [`KvLayout`] says where each lies; the layers come one after the other.
+#[derive(Debug)]
+pub struct CudaPages {
+    layout: KvLayout,
+    capacity: usize,
+    pages: Buffer,
+    pub(super) boxes: Buffer,
+    element: Element,
+}
+
+impl CudaPages {
+    pub(super) fn new(
+        device: &Launcher,
+        layout: KvLayout,
+        capacity: usize,
+    ) -> Result<Self, KernelError> {
+        let shape = layout.shape();
+        let element = Element::of(shape.format)?;
+        if shape.head_dim > MOST_HEAD_DIM {
+            return Err(KernelError::Invalid {
+                what: "head_dim",
+                found: shape.head_dim.to_string(),
+                expected: format!("at most {MOST_HEAD_DIM} on a CUDA device"),
+            });
+        }
+        let bytes = |elements: usize| {
+            capacity
+                .checked_next_multiple_of(GROUP_PAGES)
+                .and_then(|pages| pages.checked_mul(elements * shape.layers))
+                .and_then(|elements| elements.checked_mul(shape.format.element_bytes()))
+                .ok_or_else(|| KernelError::Invalid {
+                    what: "KV pool",
+                    found: format!("{capacity} pages"),
+                    expected: "fewer pages: their bytes overflow".to_owned(),
+                })
+        };
+        let what = format!("a KV cache of {capacity} pages");
+        let pages = Buffer::zeroed(device, bytes(layout.page_elements())?, &what)?;
+        let boxes = Buffer::zeroed(device, bytes(layout.box_elements())?, &what)?;
+        Ok(Self { layout, capacity, pages, boxes, element })
+    }
+
+    /// The layout of each page.
+    #[must_use]
+    pub fn layout(&self) -> &KvLayout {
+        &self.layout
+    }
+
+    /// Pages that there is memory for.
+    #[must_use]
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    pub(super) fn element(&self) -> Element {
+        self.element
+    }
+
+    pub(super) fn shape(&self) -> Arg {
+        let shape = self.layout.shape();
+        // Sizes that do not fit have no memory.
+        let of = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
+        Arg::Shape([of(shape.kv_heads), of(shape.head_dim), of(shape.page_size)])
+    }
+
+    /// Keys and values of a layer.
+    pub(super) fn layer(&self, layer: usize) -> Arg {
+        Arg::Pointer(self.pages.at(layer * self.layer_bytes(self.layout.page_elements())))
+    }
+
+    /// Boxes of a layer.
+    pub(super) fn layer_boxes(&self, layer: usize) -> Arg {
+        Arg::Pointer(self.boxes.at(self.boxes_start(layer)))
+    }
+
+    /// Offset of the boxes of a layer, in bytes.
+    pub(super) fn boxes_start(&self, layer: usize) -> usize {
+        layer * self.layer_bytes(self.layout.box_elements())
+    }
+
+    /// Appends the bytes of a full page to `out`, as [`tinyserve_kv::HostPages::read_page`] has them.
+    pub(super) fn read_page(
+        &self,
+        device: &Launcher,
+        page: PageId,
+        out: &mut Vec<u8>,
+    ) -> Result<(), CudaError> {
+        assert!(page.index() < self.capacity, "page {} of {}", page.index(), self.capacity);
+        let (shape, element) = (self.layout.shape(), self.layout.shape().format.element_bytes());
+        let mut group = vec![0; self.layout.group_box_elements() * element];
+        for layer in 0..shape.layers {
+            for kv_head in 0..shape.kv_heads {
+                let start = out.len();
+                out.resize(start + 2 * self.layout.head_elements() * element, 0);
+                self.pages.read(
+                    device,
+                    self.head_start(layer, page, kv_head),
+                    &mut out[start..],
+                )?;
+            }
+            for kv_head in 0..shape.kv_heads {
+                self.boxes.read(device, self.group_start(layer, page, kv_head), &mut group)?;
+                let own = group.chunks_exact(element).skip(page.index() % GROUP_PAGES);
+                own.step_by(GROUP_PAGES).for_each(|corner| out.extend_from_slice(corner));
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts a full page back.
+    pub(super) fn write_page(
+        &mut self,
+        device: &Launcher,
+        page: PageId,
+        bytes: &[u8],
+    ) -> Result<(), CudaError> {
+        assert!(page.index() < self.capacity, "page {} of {}", page.index(), self.capacity);
+        assert_eq!(bytes.len(), self.layout.bytes_per_page(), "bytes of a page");
+        let (shape, element) = (self.layout.shape(), self.layout.shape().format.element_bytes());
+        let mut group = vec![0; self.layout.group_box_elements() * element];
+        let mut rest = bytes;
+        for layer in 0..shape.layers {
+            for kv_head in 0..shape.kv_heads {
+                let (head, others) = rest.split_at(2 * self.layout.head_elements() * element);
+                self.pages.write(device, self.head_start(layer, page, kv_head), head)?;
+                rest = others;
+            }
+            for kv_head in 0..shape.kv_heads {
+                let start = self.group_start(layer, page, kv_head);
+                self.boxes.read(device, start, &mut group)?;
+                let (own, others) = rest.split_at(2 * shape.head_dim * element);
+                let places = group.chunks_exact_mut(element).skip(page.index() % GROUP_PAGES);
+                for (place, corner) in places.step_by(GROUP_PAGES).zip(own.chunks_exact(element)) {
+                    place.copy_from_slice(corner);
+                }
+                self.boxes.write(device, start, &group)?;
+                rest = others;
+            }
+        }
+        Ok(())
+    }
+
+    /// Offset of a head of a page, in bytes.
+    fn head_start(&self, layer: usize, page: PageId, kv_head: usize) -> usize {
+        let offset = self.layout.head_offset(page.index(), kv_head);
+        layer * self.layer_bytes(self.layout.page_elements())
+            + offset * self.layout.shape().format.element_bytes()
+    }
+
+    /// Offset of the boxes of a head of a page's group, in bytes.
+    fn group_start(&self, layer: usize, page: PageId, kv_head: usize) -> usize {
+        let offset = self.layout.box_offset(page.index() / GROUP_PAGES, kv_head);
+        self.boxes_start(layer) + offset * self.layout.shape().format.element_bytes()
+    }
+
+    fn layer_bytes(&self, elements: usize) -> usize {
+        let pages = self.capacity.next_multiple_of(GROUP_PAGES);
+        pages * elements * self.layout.shape().format.element_bytes()
+    }
+
+    /// Whether 16-byte loads divide the rows of keys and of values: a page size that is a power of
+    /// two, and fills one, and a head_dim that is a multiple.
+    pub(super) fn is_wide(&self) -> bool {
+        let shape = self.layout.shape();
+        let elements = 16 / shape.format.element_bytes();
+        shape.page_size.is_power_of_two()
+            && shape.page_size >= elements
+            && shape.head_dim.is_multiple_of(elements)
+    }
+}
+
+/// An element of keys and values that kernels are compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Element {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl Element {
+    fn of(format: KvFormat) -> Result<Self, KernelError> {
+        match format {
+            KvFormat::F32 => Ok(Self::F32),
+            KvFormat::F16 => Ok(Self::F16),
+            KvFormat::Bf16 => Ok(Self::Bf16),
+            #[allow(unreachable_patterns, reason = "formats come to the CPU first")]
+            other => Err(KernelError::Invalid {
+                what: "kv_cache_dtype",
+                found: other.to_string(),
+                expected: "f32, f16 or bf16 on a CUDA device".to_owned(),
+            }),
+        }
+    }
+
+    /// The kernel of a list that is for this element: f32, f16, bf16.
+    pub(super) fn kernel(self, names: [&'static str; 3]) -> &'static str {
+        match self {
+            Self::F32 => names[0],
+            Self::F16 => names[1],
+            Self::Bf16 => names[2],
+        }
+    }
+}

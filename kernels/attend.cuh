@@ -1,0 +1,267 @@
+// Attention of a few queries over listed pages: one pass over keys and values for all of them.
+//
+// A block works through its pages in chunks of about 256 tokens: scores of all queries, one online
+// softmax update, weighted sums of the values. Dense attention is the same code over every page. The
+// order of every sum depends on the list alone, never on the batch or on what other queries share the
+// pass. Scores are in units of ln 2, so that a weight is a power of two.
+#pragma once
+#include "tile.cuh"
+
+namespace ts {
+
+constexpr int ATTEND_TOKENS = 256;
+constexpr int ATTEND_MOST_DIM = 256;
+// Numbers of a query's state beside its sums: largest score, sum of weights, and the sum of weights times
+// scores relative to the largest, from which the entropy follows.
+constexpr int ATTEND_STATE = 3;
+
+// What a block reads, and for whom.
+struct AttendJob {
+  Tile tile;
+  PageShape shape;
+  int kv_head;
+  // Query heads that share a KV head; query `j` of a tile is head `j % group` of row `j / group`.
+  int group;
+  // First query of the tile that is the block's, and queries that the tile has.
+  int first_query, n_queries;
+  // Row width of `qkv`, and the factor of scores.
+  int width;
+  float scale;
+  // Page ids of the sequence, and places of the listed pages in it; null lists every page.
+  const u32* table;
+  const u32* list;
+  // The block's part of the list.
+  u32 begin, end;
+};
+
+// Calls `finish(query, channel, sum, state)` for every query of the block and channel, by one thread each.
+// Every thread of the block of `WARPS` warps calls it. `WIDE`: loads of 16 bytes, where page_size is a power
+// of two that fills one, and head_dim a multiple.
+template <class T, bool WIDE, int Q, int WARPS, class Finish>
+__device__ __forceinline__ void attend(const float* qkv, const T* pages, const AttendJob& job, Finish finish) {
+  constexpr int N = WIDE ? Wide<T>::N : 1;
+  constexpr int THREADS = WARPS * WARP;
+  // Vectors of channels that a thread adds up.
+  constexpr int VECTORS = (ATTEND_MOST_DIM / N + THREADS - 1) / THREADS;
+  constexpr int OWN_QUERIES = (Q + WARPS - 1) / WARPS;
+  TS_SHARED(float, queries, [Q][ATTEND_MOST_DIM]);
+  TS_SHARED(float, weights, [Q][ATTEND_TOKENS]);
+  TS_SHARED(float, factors, [Q]);
+  TS_SHARED(float, states, [Q][ATTEND_STATE]);
+  TS_SHARED(u32, page_ids, [ATTEND_TOKENS]);
+  TS_SHARED(u32, positions, [ATTEND_TOKENS]);
+  TS_SHARED(float, sums, [THREADS * N]);
+
+  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  int dim = job.shape.head_dim, page_size = job.shape.page_size;
+  // Tokens that each query sees; none for a query that the tile does not have.
+  TS_SHARED(u32, visible, [Q]);
+  if (threadIdx.x < Q) {
+    int query = job.first_query + threadIdx.x;
+    visible[threadIdx.x] = query < job.n_queries ? job.tile.visible + query / job.group : 0;
+  }
+  u32 seen = job.tile.visible + job.tile.rows - 1;
+  for (int i = threadIdx.x; i < Q * dim; i += THREADS) {
+    int query = job.first_query + i / dim;
+    float x = 0.f;
+    if (query < job.n_queries) {
+      size_t row = job.tile.row + query / job.group;
+      int head = job.kv_head * job.group + query % job.group;
+      x = qkv[row * job.width + size_t(head) * dim + i % dim] * job.scale;
+    }
+    queries[i / dim][i % dim] = x;
+  }
+
+  // Threads share out the channels, and what is left of them the tokens.
+  int vectors = dim / N, slices = vectors < THREADS ? THREADS / vectors : 1;
+  int slice = vectors < THREADS ? int(threadIdx.x) / vectors : 0;
+  int vector = vectors < THREADS ? int(threadIdx.x) % vectors : int(threadIdx.x);
+  float total[Q][VECTORS][N] = {};
+  // Query `warp + i·WARPS` is this warp's.
+  float largest[OWN_QUERIES], mass[OWN_QUERIES], tilt[OWN_QUERIES];
+  for (int i = 0; i < OWN_QUERIES; i++) {
+    largest[i] = -INFINITY;
+    mass[i] = 0.f;
+    tilt[i] = 0.f;
+  }
+
+  // A chunk is whole pages, or a piece of a page that is larger than a chunk.
+  u32 at = job.begin;
+  int piece = 0;
+  while (at < job.end) {
+    int n_pages = 1, n_offsets = min(ATTEND_TOKENS, page_size - piece);
+    if (page_size <= ATTEND_TOKENS) {
+      n_pages = int(min(u32(ATTEND_TOKENS / page_size), job.end - at));
+      n_offsets = page_size;
+    }
+    int n_tokens = n_pages * n_offsets;
+    __syncthreads();
+    for (int i = threadIdx.x; i < n_pages; i += THREADS) {
+      u32 place = job.list ? job.list[at + i] : at + i;
+      page_ids[i] = job.table[place];
+      positions[i] = place * page_size + piece;
+    }
+    __syncthreads();
+
+    for (int page = warp; page < n_pages; page += WARPS) {
+      const T* keys = pages + keys_at(job.shape, page_ids[page], job.kv_head) + piece;
+      if constexpr (WIDE) {
+        // Lanes lie along a row of keys, which are the tokens of a channel, then along the channels.
+        int row = n_offsets / N, across = min(row, WARP), down = WARP / across;
+        int column = lane % across, first = lane / across;
+        for (int start = 0; start < row; start += across) {
+          float products[Q][N] = {};
+          int token = (start + column) * N;
+#pragma unroll(Q > 4 ? 1 : Q > 1 ? 2 : 4)
+          for (int channel = first; channel < dim; channel += down) {
+            float k[N];
+            load_wide(keys + size_t(channel) * page_size + token, k);
+            for (int q = 0; q < Q; q++) {
+              float x = queries[q][channel];
+              for (int n = 0; n < N; n++) {
+                products[q][n] = fmaf(x, k[n], products[q][n]);
+              }
+            }
+          }
+          for (int step = across; step < WARP; step *= 2) {
+#pragma unroll
+            for (int i = 0; i < Q * N; i++) {
+              products[i / N][i % N] += __shfl_xor_sync(ALL_LANES, products[i / N][i % N], step);
+            }
+          }
+#pragma unroll
+          for (int i = 0; i < Q * N; i++) {
+            // Every lane of a column has the sum; they take turns in storing.
+            if (first == i % down) {
+              bool sees = positions[page] + token + i % N < visible[i / N];
+              weights[i / N][page * n_offsets + token + i % N] = sees ? products[i / N][i % N] : -INFINITY;
+            }
+          }
+        }
+      } else {
+        for (int token = lane; token < n_offsets; token += WARP) {
+          float products[Q] = {};
+          for (int channel = 0; channel < dim; channel++) {
+            float k = widen(keys[size_t(channel) * page_size + token]);
+            for (int q = 0; q < Q; q++) {
+              products[q] = fmaf(queries[q][channel], k, products[q]);
+            }
+          }
+          for (int q = 0; q < Q; q++) {
+            bool sees = positions[page] + token < visible[q];
+            weights[q][page * n_offsets + token] = sees ? products[q] : -INFINITY;
+          }
+        }
+      }
+    }
+    __syncthreads();
+
+    for (int i = 0; i < OWN_QUERIES; i++) {
+      int q = warp + i * WARPS;
+      if (q < Q) {
+        float next = largest[i];
+        for (int token = lane; token < n_tokens; token += WARP) {
+          next = fmaxf(next, weights[q][token]);
+        }
+        next = warp_max(next);
+        // Before the first visible token there is nothing to scale, and no difference to take.
+        float factor = largest[i] == -INFINITY ? 0.f : exp2f(largest[i] - next);
+        float fall = largest[i] == -INFINITY ? 0.f : largest[i] - next;
+        float sum = 0.f, weighted = 0.f;
+        for (int token = lane; token < n_tokens; token += WARP) {
+          float score = weights[q][token];
+          float weight = score == -INFINITY ? 0.f : exp2f(score - next);
+          weights[q][token] = weight;
+          sum += weight;
+          weighted += weight == 0.f ? 0.f : weight * (score - next);
+        }
+        tilt[i] = factor * (tilt[i] + mass[i] * fall) + warp_sum(weighted);
+        mass[i] = mass[i] * factor + warp_sum(sum);
+        largest[i] = next;
+        if (lane == 0) {
+          factors[q] = factor;
+        }
+      }
+    }
+    __syncthreads();
+
+#pragma unroll
+    for (int v = 0; v < VECTORS; v++) {
+      int column = vector + v * THREADS;
+      if (column < vectors && slice < slices) {
+#pragma unroll
+        for (int q = 0; q < Q; q++) {
+          float factor = factors[q];
+          for (int n = 0; n < N; n++) {
+            total[q][v][n] *= factor;
+          }
+        }
+#pragma unroll(Q > 4 ? 1 : 2)
+        for (int token = slice; token < n_tokens; token += slices) {
+          int page = token / n_offsets, offset = token % n_offsets;
+          u32 position = positions[page] + offset;
+          // What lies beyond the sequence may be anything.
+          if (position < seen) {
+            const T* values = pages + values_at(job.shape, page_ids[page], job.kv_head);
+            float x[N];
+            const T* from = values + size_t(piece + offset) * dim + column * N;
+            if constexpr (WIDE) {
+              load_wide(from, x);
+            } else {
+              x[0] = widen(*from);
+            }
+#pragma unroll
+            for (int q = 0; q < Q; q++) {
+              float weight = weights[q][token];
+              for (int n = 0; n < N; n++) {
+                // A later row's value is none of an earlier row's, not even times zero.
+                total[q][v][n] = position < visible[q] ? fmaf(weight, x[n], total[q][v][n]) : total[q][v][n];
+              }
+            }
+          }
+        }
+      }
+    }
+    piece += n_offsets;
+    if (page_size <= ATTEND_TOKENS || piece == page_size) {
+      at += n_pages;
+      piece = 0;
+    }
+  }
+
+  for (int i = 0; i < OWN_QUERIES; i++) {
+    int q = warp + i * WARPS;
+    if (q < Q && lane == 0) {
+      states[q][0] = largest[i];
+      states[q][1] = mass[i];
+      states[q][2] = tilt[i];
+    }
+  }
+  // The sums of a query's slices, one query after the other.
+#pragma unroll
+  for (int q = 0; q < Q; q++) {
+    if (job.first_query + q < job.n_queries) {
+#pragma unroll
+      for (int v = 0; v < VECTORS; v++) {
+        int column = vector + v * THREADS;
+        if (column < vectors && slice < slices) {
+          for (int n = 0; n < N; n++) {
+            sums[(slice * min(vectors, THREADS) + vector) * N + n] = total[q][v][n];
+          }
+        }
+        __syncthreads();
+        int columns = min(dim - v * THREADS * N, min(vectors, THREADS) * N);
+        for (int i = threadIdx.x; i < columns; i += THREADS) {
+          float sum = 0.f;
+          for (int s = 0; s < slices; s++) {
+            sum += sums[s * min(vectors, THREADS) * N + i];
+          }
+          finish(job.first_query + q, v * THREADS * N + i, sum, states[q]);
+        }
+        __syncthreads();
+      }
+    }
+  }
+}
+
+}  // namespace ts

@@ -1,0 +1,6 @@
+// Paged attention over pages of f16 keys and values; see attend_tile.cuh.
+//
+// Must move tokens·head_dim·2·2 bytes per list and KV head, once per Q queries.
+#include "attend_tile.cuh"
+
+ATTEND_QUERIES(attend_f16, __half)

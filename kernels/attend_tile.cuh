@@ -1,0 +1,85 @@
+// Paged attention over the tiles' lists, or over every page: the kernels of one element type.
+//
+// qkv [rows, width] f32, of which the queries [q_heads, head_dim] come first; pages as pages.cuh has them;
+// out [rows, q_heads·head_dim] f32. A list of a single row is read in parts of `part_pages` pages, one
+// block each, whose results combine.cu merges: parts [parts, kv_heads, group][head_dim + 3] f32.
+// states [rows, q_heads][3] f32 or null: largest score, sum of weights and their tilt, see attend.cuh.
+// Grid (tiles, most parts, kv_heads·ceil(queries / Q)), block 128: a block reads its part of the list once
+// for up to Q queries, which are the query heads of the KV head and, in a prefill, of several rows.
+// Must move tokens·head_dim·2·element bytes per list and KV head, once per Q queries.
+#pragma once
+#include "attend.cuh"
+
+constexpr int ATTEND_WARPS = 4;
+
+// Blocks of a multiprocessor that registers are shared out among: as many as spill nothing.
+#define ATTEND_BLOCKS(WIDE, Q) (!(WIDE) ? 3 : (Q) == 1 ? 5 : (Q) == 4 ? 3 : 2)
+
+template <class T, bool WIDE, int Q>
+__device__ __forceinline__ void attend_tile(const float* qkv, const T* pages, const ts::u32* tables,
+                                            const ts::Tile* tiles, const ts::u32* lists, const ts::u32* lengths,
+                                            float* out, float* parts, float* states, ts::PageShape shape, int group,
+                                            int width, float scale, int part_pages) {
+  ts::AttendJob job;
+  job.tile = tiles[blockIdx.x];
+  job.shape = shape;
+  job.group = group;
+  job.n_queries = int(job.tile.rows) * group;
+  job.kv_head = blockIdx.z % shape.kv_heads;
+  job.first_query = int(blockIdx.z / shape.kv_heads) * Q;
+  job.width = width;
+  job.scale = scale;
+  job.table = tables + job.tile.table;
+  job.list = nullptr;
+  job.begin = 0;
+  job.end = ts::pages_seen(job.tile, shape.page_size);
+  if (job.tile.list_stride > 0) {
+    job.list = lists + job.tile.list + size_t(job.kv_head) * job.tile.list_stride;
+    job.end = lengths[job.tile.lengths + job.kv_head];
+  }
+  bool whole = job.tile.parts == ts::NO_PARTS;
+  if (!whole) {
+    job.begin = blockIdx.y * part_pages;
+    job.end = min(job.end, job.begin + part_pages);
+  }
+  // The whole block leaves together: a shorter list has fewer parts, a smaller tile fewer queries.
+  if (job.begin >= job.end || job.first_query >= job.n_queries || (whole && blockIdx.y > 0)) {
+    return;
+  }
+  int dim = shape.head_dim;
+  ts::attend<T, WIDE, Q, ATTEND_WARPS>(qkv, pages, job, [&](int query, int channel, float sum, const float* state) {
+    if (whole) {
+      size_t row = job.tile.row + query / group;
+      size_t head = row * shape.kv_heads * group + job.kv_head * group + query % group;
+      out[head * dim + channel] = sum / state[1];
+      if (channel == 0 && states) {
+        for (int i = 0; i < ts::ATTEND_STATE; i++) {
+          states[head * ts::ATTEND_STATE + i] = state[i];
+        }
+      }
+    } else {
+      size_t part = (size_t(job.tile.parts + blockIdx.y) * shape.kv_heads + job.kv_head) * group + query;
+      float* to = parts + part * (dim + ts::ATTEND_STATE);
+      to[channel] = sum;
+      if (channel == 0) {
+        for (int i = 0; i < ts::ATTEND_STATE; i++) {
+          to[dim + i] = state[i];
+        }
+      }
+    }
+  });
+}
+
+#define ATTEND(name, T, WIDE, Q)                                                                               \
+  extern "C" __global__ void __launch_bounds__(128, ATTEND_BLOCKS(WIDE, Q))                                                            \
+  name(const float* qkv, const T* pages, const ts::u32* tables, const ts::Tile* tiles, const ts::u32* lists,   \
+       const ts::u32* lengths, float* out, float* parts, float* states, ts::PageShape shape, int group,        \
+       int width, float scale, int part_pages) {                                                               \
+    attend_tile<T, WIDE, Q>(qkv, pages, tables, tiles, lists, lengths, out, parts, states, shape, group, width, \
+                            scale, part_pages);                                                                \
+  }
+#define ATTEND_QUERIES(name, T)   \
+  ATTEND(name##_1, T, true, 1)    \
+  ATTEND(name##_4, T, true, 4)    \
+  ATTEND(name##_8, T, true, 8)    \
+  ATTEND(name##_any, T, false, 4)

@@ -1,0 +1,37 @@
+// What selection and attention work through: tiles, which are neighbouring rows of one sequence.
+#pragma once
+#include "pages.cuh"
+
+namespace ts {
+
+// As TileRecord in crates/tinyserve-kernels/src/cuda/attend/plan.rs has it.
+struct Tile {
+  // First row of the batch, and rows; a tile that reads a list has one.
+  u32 row, rows;
+  // Tokens that the first row sees; each next row sees one more.
+  u32 visible;
+  // Where the sequence's page ids begin in `tables`.
+  u32 table;
+  // Where the lists of the tile's KV heads begin in `lists`, `list_stride` apart; every page is read,
+  // and there is no list, when the stride is 0.
+  u32 list, list_stride;
+  // Where the tile's KV heads begin in `lengths`, which has the length of each list.
+  u32 lengths;
+  // Where the tile's parts begin in the buffer of parts, in parts of one KV head; NO_PARTS when the
+  // list is read in one piece.
+  u32 parts;
+  // How pages are selected: how many, and how many first and last ones always are.
+  u32 budget, sink, recent;
+  // Fills 48 bytes.
+  u32 unused;
+};
+
+constexpr u32 NO_PARTS = 0xffffffffu;
+
+// Pages that the last row of a tile sees.
+__device__ __forceinline__ u32 pages_seen(const Tile& tile, int page_size) {
+  u32 tokens = tile.visible + tile.rows - 1;
+  return (tokens + page_size - 1) / page_size;
+}
+
+}  // namespace ts

@@ -1,0 +1,106 @@
+// The one include of every kernel: CUDA's own headers under nvcc, the emulator's under a C++ compiler.
+//
+// What both sides need beyond the dialect lies here: shared memory by macros, element types, 16-byte
+// loads, sums over a warp.
+#pragma once
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+// `TS_SHARED(float, tile, [4][33]);` declares `float tile[4][33]` in shared memory.
+#define TS_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
+// `TS_DYN_SHARED(float, x);` is `float* x`, the shared memory whose size the launch states.
+#define TS_DYN_SHARED(T, name)                                                \
+  extern __shared__ __align__(16) unsigned char ts_dynamic_shared[];         \
+  T* name = reinterpret_cast<T*>(ts_dynamic_shared)
+#else
+#include "cuda_emulator.h"
+#endif
+
+namespace ts {
+
+using u32 = unsigned;
+
+constexpr int WARP = 32;
+constexpr u32 ALL_LANES = 0xffffffffu;
+
+// What an element is as a float, exactly.
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// The stored value nearest to `x`; finite numbers stay finite: an infinite key would turn whole rows
+// of attention into NaN.
+template <class T> struct Stored;
+
+template <> struct Stored<float> {
+  static __device__ __forceinline__ float of(float x) { return x; }
+};
+
+__device__ __forceinline__ float saturated(float x, float largest) {
+  bool finite = fabsf(x) < INFINITY;
+  return finite ? fminf(fmaxf(x, -largest), largest) : x;
+}
+
+template <> struct Stored<__half> {
+  static __device__ __forceinline__ __half of(float x) { return __float2half(saturated(x, 65504.f)); }
+};
+
+template <> struct Stored<__nv_bfloat16> {
+  static __device__ __forceinline__ __nv_bfloat16 of(float x) {
+    return __float2bfloat16(saturated(x, 3.389e38f));
+  }
+};
+
+// Elements of a 16-byte load.
+template <class T> struct Wide {
+  static constexpr int N = 16 / int(sizeof(T));
+};
+
+// Loads 16 bytes from an aligned address and widens them.
+__device__ __forceinline__ void load_wide(const float* p, float (&x)[4]) {
+  float4 raw = *reinterpret_cast<const float4*>(p);
+  x[0] = raw.x;
+  x[1] = raw.y;
+  x[2] = raw.z;
+  x[3] = raw.w;
+}
+
+__device__ __forceinline__ void widen_pair(u32 pair, float& low, float& high, __half) {
+  low = __half2float(__ushort_as_half((unsigned short)(pair & 0xffffu)));
+  high = __half2float(__ushort_as_half((unsigned short)(pair >> 16)));
+}
+
+__device__ __forceinline__ void widen_pair(u32 pair, float& low, float& high, __nv_bfloat16) {
+  low = __uint_as_float(pair << 16);
+  high = __uint_as_float(pair & 0xffff0000u);
+}
+
+template <class T> __device__ __forceinline__ void load_wide(const T* p, float (&x)[8]) {
+  uint4 raw = *reinterpret_cast<const uint4*>(p);
+  widen_pair(raw.x, x[0], x[1], T());
+  widen_pair(raw.y, x[2], x[3], T());
+  widen_pair(raw.z, x[4], x[5], T());
+  widen_pair(raw.w, x[6], x[7], T());
+}
+
+// The sum over the lanes of a warp, in every lane.
+__device__ __forceinline__ float warp_sum(float x) {
+  for (int step = WARP / 2; step > 0; step /= 2) {
+    x += __shfl_xor_sync(ALL_LANES, x, step);
+  }
+  return x;
+}
+
+// The largest over the lanes of a warp, in every lane.
+__device__ __forceinline__ float warp_max(float x) {
+  for (int step = WARP / 2; step > 0; step /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
+  }
+  return x;
+}
+
+// Puts `y` into `*out`, or adds it to what is there.
+__device__ __forceinline__ void store(float* out, float y, int add) { *out = add ? *out + y : y; }
+
+}  // namespace ts

@@ -1,0 +1,371 @@
+// A look-alike of libcuda over the emulator: enough of the driver's interface for cudarc.
+//
+// Work runs at once, in the calling thread; between begin and end of a capture it is recorded instead. Where
+// CUDA's rules are stricter than what would work here, as for captures, they are applied. A failed launch
+// leaves the context usable, unlike CUDA's, so that tests of one process stay apart.
+//
+// The environment describes the device: CUDA_EMULATOR_DEVICES, _DRIVER (12000 is CUDA 12.0), _CAPABILITY
+// (90 is 9.0), _MEMORY (bytes), _SEED (order of threads and blocks).
+#include <chrono>
+#include <functional>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "cuda_emulator.h"
+typedef int CUresult;
+typedef unsigned long long CUdeviceptr;
+enum {
+  OK = 0,
+  INVALID = 1,
+  OOM = 2,
+  NO_DEVICE = 100,
+  INVALID_DEVICE = 101,
+  NOT_FOUND = 500,
+  LAUNCH_FAILED = 719,
+  NOT_PERMITTED = 800,
+  CAPTURE_UNSUPPORTED = 900
+};
+struct Graph {
+  std::vector<std::function<CUresult()>> ops;
+};
+struct Stream {
+  Graph* cap = nullptr;
+};
+struct Event {
+  double t = 0;
+  Graph* cap = nullptr;
+};
+struct Module {
+  std::string image;
+};
+struct Func {
+  const emu::Kernel* k;
+};
+static long setting(const char* name, long otherwise) {
+  const char* text = getenv(name);
+  return text ? strtol(text, nullptr, 10) : otherwise;
+}
+static size_t total_memory() { return size_t(setting("CUDA_EMULATOR_MEMORY", long(4) << 30)); }
+static uint64_t seed = uint64_t(setting("CUDA_EMULATOR_SEED", 0));
+static std::recursive_mutex mu;
+static Stream null_stream;
+static int ctx_obj;
+static size_t used;
+static std::vector<std::pair<char*, size_t>> mem;
+static Stream* st(void* s) {
+  return s == nullptr || s == (void*)1 || s == (void*)2 ? &null_stream : (Stream*)s;
+}
+static double now() {
+  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+static bool valid(CUdeviceptr p, size_t n) {
+  for (auto& m : mem)
+    if ((char*)p >= m.first && (char*)p + n <= m.first + m.second)
+      return true;
+  return n == 0;
+}
+static CUresult submit(void* s, std::function<CUresult()> f) {
+  std::lock_guard<std::recursive_mutex> l(mu);
+  if (st(s)->cap) {
+    st(s)->cap->ops.push_back(std::move(f));
+    return OK;
+  }
+  return f();
+}
+static CUresult alloc(CUdeviceptr* p, size_t n) {
+  std::lock_guard<std::recursive_mutex> l(mu);
+  if (used + n > total_memory())
+    return OOM;
+  char* q = (char*)aligned_alloc(256, (n + 511) / 256 * 256);
+  if (!q)
+    return OOM;
+  memset(q, 0xCD, n);
+  used += n;
+  mem.push_back({q, n});
+  cuda_emulator_track(q, n);
+  *p = (CUdeviceptr)q;
+  return OK;
+}
+static CUresult release(CUdeviceptr p) {
+  std::lock_guard<std::recursive_mutex> l(mu);
+  for (size_t i = 0; i < mem.size(); i++)
+    if ((CUdeviceptr)mem[i].first == p) {
+      used -= mem[i].second;
+      cuda_emulator_untrack(mem[i].first);
+      free(mem[i].first);
+      mem.erase(mem.begin() + i);
+      return OK;
+    }
+  return INVALID;
+}
+#define API extern "C" __attribute__((visibility("default"))) CUresult
+API cuInit(unsigned) { return setting("CUDA_EMULATOR_DEVICES", 1) > 0 ? OK : NO_DEVICE; }
+API cuDriverGetVersion(int* v) {
+  *v = int(setting("CUDA_EMULATOR_DRIVER", 12000));
+  return OK;
+}
+API cuDeviceGetCount(int* n) {
+  *n = int(setting("CUDA_EMULATOR_DEVICES", 1));
+  return OK;
+}
+API cuDeviceGet(int* d, int i) {
+  *d = i;
+  return i < setting("CUDA_EMULATOR_DEVICES", 1) ? OK : INVALID_DEVICE;
+}
+API cuDeviceGetName(char* b, int n, int) {
+  snprintf(b, n, "CUDA emulator on the CPU");
+  return OK;
+}
+API cuDeviceTotalMem_v2(size_t* n, int) {
+  *n = total_memory();
+  return OK;
+}
+API cuDeviceGetAttribute(int* v, int a, int) {
+  // By the numbers of CUdevice_attribute.
+  long capability = setting("CUDA_EMULATOR_CAPABILITY", 90);
+  switch (a) {
+    case 1:  // MAX_THREADS_PER_BLOCK
+      *v = 1024;
+      break;
+    case 8:  // MAX_SHARED_MEMORY_PER_BLOCK
+      *v = 48 * 1024;
+      break;
+    case 10:  // WARP_SIZE
+      *v = 32;
+      break;
+    case 16:  // MULTIPROCESSOR_COUNT
+      *v = 4;
+      break;
+    case 75:  // COMPUTE_CAPABILITY_MAJOR
+      *v = int(capability / 10);
+      break;
+    case 76:  // COMPUTE_CAPABILITY_MINOR
+      *v = int(capability % 10);
+      break;
+    case 97:  // MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+      *v = 227 * 1024;
+      break;
+    case 115:  // MEMORY_POOLS_SUPPORTED
+      *v = 1;
+      break;
+    default:
+      *v = 0;
+  }
+  return OK;
+}
+API cuDevicePrimaryCtxRetain(void** c, int) {
+  *c = &ctx_obj;
+  return OK;
+}
+API cuDevicePrimaryCtxRelease_v2(int) { return OK; }
+API cuCtxSetCurrent(void*) { return OK; }
+API cuCtxGetCurrent(void** c) {
+  *c = &ctx_obj;
+  return OK;
+}
+API cuCtxSynchronize() { return OK; }
+API cuMemGetInfo_v2(size_t* f, size_t* t) {
+  *t = total_memory();
+  *f = *t - used;
+  return OK;
+}
+API cuStreamCreate(void** s, unsigned) {
+  *s = new Stream;
+  return OK;
+}
+API cuStreamCreateWithPriority(void** s, unsigned, int) {
+  *s = new Stream;
+  return OK;
+}
+API cuStreamDestroy_v2(void* s) {
+  delete (Stream*)s;
+  return OK;
+}
+API cuStreamSynchronize(void* s) { return st(s)->cap ? CAPTURE_UNSUPPORTED : OK; }
+// CUDA's rules of a capture: its stream may not wait for work outside of it (905), and nobody may wait for an
+// event that was recorded inside of it (907).
+API cuStreamWaitEvent(void* s, void* e, unsigned) {
+  Event* v = (Event*)e;
+  Graph* c = st(s)->cap;
+  if (v->t == 0 || v->cap == c)
+    return OK;
+  return c ? 905 : 907;
+}
+API cuStreamQuery(void*) { return OK; }
+API cuEventCreate(void** e, unsigned) {
+  *e = new Event;
+  return OK;
+}
+API cuEventDestroy_v2(void* e) {
+  delete (Event*)e;
+  return OK;
+}
+API cuEventRecord(void* e, void* s) {
+  ((Event*)e)->t = now();
+  ((Event*)e)->cap = st(s)->cap;
+  return OK;
+}
+API cuEventSynchronize(void* e) { return ((Event*)e)->cap ? 907 : OK; }
+API cuEventQuery(void*) { return OK; }
+API cuEventElapsedTime(float* ms, void* a, void* b) {
+  *ms = float(((Event*)b)->t - ((Event*)a)->t);
+  return OK;
+}
+API cuMemAlloc_v2(CUdeviceptr* p, size_t n) { return alloc(p, n); }
+// Stricter than CUDA: a graph owns no memory.
+API cuMemAllocAsync(CUdeviceptr* p, size_t n, void* s) {
+  return st(s)->cap ? CAPTURE_UNSUPPORTED : alloc(p, n);
+}
+API cuMemFree_v2(CUdeviceptr p) { return release(p); }
+API cuMemFreeAsync(CUdeviceptr p, void*) { return release(p); }
+API cuMemHostAlloc(void** p, size_t n, unsigned) {
+  *p = aligned_alloc(4096, (n + 4095) / 4096 * 4096);
+  return *p ? OK : OOM;
+}
+API cuMemFreeHost(void* p) {
+  free(p);
+  return OK;
+}
+static CUresult copy(void* s, void* d, const void* src, size_t n, bool okd, bool oks) {
+  if (!okd || !oks)
+    return INVALID;
+  return submit(s, [=] {
+    memmove(d, src, n);
+    return OK;
+  });
+}
+API cuMemcpyHtoDAsync_v2(CUdeviceptr d, const void* s, size_t n, void* q) {
+  return copy(q, (void*)d, s, n, valid(d, n), true);
+}
+API cuMemcpyDtoHAsync_v2(void* d, CUdeviceptr s, size_t n, void* q) {
+  return copy(q, d, (void*)s, n, true, valid(s, n));
+}
+API cuMemcpyDtoDAsync_v2(CUdeviceptr d, CUdeviceptr s, size_t n, void* q) {
+  return copy(q, (void*)d, (void*)s, n, valid(d, n), valid(s, n));
+}
+API cuMemcpyHtoD_v2(CUdeviceptr d, const void* s, size_t n) { return cuMemcpyHtoDAsync_v2(d, s, n, nullptr); }
+API cuMemcpyDtoH_v2(void* d, CUdeviceptr s, size_t n) { return cuMemcpyDtoHAsync_v2(d, s, n, nullptr); }
+API cuMemsetD8Async(CUdeviceptr d, unsigned char v, size_t n, void* q) {
+  if (!valid(d, n))
+    return INVALID;
+  return submit(q, [=] {
+    memset((void*)d, v, n);
+    return OK;
+  });
+}
+API cuModuleLoadData(void** m, const void* image) {
+  const char* t = (const char*)image;
+  if (!strstr(t, ".version"))
+    return 200;
+  *m = new Module{t};
+  return OK;
+}
+API cuModuleUnload(void* m) {
+  delete (Module*)m;
+  return OK;
+}
+API cuModuleGetFunction(void** f, void* m, const char* name) {
+  std::string e = std::string(".entry ") + name + "(";
+  if (((Module*)m)->image.find(e) == std::string::npos)
+    return NOT_FOUND;
+  for (emu::Kernel* k = emu::registry; k; k = k->next)
+    if (!strcmp(k->name, name)) {
+      *f = new Func{k};
+      return OK;
+    }
+  fprintf(stderr, "CUDA emulator: %s is in the PTX, not in the emulator's registry\n", name);
+  return NOT_FOUND;
+}
+API cuFuncGetAttribute(int* v, int a, void*) {
+  *v = a == 0 ? 1024 : a == 5 ? 80 : a == 6 ? 90 : 0;
+  return OK;
+}
+API cuFuncSetAttribute(void*, int, int) { return OK; }
+API cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                   unsigned smem, void* s, void** params, void**) {
+  const emu::Kernel* k = ((Func*)f)->k;
+  // Copied at the launch, as the driver does it.
+  std::vector<std::vector<char>> vals;
+  for (unsigned i = 0; i < k->n_params; i++)
+    vals.emplace_back((char*)params[i], (char*)params[i] + k->param_sizes[i]);
+  if (!gx || !gy || !gz || !bx || !by || !bz)
+    return INVALID;
+  return submit(s, [=]() mutable -> CUresult {
+    std::vector<void*> p;
+    for (auto& v : vals)
+      p.push_back(v.data());
+    unsigned g[3] = {gx, gy, gz}, b[3] = {bx, by, bz};
+    char err[900];
+    if (!cuda_emulator_launch(k->name, g, b, smem, p.data(), seed, err, sizeof err))
+      return OK;
+    fprintf(stderr, "CUDA emulator: %s\n", err);
+    return LAUNCH_FAILED;
+  });
+}
+API cuStreamBeginCapture_v2(void* s, int) {
+  if (st(s)->cap)
+    return INVALID;
+  st(s)->cap = new Graph;
+  return OK;
+}
+API cuStreamEndCapture(void* s, void** g) {
+  if (!st(s)->cap)
+    return INVALID;
+  *g = st(s)->cap;
+  st(s)->cap = nullptr;
+  return OK;
+}
+API cuStreamIsCapturing(void* s, int* v) {
+  *v = st(s)->cap != nullptr;
+  return OK;
+}
+API cuGraphInstantiateWithFlags(void** e, void* g, unsigned long long) {
+  *e = new Graph(*(Graph*)g);
+  return OK;
+}
+API cuGraphUpload(void*, void*) { return OK; }
+API cuGraphLaunch(void* e, void* s) {
+  for (auto& f : ((Graph*)e)->ops)
+    if (CUresult r = submit(s, f))
+      return r;
+  return OK;
+}
+API cuGraphExecDestroy(void* e) {
+  delete (Graph*)e;
+  return OK;
+}
+API cuGraphDestroy(void* g) {
+  delete (Graph*)g;
+  return OK;
+}
+// What the launches from now on are ordered by.
+extern "C" __attribute__((visibility("default"))) void cuda_emulator_seed(uint64_t value) { seed = value; }
+API cuGetErrorName(int e, const char** s) {
+  *s = e == LAUNCH_FAILED ? "CUDA_ERROR_LAUNCH_FAILED"
+       : e == INVALID     ? "CUDA_ERROR_INVALID_VALUE"
+       : e == OOM         ? "CUDA_ERROR_OUT_OF_MEMORY"
+       : e == NO_DEVICE   ? "CUDA_ERROR_NO_DEVICE"
+       : e == NOT_FOUND   ? "CUDA_ERROR_NOT_FOUND"
+                          : "CUDA_ERROR";
+  return OK;
+}
+API cuGetErrorString(int e, const char** s) { return cuGetErrorName(e, s); }
+API cuLinkCreate_v2(unsigned, void*, void*, void** s) {
+  *s = new std::string;
+  return OK;
+}
+API cuLinkAddData_v2(void* s, int, void* d, size_t n, const char*, unsigned, void*, void*) {
+  ((std::string*)s)->append((char*)d, n);
+  return OK;
+}
+API cuLinkComplete(void* s, void** p, size_t* n) {
+  *p = (void*)((std::string*)s)->c_str();
+  *n = ((std::string*)s)->size();
+  return OK;
+}
+API cuLinkDestroy(void* s) {
+  delete (std::string*)s;
+  return OK;
+}
