@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tinyserve_kernels::{Cpu, CpuOptions};
+use tinyserve_kernels::{Backend, Cpu, CpuOptions, Cuda, WeightFormat};
 use tinyserve_kv::PageSelector;
 use tinyserve_model::{
     ChatTemplate, Checkpoint, KvCache, MemoryPlan, Model, ModelConfig, ModelError, Perplexity,
@@ -16,7 +16,7 @@ use tinyserve_sched::{
 };
 
 use crate::{
-    AttentionMode, FinishReason, KvUsage, PlannedMemory, Prompt, RopeFrequencyDtype, Stats,
+    AttentionMode, Device, FinishReason, KvUsage, PlannedMemory, Prompt, RopeFrequencyDtype, Stats,
     StreamEvent, Timings, TinyServeConfig, TinyServeError, TinyServeRequest, TinyServeResponse,
     Weights,
 };
@@ -157,8 +157,16 @@ impl TinyServeBuilder {
         let start = Instant::now();
         let config = self.config;
         config.check()?;
-        let backend = Cpu::new(CpuOptions { threads: config.threads, ..self.cpu })?;
-        let backend_name = format!("CPU, {}, {} threads", backend.path(), backend.threads());
+        // Both are opened before anything is read: a device that is not there is told at once.
+        let device = match config.device {
+            Device::Cuda(number) => Some(Cuda::new(number)?),
+            Device::Auto | Device::Cpu => None,
+        };
+        let cpu = Cpu::new(CpuOptions { threads: config.threads, ..self.cpu })?;
+        let backend_name = match &device {
+            Some(cuda) => format!("cuda:{}, {}", cuda.device().ordinal, cuda.device().name),
+            None => format!("CPU, {}, {} threads", cpu.path(), cpu.threads()),
+        };
         let mut checkpoint = match self.checkpoint {
             Some(checkpoint) => checkpoint,
             None => Checkpoint::load(&config.model)?,
@@ -170,11 +178,7 @@ impl TinyServeBuilder {
         // Only text needs a tokenizer: a checkpoint without one still serves token ids.
         let tokenizer = checkpoint.tokenizer().map_err(|error| error.to_string());
         let chat_template = checkpoint.chat_template();
-        let memory = PlannedMemory::new(&config, &checkpoint, backend.threads())?;
-        let model = Model::load_as(backend, &checkpoint, weights, progress)?;
-        let weight_bytes = model.weight_bytes();
-        let MemoryPlan { layout, pages, .. } = memory.plan;
-        let cache = KvCache::new(model.backend(), layout, pages)?;
+        let memory = PlannedMemory::new(&config, &checkpoint, cpu.threads())?;
         let attention = match (config.attention, self.selector) {
             (_, Some(selector)) => AttentionChoice::Custom(selector),
             (AttentionMode::Dense, None) => AttentionChoice::Dense,
@@ -187,7 +191,11 @@ impl TinyServeBuilder {
             tokenizer: tokenizer.as_ref().ok().cloned(),
             ..config.scheduling()
         };
-        let engine = Engine::start("tinyserve-engine", ModelRunner::new(model, cache), scheduling)?;
+        let loading = Loading { checkpoint: &checkpoint, weights, plan: &memory.plan, scheduling };
+        let (engine, weight_bytes) = match device {
+            Some(cuda) => loading.start(cuda, progress)?,
+            None => loading.start(cpu, progress)?,
+        };
         Ok(TinyServe {
             model: checkpoint.config().clone(),
             tokenizer,
@@ -199,6 +207,29 @@ impl TinyServeBuilder {
             engine,
             config,
         })
+    }
+}
+
+/// What a model is loaded from, whatever the device.
+struct Loading<'a> {
+    checkpoint: &'a Checkpoint,
+    weights: WeightFormat,
+    plan: &'a MemoryPlan,
+    scheduling: EngineConfig,
+}
+
+impl Loading<'_> {
+    /// Loads the model onto `backend` and starts its engine; gives the bytes of its weights, too.
+    fn start<B: Backend + 'static>(
+        self,
+        backend: B,
+        progress: impl FnMut(usize, usize),
+    ) -> Result<(Engine, usize), TinyServeError> {
+        let model = Model::load_as(backend, self.checkpoint, self.weights, progress)?;
+        let weight_bytes = model.weight_bytes();
+        let cache = KvCache::new(model.backend(), self.plan.layout, self.plan.pages)?;
+        let runner = ModelRunner::new(model, cache);
+        Ok((Engine::start("tinyserve-engine", runner, self.scheduling)?, weight_bytes))
     }
 }
 
