@@ -9,7 +9,7 @@ use tinyserve_kernels::{
     CpuTensor, CpuVector, EmbedArgs, HostTensor, KernelError, LinearArgs, LinearSpec, NormArgs,
     RotaryAnglesArgs, RotaryArgs,
 };
-use tinyserve_kv::{HostPages, KvFormat, KvLayout, PageCopy, TokenMove};
+use tinyserve_kv::{HostPages, KvFormat, KvLayout, PageCopy, PageId, TokenMove};
 use tinyserve_model::{Checkpoint, LogitRows};
 use tinyserve_tests::{Runner, assert_close, cpu, data};
 
@@ -50,6 +50,22 @@ impl Backend for Recorder {
     }
     fn copy_page(&self, pages: &mut HostPages, copy: PageCopy) {
         self.cpu.copy_page(pages, copy);
+    }
+    fn download_page(
+        &self,
+        pages: &HostPages,
+        page: PageId,
+        out: &mut Vec<u8>,
+    ) -> Result<(), KernelError> {
+        self.cpu.download_page(pages, page, out)
+    }
+    fn upload_page(
+        &self,
+        pages: &mut HostPages,
+        page: PageId,
+        bytes: &[u8],
+    ) -> Result<(), KernelError> {
+        self.cpu.upload_page(pages, page, bytes)
     }
     fn move_tokens(&self, pages: &mut HostPages, moves: &[TokenMove]) -> Result<(), KernelError> {
         self.cpu.move_tokens(pages, moves)

@@ -275,3 +275,18 @@ fn traces_are_replayed() {
     words("bench serve --request-rate 0").refused_with(2, &["--request-rate is 0"]);
     words("bench serve --num-prompts 0").refused_with(2, &["--num-prompts is 0"]);
 }
+
+#[test]
+fn a_session_is_restored_and_computed() {
+    let folder = tempfile::tempdir().unwrap();
+    let flags = format!("bench session -p 100 -r 2 --folder {}", folder.path().display());
+    let row = words(&format!("{flags} -o json")).json()[0].clone();
+    assert_eq!(row["n_restored"], 96);
+    for field in ["prefill_ms", "save_ms", "restore_ms", "speedup"] {
+        assert!(number(&row, field) > 0.0, "{row}");
+    }
+    assert!(number(&row, "file_bytes") > 96.0 * 5.0 * 4.0 * 8.0 * 2.0 * 4.0, "{row}");
+    assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+    words("bench session -p 0").refused_with(2, &["--n-prompt (-p)"]);
+    words("bench session -p 513").refused_with(2, &["--n-prompt (-p) is 513", "expected"]);
+}

@@ -122,3 +122,38 @@ fn the_command_starts_at_once() {
     let best = best.min().unwrap();
     assert!(best.as_millis() < 100, "{best:?}");
 }
+
+#[test]
+fn a_saved_session_is_not_computed_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("story.session");
+    let prompt = "Once upon a time there was a little girl who went to the park with her dog. ";
+    let run = |prompt: &str, more: &[&str]| {
+        let args = ["run", "-p", prompt, "-n", "20", "--temperature", "0", "--page-size", "8"];
+        tinyserve(&[&args[..], more].concat())
+    };
+    let first = run(prompt, &["--json", "--save-session", text(&file)]).json();
+    assert_eq!(first["cached_tokens"], 0);
+    let longer = format!("{prompt}{}", first["text"].as_str().unwrap());
+    let alone = run(&longer, &["--json"]).json();
+    let loaded = run(&longer, &["--json", "--load-session", text(&file)]).json();
+    assert_eq!(loaded["text"], alone["text"]);
+    let [cached, all] = ["cached_tokens", "prompt_tokens"].map(|key| loaded[key].as_u64().unwrap());
+    assert!(cached.is_multiple_of(8) && cached + 16 > all, "{cached} of {all}");
+    assert!(cached < all);
+    // A file of another layout, a damaged one and none at all are refused by name.
+    let other = ["--page-size", "16", "--load-session", text(&file)];
+    let args = ["run", "-p", prompt, "-n", "1"];
+    tinyserve(&[&args[..], &other].concat()).refused_with(1, &["page_size is 8", "story.session"]);
+    let mut bytes = std::fs::read(&file).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&file, &bytes).unwrap();
+    let damaged = run(prompt, &["--load-session", text(&file)]);
+    damaged.refused_with(1, &["wrong checksum", "story.session"]);
+    std::fs::remove_file(&file).unwrap();
+    run(prompt, &["--load-session", text(&file)])
+        .refused_with(1, &["story.session cannot be read"]);
+    let nowhere = folder.path().join("no/folder");
+    run(prompt, &["--save-session", text(&nowhere)]).refused_with(1, &["cannot be written"]);
+}

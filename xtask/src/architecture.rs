@@ -21,7 +21,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("tinyserve-sched", &["tinyserve-model", "tinyserve-plugins"]),
     ("tinyserve", &["tinyserve-sched"]),
     ("tinyserve-server", &["tinyserve"]),
-    ("tinyserve-cli", &["tinyserve", "tinyserve-lab"]),
+    ("tinyserve-cli", &["tinyserve-server", "tinyserve-lab"]),
 ];
 
 /// Packages that check the others: they may depend on all of them, and none depends on these.
@@ -272,6 +272,7 @@ mod tests {
             ("tinyserve", "tinyserve-plugins"),
             ("tinyserve-server", "tinyserve"),
             ("tinyserve-cli", "tinyserve"),
+            ("tinyserve-cli", "tinyserve-server"),
             ("xtask", "tinyserve-sched"),
             ("tinyserve-tests", "tinyserve-cli"),
         ] {
@@ -285,7 +286,6 @@ mod tests {
             ("tinyserve-plugins", "tinyserve-kernels"),
             ("tinyserve-plugins", "tinyserve-model"),
             ("tinyserve-model", "tinyserve-plugins"),
-            ("tinyserve-cli", "tinyserve-server"),
             ("tinyserve-server", "tinyserve-cli"),
             ("tinyserve-kv", "xtask"),
             ("tinyserve-cli", "tinyserve-tests"),

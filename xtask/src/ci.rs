@@ -23,6 +23,10 @@ enum Action {
     /// The release build alone cannot show that: where an earlier build left its results, a build
     /// script does not run again.
     NoCBuilders,
+    /// Clients that others wrote, against the binary.
+    Clients,
+    /// The server's page in a real browser.
+    Page,
 }
 
 const STEPS: &[Step] = &[
@@ -50,6 +54,8 @@ const STEPS: &[Step] = &[
     },
     Step { name: "no dependency that compiles C", action: Action::NoCBuilders },
     Step { name: "tests", action: Action::Cargo(&["test", "--workspace", "--locked"], &[]) },
+    Step { name: "clients of the server", action: Action::Clients },
+    Step { name: "the page in a browser", action: Action::Page },
 ];
 
 /// Runs every step in `root`, and says how long each one took.
@@ -93,6 +99,8 @@ impl Action {
                     .context("cannot start cargo")?;
                 self.passed(status)
             }
+            Self::Page => crate::page::run(root, &crate::page::Args::default()),
+            Self::Clients => crate::clients::run(root, crate::clients::Args::default()),
             Self::NoCBuilders => {
                 let output = crate::cargo()
                     .args(TREE)
@@ -125,6 +133,8 @@ impl Action {
         let (args, envs) = match self {
             Self::Cargo(args, envs) => (*args, *envs),
             Self::NoCBuilders => (TREE, [].as_slice()),
+            Self::Clients => (["xtask", "clients"].as_slice(), [].as_slice()),
+            Self::Page => (["xtask", "page"].as_slice(), [].as_slice()),
         };
         let mut words = Vec::new();
         for (name, value) in envs {
@@ -175,7 +185,7 @@ mod tests {
         .unwrap_err();
         assert_eq!(ran, ["format", "lints"]);
         let message = format!("{error:#}");
-        assert!(message.starts_with("step 2 of 6, lints, failed after "), "{message}");
+        assert!(message.starts_with("step 2 of 8, lints, failed after "), "{message}");
         assert!(message.ends_with(": a warning"), "{message}");
     }
 

@@ -6,9 +6,12 @@
 mod architecture;
 mod bench_cpu;
 mod ci;
+mod clients;
 mod folder;
 mod induction_model;
 mod kernels;
+mod load;
+mod page;
 mod random_model;
 mod sources;
 
@@ -49,6 +52,19 @@ enum Command {
     /// dense attention: `tinyserve eval needle` shows with it what a page selection loses. The
     /// folder also has lookup.json, which names the tokens to make such texts of.
     InductionModel(induction_model::Args),
+    /// Run clients that others wrote against the binary: openai-python, and lm-eval if asked.
+    ///
+    /// Installs them into virtual environments under target/, with the versions that
+    /// tests/clients/ names. Skipped, with a reason, where Python or its packages cannot be had.
+    Clients(clients::Args),
+    /// Open the server's page in a headless browser, and look at what it shows.
+    ///
+    /// Skipped, with a reason, where there is no Chromium.
+    Page(page::Args),
+    /// Load the server with impatient clients, and print what became of them.
+    ///
+    /// Fails when an answer is a 5xx or breaks off, or a page leaks.
+    Load(load::Args),
     /// Measure the CPU: every number of its table, as a page of docs/benchmarks.
     ///
     /// Runs the release binary on random weights; the whole table takes the better part of an
@@ -72,6 +88,9 @@ fn main() -> ExitCode {
         Command::CheckArchitecture => architecture::run(&root()),
         Command::RandomModel(args) => random_model::run(&args),
         Command::InductionModel(args) => induction_model::run(&args),
+        Command::Clients(args) => clients::run(&root(), args),
+        Command::Page(args) => page::run(&root(), &args),
+        Command::Load(args) => load::run(&root(), &args),
         Command::BenchCpu(args) => bench_cpu::run(&root(), &args),
         Command::BuildKernels => kernels::build(&root()),
         Command::CheckKernels(args) => kernels::check(&root(), &args),

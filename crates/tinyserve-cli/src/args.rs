@@ -3,7 +3,7 @@
 //! Each command flattens the groups whose settings change what it does, so that none is accepted
 //! and ignored. A flag comes before its environment variable, that before the configuration file.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -12,8 +12,8 @@ use clap::{ArgMatches, Args};
 use tinyserve::kernels::{Cpu, CpuOptions, CpuPath};
 use tinyserve::model::Checkpoint;
 use tinyserve::{
-    AttentionMode, Device, GroupReduceName, KvCacheDtype, RopeFrequencyDtype, ScorerName,
-    TinyServe, TinyServeBuilder, TinyServeConfig, Weights,
+    AttentionMode, Device, EvictionName, GroupReduceName, KvCacheDtype, RopeFrequencyDtype,
+    ScorerName, TinyServe, TinyServeBuilder, TinyServeConfig, TinyServeError, Weights,
 };
 
 use crate::exit::{Usage, out_of_range};
@@ -39,19 +39,29 @@ pub(crate) struct ModelArgs {
 }
 
 impl ModelArgs {
+    /// The file with settings, if one is given.
+    pub(crate) fn file(&self) -> Option<&Path> {
+        self.config.as_deref()
+    }
+
     /// The settings of the file, or the defaults, with the model that is asked for.
     pub(crate) fn config(&self) -> Result<TinyServeConfig> {
-        let mut config = match &self.config {
+        let config = match &self.config {
             Some(file) => TinyServeConfig::load(file)?,
             None => TinyServeConfig::default(),
         };
+        Ok(self.applied(config))
+    }
+
+    /// `config` with the model that is asked for.
+    fn applied(&self, mut config: TinyServeConfig) -> TinyServeConfig {
         set(&mut config.model, self.model.clone());
-        Ok(config)
+        config
     }
 }
 
 /// How weights are kept.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Device")]
 pub(crate) struct WeightsArgs {
     /// How weights are kept: auto (as stored), the stored type by name (f32, f16, bf16), or
@@ -91,7 +101,11 @@ impl MemoryArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Scheduling")]
 pub(crate) struct ScheduleArgs {
-    /// Most sequences that run together [default: 16].
+    /// Copies of the model that share the work; threads and memory are divided among them
+    /// [default: 1].
+    #[arg(long, value_name = "N", env = "TINYSERVE_REPLICAS", value_parser = values::size)]
+    replicas: Option<usize>,
+    /// Most sequences that run together in a replica [default: 16].
     #[arg(long, value_name = "N", env = "TINYSERVE_MAX_NUM_SEQS", value_parser = values::size)]
     max_num_seqs: Option<usize>,
     /// Most tokens of one step, decodes and prefill chunks together [default: 512, or more where
@@ -99,17 +113,28 @@ pub(crate) struct ScheduleArgs {
     #[arg(long, value_name = "TOKENS", env = "TINYSERVE_MAX_NUM_BATCHED_TOKENS",
           value_parser = values::size)]
     max_num_batched_tokens: Option<usize>,
+    /// Whether the pages of prompts are kept for requests that begin alike [default: true].
+    #[arg(long, value_name = "BOOL", env = "TINYSERVE_ENABLE_PREFIX_CACHING", num_args = 0..=1,
+          require_equals = true, default_missing_value = "true")]
+    enable_prefix_caching: Option<bool>,
+    /// Which kept pages are given up first: lru, or cost (old and cheap to compute again).
+    #[arg(long, value_name = "NAME", env = "TINYSERVE_EVICTION_POLICY",
+          value_parser = |text: &str| values::name::<EvictionName>(text, "lru or cost"))]
+    eviction_policy: Option<EvictionName>,
 }
 
 impl ScheduleArgs {
     pub(crate) fn apply(&self, config: &mut TinyServeConfig) {
+        set(&mut config.replicas, self.replicas);
         set(&mut config.max_num_seqs, self.max_num_seqs);
         set_some(&mut config.max_num_batched_tokens, self.max_num_batched_tokens);
+        set(&mut config.enable_prefix_caching, self.enable_prefix_caching);
+        set(&mut config.eviction_policy, self.eviction_policy);
     }
 }
 
 /// Where the model runs.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Device")]
 pub(crate) struct DeviceArgs {
     /// auto (the CPU), cpu, cuda or cuda:N.
@@ -152,11 +177,16 @@ impl DeviceArgs {
             ));
         }
         let options = CpuOptions { threads: config.threads, path: self.cpu };
-        Ok(Cpu::new(options).map_err(tinyserve::TinyServeError::from)?)
+        Ok(Cpu::new(options).map_err(TinyServeError::from)?)
     }
 
     /// Loads the model of `config`, with a progress bar if that takes long.
     pub(crate) fn load(&self, config: TinyServeConfig) -> Result<TinyServe> {
+        self.prepare(config).map_err(Into::into)
+    }
+
+    /// As [`Self::load`], with the facade's own error.
+    pub(crate) fn prepare(&self, config: TinyServeConfig) -> Result<TinyServe, TinyServeError> {
         self.build(TinyServe::builder().config(config))
     }
 
@@ -166,10 +196,10 @@ impl DeviceArgs {
         config: TinyServeConfig,
         checkpoint: Checkpoint,
     ) -> Result<TinyServe> {
-        self.build(TinyServe::builder().config(config).checkpoint(checkpoint))
+        Ok(self.build(TinyServe::builder().config(config).checkpoint(checkpoint))?)
     }
 
-    fn build(&self, mut builder: TinyServeBuilder) -> Result<TinyServe> {
+    fn build(&self, mut builder: TinyServeBuilder) -> Result<TinyServe, TinyServeError> {
         let mut progress = Progress::new("loading");
         if let Some(path) = self.cpu {
             builder = builder.cpu_path(path);
@@ -241,7 +271,10 @@ pub(crate) struct ForwardArgs {
 impl ForwardArgs {
     /// Settings whose values still have to be checked.
     fn unchecked(&self) -> Result<TinyServeConfig> {
-        let mut config = self.model.config()?;
+        self.applied(self.model.config()?)
+    }
+
+    fn applied(&self, mut config: TinyServeConfig) -> Result<TinyServeConfig> {
         self.device.apply(&mut config)?;
         self.layout.apply(&mut config);
         set(&mut config.attention_chunk_size, self.attention_chunk_size);
@@ -263,7 +296,18 @@ impl ForwardArgs {
         attention: Option<AttentionMode>,
         sources: Sources,
     ) -> Result<TinyServeConfig> {
-        let mut config = self.unchecked()?;
+        self.selecting_from(self.model.config()?, selection, attention, sources)
+    }
+
+    /// As [`Self::selecting`], over the settings of a file that was read already.
+    pub(crate) fn selecting_from(
+        &self,
+        file: TinyServeConfig,
+        selection: &SelectionArgs,
+        attention: Option<AttentionMode>,
+        sources: Sources,
+    ) -> Result<TinyServeConfig> {
+        let mut config = self.applied(self.model.applied(file))?;
         set(&mut config.attention, attention);
         selection.apply(&mut config, sources)?;
         config.check()?;

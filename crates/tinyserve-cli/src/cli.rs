@@ -3,7 +3,7 @@
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
-use crate::{analyze, bench, chat, doctor, eval, inspect, output, run, tokenize};
+use crate::{analyze, bench, chat, doctor, eval, inspect, output, run, serve, tokenize};
 
 const NOTES: &str = "\
 Numbers of tokens take suffixes: k or K is 1024, m or M is 1024², g or G is 1024³.
@@ -28,6 +28,9 @@ pub(crate) enum Command {
     /// A conversation in the terminal: each turn computes only what is new.
     #[command(after_help = NOTES)]
     Chat(chat::ChatArgs),
+    /// Answers requests over HTTP as OpenAI's API does, until Ctrl-C or SIGTERM.
+    #[command(after_help = NOTES)]
+    Serve(Box<serve::ServeArgs>),
     /// Shows how a text becomes tokens.
     Tokenize(tokenize::TokenizeArgs),
     /// Shows a model's shape and the memory it needs, without loading it.
@@ -84,6 +87,9 @@ pub(crate) enum BenchCommand {
     /// Speed of one attention step alone, sparse beside dense.
     #[command(after_help = NOTES)]
     Attention(bench::AttentionArgs),
+    /// Time of restoring a session from a file beside that of computing it again.
+    #[command(after_help = NOTES)]
+    Session(bench::SessionArgs),
 }
 
 /// Writes the completion script of `shell`.

@@ -97,6 +97,7 @@ fn flag(name: &str) -> Option<String> {
         "presence_penalty",
         "repetition_penalty",
         "scorer",
+        "replicas",
         "selection_ratio",
         "stride",
         "temperature",

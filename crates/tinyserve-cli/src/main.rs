@@ -17,6 +17,7 @@ mod progress;
 mod prompt;
 mod run;
 mod self_test;
+mod serve;
 mod tokenize;
 mod units;
 mod values;
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let result = match &cli.command {
         Command::Run(args) => run::run(args, sources),
+        Command::Serve(args) => serve::serve(args, sources),
         Command::Chat(args) => chat::chat(args, sources),
         Command::Tokenize(args) => tokenize::tokenize(args),
         Command::Inspect(args) => inspect::inspect(args),
@@ -49,6 +51,7 @@ fn main() -> ExitCode {
             BenchCommand::Throughput(args) => bench::throughput(args, sources),
             BenchCommand::Attention(args) => bench::attention(args),
             BenchCommand::Serve(args) => bench::serve(args, sources),
+            BenchCommand::Session(args) => bench::session(args),
         },
         Command::Analyze(args) => analyze::analyze(args),
         Command::Completions { shell } => cli::completions(*shell),

@@ -1,6 +1,7 @@
 //! `tinyserve run`: continues one prompt.
 
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 
 use anyhow::{Result, anyhow};
 use clap::Args;
@@ -50,7 +51,17 @@ pub(crate) struct RunArgs {
     sampling: SamplingArgs,
     #[command(flatten)]
     memory: MemoryArgs,
+    /// Begins with what an earlier run saved: of a prompt that begins with the same tokens only the
+    /// rest is computed.
+    #[arg(long, value_name = "FILE", env = "TINYSERVE_LOAD_SESSION", help_heading = "KV cache")]
+    load_session: Option<PathBuf>,
+    /// Saves keys and values of the prompt and the answer afterwards, as far as they fill pages.
+    #[arg(long, value_name = "FILE", env = "TINYSERVE_SAVE_SESSION", help_heading = "KV cache")]
+    save_session: Option<PathBuf>,
 }
+
+/// The session of a run that is saved or loaded.
+const SESSION: &str = "run";
 
 /// How tokens are drawn.
 #[derive(Debug, Args)]
@@ -162,12 +173,22 @@ pub(crate) fn run(args: &RunArgs, sources: Sources) -> Result<()> {
     request.sampling = sampling;
     request.stop.clone_from(&args.stop);
     request.ignore_eos = args.ignore_eos;
+    if args.load_session.is_some() || args.save_session.is_some() {
+        request.session_id = Some(SESSION.to_owned());
+    }
+    if let Some(file) = &args.load_session {
+        engine.restore_session(SESSION, file)?;
+    }
     let response = generate(&engine, request, !args.json)?;
     if args.json {
         output::json(&report(&engine, &response))?;
     } else {
         output::text("\n")?;
         eprint!("{}", summary(&engine, &response));
+    }
+    if let Some(file) = &args.save_session {
+        let tokens = engine.save_session(SESSION, file)?;
+        eprintln!("session   {} tokens saved to {}", count(tokens as u64), file.display());
     }
     match response.finish_reason {
         FinishReason::Cancelled => Err(Quiet::Interrupted.into()),
@@ -214,6 +235,8 @@ struct Report<'a> {
     text: &'a str,
     tokens: &'a [u32],
     prompt_tokens: usize,
+    /// Of the prompt, tokens whose keys and values were there already.
+    cached_tokens: usize,
     finish_reason: &'static str,
     timings: ReportTimings,
     kv: &'a KvUsage,
@@ -246,6 +269,7 @@ fn report<'a>(engine: &TinyServe, response: &'a TinyServeResponse) -> Report<'a>
         text: &response.generated_text,
         tokens: &response.tokens,
         prompt_tokens: response.prompt_tokens,
+        cached_tokens: response.cached_tokens,
         finish_reason: response.finish_reason.name(),
         timings: ReportTimings {
             load_ms: as_milliseconds(engine.load_time()),
@@ -277,6 +301,9 @@ fn summary(engine: &TinyServe, response: &TinyServeResponse) -> String {
             timings.prefill_tok_s,
             milliseconds(timings.ttft_ms),
         );
+    }
+    if response.cached_tokens > 0 {
+        lines += &format!("cached    {} tokens of them\n", count(response.cached_tokens as u64));
     }
     let generated = count(response.tokens.len() as u64);
     let reason = response.finish_reason.name();

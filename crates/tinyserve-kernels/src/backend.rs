@@ -425,6 +425,29 @@ pub trait Backend: Send + Sized {
     /// Copies a page, for copy on write.
     fn copy_page(&self, pages: &mut Self::KvPages, copy: PageCopy);
 
+    /// Appends the bytes of a full page to `out`, as [`tinyserve_kv::HostPages::read_page`] has
+    /// them, whatever the device's own layout is.
+    ///
+    /// # Errors
+    /// When the device fails; what was appended is then garbage.
+    fn download_page(
+        &self,
+        pages: &Self::KvPages,
+        page: PageId,
+        out: &mut Vec<u8>,
+    ) -> Result<(), KernelError>;
+
+    /// Puts a full page back that [`Self::download_page`] wrote, here or on another device.
+    ///
+    /// # Errors
+    /// When the device fails; the page is then garbage.
+    fn upload_page(
+        &self,
+        pages: &mut Self::KvPages,
+        page: PageId,
+        bytes: &[u8],
+    ) -> Result<(), KernelError>;
+
     /// Moves tokens within pages, in order, after some were pruned, and rebuilds the boxes of the
     /// pages that they reach, up to the last token that came: keys, values and boxes of all layers.
     ///

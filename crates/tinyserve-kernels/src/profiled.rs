@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tinyserve_kv::{KvLayout, PageCopy, TokenMove};
+use tinyserve_kv::{KvLayout, PageCopy, PageId, TokenMove};
 
 use crate::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
@@ -89,6 +89,24 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
 
     fn copy_page(&self, pages: &mut B::KvPages, copy: PageCopy) {
         self.inner.copy_page(pages, copy);
+    }
+
+    fn download_page(
+        &self,
+        pages: &B::KvPages,
+        page: PageId,
+        out: &mut Vec<u8>,
+    ) -> Result<(), KernelError> {
+        self.inner.download_page(pages, page, out)
+    }
+
+    fn upload_page(
+        &self,
+        pages: &mut B::KvPages,
+        page: PageId,
+        bytes: &[u8],
+    ) -> Result<(), KernelError> {
+        self.inner.upload_page(pages, page, bytes)
     }
 
     fn move_tokens(&self, pages: &mut B::KvPages, moves: &[TokenMove]) -> Result<(), KernelError> {

@@ -5,7 +5,7 @@ use tinyserve_kernels::{
     CpuTensor, CpuVector, EmbedArgs, HostTensor, KernelError, LinearArgs, LinearSpec, MassArgs,
     NormArgs, ObserveArgs, RotaryAnglesArgs, RotaryArgs, conformance,
 };
-use tinyserve_kv::{HostPages, KvLayout, PageCopy, TokenMove};
+use tinyserve_kv::{HostPages, KvLayout, PageCopy, PageId, TokenMove};
 
 /// What is done to an operation's result.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -67,6 +67,29 @@ impl Backend for Perturbed {
         if self.op != "copy_page" {
             self.cpu.copy_page(pages, copy);
         }
+    }
+    fn download_page(
+        &self,
+        pages: &HostPages,
+        page: PageId,
+        out: &mut Vec<u8>,
+    ) -> Result<(), KernelError> {
+        self.cpu.download_page(pages, page, out)?;
+        if self.op == "download_page" {
+            out.fill(0);
+        }
+        Ok(())
+    }
+    fn upload_page(
+        &self,
+        pages: &mut HostPages,
+        page: PageId,
+        bytes: &[u8],
+    ) -> Result<(), KernelError> {
+        if self.op != "upload_page" {
+            self.cpu.upload_page(pages, page, bytes)?;
+        }
+        Ok(())
     }
     fn move_tokens(&self, pages: &mut HostPages, moves: &[TokenMove]) -> Result<(), KernelError> {
         self.cpu.move_tokens(pages, moves)
@@ -184,7 +207,7 @@ fn failing(op: &'static str, fault: Fault) -> Vec<&'static str> {
 
 #[test]
 fn a_wrong_result_fails_its_operation_and_no_other() {
-    let pages = ["append_kv and attend", "select and attend"];
+    let pages = ["append_kv and attend", "move_tokens and attend", "select and attend"];
     for fault in [Fault::Nudge, Fault::Nan] {
         for op in ["embed", "norm", "linear", "rotary", "activate", "gather_rows"] {
             assert_eq!(failing(op, fault), [op], "{fault:?}");
@@ -204,6 +227,8 @@ fn a_wrong_result_fails_its_operation_and_no_other() {
         }
     }
     assert!(!failing("attend stats", Fault::Nudge).is_empty());
-    assert!(!failing("copy_page", Fault::Nudge).is_empty());
+    for op in ["copy_page", "download_page", "upload_page"] {
+        assert!(!failing(op, Fault::Nudge).is_empty(), "{op}");
+    }
     assert!(failing("none", Fault::Nudge).is_empty());
 }

@@ -17,6 +17,7 @@ mod select;
 mod selector;
 mod table;
 mod top_p;
+mod transfer;
 
 pub use error::KvError;
 pub use format::{KvElement, KvFormat};

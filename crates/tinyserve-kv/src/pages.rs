@@ -49,9 +49,9 @@ impl<'a, E: KvElement> PageBox<'a, E> {
 const KEY_PIECE: usize = 64;
 
 #[derive(Debug)]
-struct LayerPages {
-    pages: ZeroedMemory,
-    boxes: ZeroedMemory,
+pub(crate) struct LayerPages {
+    pub(crate) pages: ZeroedMemory,
+    pub(crate) boxes: ZeroedMemory,
 }
 
 /// The bytes of a page pool in host memory.
@@ -62,7 +62,7 @@ struct LayerPages {
 pub struct HostPages {
     layout: KvLayout,
     capacity: usize,
-    layers: Vec<LayerPages>,
+    pub(crate) layers: Vec<LayerPages>,
 }
 
 impl HostPages {
@@ -285,7 +285,7 @@ impl HostPages {
         assert!(kv_head < heads, "KV head {kv_head} of {heads}");
     }
 
-    fn check_page(&self, page: PageId) {
+    pub(crate) fn check_page(&self, page: PageId) {
         assert!(page.index() < self.capacity, "page {} of {}", page.index(), self.capacity);
     }
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use bytes::Bytes;
 use safetensors::Dtype;
 use tinyserve_kernels::{DType, HostTensor};
+use twox_hash::XxHash3_128;
 
 use crate::files::Files;
 use crate::json::Fields;
@@ -13,6 +14,8 @@ use crate::tokenizer::token_text;
 use crate::weights::{Stored, WeightFiles};
 use crate::{Architecture, ChatTemplate, ModelConfig, ModelError, Tokenizer};
 
+/// Bytes of a tensor that its fingerprint reads at each of three places.
+const SAMPLE_BYTES: usize = 4 << 10;
 const HEAD: &str = "lm_head.weight";
 
 /// A checkpoint in Hugging Face layout, opened but not read.
@@ -155,6 +158,29 @@ impl Checkpoint {
     /// Every weight file: its name and its bytes.
     pub fn weight_files(&self) -> impl ExactSizeIterator<Item = (&str, usize)> {
         self.weights.files.iter().map(|file| (file.name.as_str(), file.bytes.len()))
+    }
+
+    /// A hash of what the model computes with: its configuration, and of each tensor the name, type,
+    /// shape and a sample of its bytes.
+    ///
+    /// The first, middle and last 4 KiB of each tensor are read, not gigabytes: two checkpoints
+    /// differ somewhere in them unless somebody made an exception of these bytes.
+    #[must_use]
+    pub fn fingerprint(&self) -> String {
+        let mut hasher = XxHash3_128::new();
+        hasher.write(format!("{:?}", self.config).as_bytes());
+        for (name, stored) in &self.weights.tensors {
+            if !self.is_parameter(name) {
+                continue;
+            }
+            hasher.write(format!("{name} {:?} {:?}", stored.dtype, stored.shape).as_bytes());
+            let bytes = self.weights.bytes(stored);
+            let sample = SAMPLE_BYTES.min(bytes.len());
+            for start in [0, (bytes.len() - sample) / 2, bytes.len() - sample] {
+                hasher.write(&bytes[start..start + sample]);
+            }
+        }
+        format!("{:032x}", hasher.finish_128())
     }
 
     /// Whether the tensors lie in memory and in no file.

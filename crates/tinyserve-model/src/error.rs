@@ -24,6 +24,14 @@ pub enum ModelError {
         /// The operating system's words.
         reason: String,
     },
+    /// The operating system refused to write a file.
+    #[error("{file} cannot be written: {reason}")]
+    Write {
+        /// The file.
+        file: String,
+        /// The operating system's words.
+        reason: String,
+    },
     /// A field of a JSON file is missing or has a value that is not supported.
     #[error("{file}: {field} is {found}, expected {expected}")]
     Field {

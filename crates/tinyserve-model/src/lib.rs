@@ -20,6 +20,7 @@ mod perplexity;
 mod plan;
 mod rope;
 mod sampler;
+mod session;
 mod stop;
 mod synthetic;
 mod tokenizer;
@@ -41,6 +42,7 @@ pub use perplexity::{Perplexity, PerplexityWindow, perplexity_windows};
 pub use plan::{LargestStep, MemoryPlan};
 pub use rope::{RopeConfig, RopeScaling};
 pub use sampler::{SampleContext, SampledToken, Sampler, SamplingParams, logprob, top_logprobs};
+pub use session::{RestoredSession, SessionToSave};
 pub use stop::StopMatcher;
 pub use synthetic::{
     InductionGeometry, InductionModel, LookupTokens, SyntheticModel, SyntheticNormal,

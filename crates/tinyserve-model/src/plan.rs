@@ -271,6 +271,18 @@ mod tests {
     }
 
     #[test]
+    fn every_checkpoint_has_a_fingerprint_of_its_own() {
+        let mut all: Vec<_> = checkpoints().iter().map(Checkpoint::fingerprint).collect();
+        assert_eq!(all, checkpoints().iter().map(Checkpoint::fingerprint).collect::<Vec<_>>());
+        let other = SyntheticModel::new(SyntheticShape::TinyGpt2, DType::F16).seed(1);
+        all.push(other.checkpoint().unwrap().fingerprint());
+        let count = all.len();
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), count);
+    }
+
+    #[test]
     fn as_many_pages_as_fit_and_no_more() {
         let checkpoint = Checkpoint::builtin().unwrap();
         let layout = checkpoint.config().kv_layout(16, KvFormat::F16).unwrap();

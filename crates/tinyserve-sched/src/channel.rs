@@ -208,29 +208,66 @@ pub(crate) fn events(
 ///
 /// `None` means that the engine has stopped.
 #[derive(Debug)]
-pub struct Reply<T>(Arc<Channel<T>>);
+pub struct Reply<T> {
+    /// Answers that are still to come.
+    open: Vec<Arc<Channel<T>>>,
+    answers: Vec<T>,
+    /// Makes one answer of those of several threads.
+    merge: fn(Vec<T>) -> T,
+}
 
 impl<T> Reply<T> {
+    /// One answer of several; threads that have stopped give none.
+    pub(crate) fn merged(replies: impl Iterator<Item = Self>, merge: fn(Vec<T>) -> T) -> Self {
+        let open = replies.flat_map(|reply| reply.open).collect();
+        Self { open, answers: Vec::new(), merge }
+    }
+
     /// Waits for the answer.
     #[must_use]
-    pub fn wait(self) -> Option<T> {
-        self.0.receive(None).ok().flatten()
+    pub fn wait(mut self) -> Option<T> {
+        for channel in std::mem::take(&mut self.open) {
+            self.answers.extend(channel.receive(None).ok().flatten());
+        }
+        self.answer()
     }
 
     /// Waits for the answer for at most `timeout`; the error is this reply, to be waited for again.
     ///
     /// # Errors
     /// When there is no answer in time.
-    pub fn wait_timeout(self, timeout: Duration) -> Result<Option<T>, Self> {
-        self.0.receive(Some(Instant::now() + timeout)).map_err(|()| self)
+    pub fn wait_timeout(mut self, timeout: Duration) -> Result<Option<T>, Self> {
+        let deadline = Instant::now() + timeout;
+        while let Some(channel) = self.open.last() {
+            let Ok(answer) = channel.receive(Some(deadline)) else { return Err(self) };
+            self.answers.extend(answer);
+            self.open.pop();
+        }
+        Ok(self.answer())
+    }
+
+    fn answer(&mut self) -> Option<T> {
+        let answers = std::mem::take(&mut self.answers);
+        (!answers.is_empty()).then(|| (self.merge)(answers))
     }
 }
+
+// Nothing in it is pinned.
+impl<T> Unpin for Reply<T> {}
 
 impl<T> Future for Reply<T> {
     type Output = Option<T>;
 
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<T>> {
-        self.0.poll(context)
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<T>> {
+        let Self { open, answers, .. } = &mut *self;
+        open.retain(|channel| match channel.poll(context) {
+            Poll::Ready(answer) => {
+                answers.extend(answer);
+                false
+            }
+            Poll::Pending => true,
+        });
+        if self.open.is_empty() { Poll::Ready(self.answer()) } else { Poll::Pending }
     }
 }
 
@@ -253,5 +290,9 @@ impl<T> Drop for Responder<T> {
 /// Both ends of an answer.
 pub(crate) fn reply<T>() -> (Responder<T>, Reply<T>) {
     let channel = Channel::new();
-    (Responder(Arc::clone(&channel)), Reply(channel))
+    let one = |mut answers: Vec<T>| answers.swap_remove(0);
+    (
+        Responder(Arc::clone(&channel)),
+        Reply { open: vec![channel], answers: Vec::new(), merge: one },
+    )
 }

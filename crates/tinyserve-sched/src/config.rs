@@ -1,5 +1,7 @@
 //! Settings of an engine.
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use tinyserve_model::Tokenizer;
@@ -44,6 +46,9 @@ pub struct EngineConfig {
     pub plugins: PluginManager,
     /// Where the time comes from.
     pub clock: Clock,
+    /// The number of the next request; clones of a configuration share it, so that replicas number
+    /// their requests together.
+    pub next_id: Arc<AtomicU64>,
 }
 
 impl Default for EngineConfig {
@@ -63,6 +68,7 @@ impl Default for EngineConfig {
             tokenizer: None,
             plugins: PluginManager::new(),
             clock: Clock::system(),
+            next_id: Arc::new(AtomicU64::new(1)),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Where requests are checked, on their callers' threads, before the engine sees them.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use tinyserve_kv::PageTable;
@@ -58,7 +58,6 @@ pub struct Intake {
     limits: Limits,
     metrics: Arc<Metrics>,
     start: Instant,
-    next: AtomicU64,
 }
 
 impl Intake {
@@ -75,7 +74,7 @@ impl Intake {
             bytes_per_page: shape.bytes_per_page,
             weight_bytes: shape.weight_bytes,
         };
-        Self { start: config.clock.now(), config, limits, metrics, next: AtomicU64::new(1) }
+        Self { start: config.clock.now(), config, limits, metrics }
     }
 
     /// Sizes that requests have to fit.
@@ -107,7 +106,7 @@ impl Intake {
             TextStream::new(tokenizer, &request.prompt, (&request.stop, request.include_stop));
         let choices = request.plugins.iter().map(|(name, enabled)| (name.as_str(), *enabled));
         let place = self.queue(request.prompt.len())?;
-        let id = RequestId(self.next.fetch_add(1, Ordering::Relaxed));
+        let id = RequestId(self.config.next_id.fetch_add(1, Ordering::Relaxed));
         let info = RequestInfo {
             id: id.to_string(),
             prompt: request.prompt.clone(),
@@ -148,6 +147,8 @@ impl Intake {
             table: PageTable::new(self.limits.page_size),
             planned: 0,
             fresh: true,
+            dense: usize::MAX,
+            remembered: false,
             place: Some(place),
             cached_tokens: 0,
             kv: KvUse::default(),

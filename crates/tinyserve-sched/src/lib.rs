@@ -13,6 +13,7 @@ mod scheduler;
 mod sequence;
 mod session;
 mod text;
+mod worker;
 
 pub use api::{
     AdmissionError, AttentionChoice, Event, Failure, FailureKind, FinishReason, Finished, KvUse,
@@ -21,9 +22,10 @@ pub use api::{
 pub use channel::{EventStream, Reply};
 pub use clock::Clock;
 pub use config::EngineConfig;
-pub use engine::{Engine, EngineState};
+pub use engine::Engine;
 pub use intake::{Intake, Limits, Submission};
 pub use metrics::{Histogram, Stats};
 pub use runner::{ModelRunner, Runner, RunnerShape};
 pub use scheduler::Scheduler;
 pub use session::SessionInfo;
+pub use worker::EngineState;

@@ -221,6 +221,12 @@ counters! {
     pages,
     /// Pages that running sequences and sessions hold now.
     pages_used,
+    /// Pages that nobody uses and that are kept to be found again, until their room is needed.
+    pages_idle,
+    /// Prompts that shared kept pages.
+    prefix_hits,
+    /// Kept pages that were given up.
+    prefix_evicted_pages,
     /// Pages that finished requests held at their ends, added up.
     finished_pages,
     /// Bytes that decode steps read in the cache.

@@ -1,8 +1,12 @@
 //! What a scheduler drives: a model with its pages, or a toy in their place.
 
+use std::path::Path;
+
 use tinyserve_kernels::{AttendStats, Backend};
-use tinyserve_kv::{KvError, PagePool, PageTable};
-use tinyserve_model::{Activations, Batch, KvCache, Model, ModelError, StepOutput};
+use tinyserve_kv::{KvError, PagePool, PageTable, Prefix, PrefixStats};
+use tinyserve_model::{
+    Activations, Batch, KvCache, Model, ModelError, RestoredSession, SessionToSave, StepOutput,
+};
 
 /// Sizes of a runner, fixed for its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +31,31 @@ pub trait Runner: Send {
     /// Which pages are free.
     fn pool(&self) -> &PagePool;
 
+    /// Pages that a sequence can get: free ones, and those that are kept only to be found again.
+    fn available_pages(&self) -> usize {
+        self.pool().free_pages()
+    }
+
+    /// Tokens that [`Self::start`] would find.
+    fn known(&self, _prompt: Prefix<'_>) -> usize {
+        0
+    }
+
+    /// A sequence that shares the pages of the longest known beginning of `prompt`, at most all but
+    /// its last token. Unless it says otherwise, a runner knows none.
+    fn start(&mut self, _prompt: Prefix<'_>) -> PageTable {
+        PageTable::new(self.shape().page_size)
+    }
+
+    /// Offers the full pages of a sequence, whose first tokens are `prefix` and were computed with
+    /// dense attention, to later ones.
+    fn remember(&mut self, _prefix: Prefix<'_>, _table: &mut PageTable) {}
+
+    /// What came of it; `None` for a runner that knows no beginnings.
+    fn prefix_stats(&self) -> Option<PrefixStats> {
+        None
+    }
+
     /// Makes room for `tokens` more tokens of a sequence, all or nothing.
     ///
     /// # Errors
@@ -47,6 +76,26 @@ pub trait Runner: Send {
             found: "asked for".to_owned(),
             expected: "a cache that tokens can be removed from".to_owned(),
         }))
+    }
+
+    /// Saves the full pages of a session to a file; see [`KvCache::save_session`].
+    ///
+    /// # Errors
+    /// When the file cannot be written. Unless it says otherwise, a runner has nothing to save.
+    fn save_session(&self, _path: &Path, _session: SessionToSave<'_>) -> Result<usize, ModelError> {
+        Err(no_files())
+    }
+
+    /// Reads a session from a file; see [`KvCache::restore_session`].
+    ///
+    /// # Errors
+    /// When the file is refused or too few pages are available; nothing has changed then.
+    fn restore_session(
+        &mut self,
+        _path: &Path,
+        _identity: &str,
+    ) -> Result<RestoredSession, ModelError> {
+        Err(no_files())
     }
 
     /// Gives the pages of a sequence back.
@@ -85,6 +134,14 @@ pub trait Runner: Send {
     }
 }
 
+fn no_files() -> ModelError {
+    ModelError::Setting {
+        name: "session file",
+        found: "asked for".to_owned(),
+        expected: "a runner whose pages hold bytes".to_owned(),
+    }
+}
+
 /// A model on a backend.
 #[derive(Debug)]
 pub struct ModelRunner<B: Backend> {
@@ -119,6 +176,26 @@ impl<B: Backend> Runner for ModelRunner<B> {
         self.cache.pool()
     }
 
+    fn available_pages(&self) -> usize {
+        self.cache.available_pages()
+    }
+
+    fn known(&self, prompt: Prefix<'_>) -> usize {
+        self.cache.prefix_index().map_or(0, |index| index.peek(prompt))
+    }
+
+    fn start(&mut self, prompt: Prefix<'_>) -> PageTable {
+        self.cache.start(prompt)
+    }
+
+    fn remember(&mut self, prefix: Prefix<'_>, table: &mut PageTable) {
+        self.cache.remember(prefix, table);
+    }
+
+    fn prefix_stats(&self) -> Option<PrefixStats> {
+        Some(self.cache.prefix_index()?.stats())
+    }
+
     fn extend(&mut self, table: &mut PageTable, tokens: usize) -> Result<(), KvError> {
         self.cache.extend(self.model.backend(), table, tokens).map_err(|error| match error {
             ModelError::Kv(error) => error,
@@ -137,6 +214,18 @@ impl<B: Backend> Runner for ModelRunner<B> {
 
     fn prune(&mut self, table: &mut PageTable, places: &[u32]) -> Result<(), ModelError> {
         self.cache.prune(self.model.backend(), table, places)
+    }
+
+    fn save_session(&self, path: &Path, session: SessionToSave<'_>) -> Result<usize, ModelError> {
+        self.cache.save_session(self.model.backend(), path, session)
+    }
+
+    fn restore_session(
+        &mut self,
+        path: &Path,
+        identity: &str,
+    ) -> Result<RestoredSession, ModelError> {
+        self.cache.restore_session(self.model.backend(), path, identity)
     }
 
     fn release(&mut self, table: PageTable) {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use smallvec::SmallVec;
 use tinyserve_kernels::Attention;
-use tinyserve_kv::{PageId, PageTable};
+use tinyserve_kv::{PageId, PageTable, Prefix};
 use tinyserve_model::{Batch, LogitRows, ModelError, SequenceStep};
 
 use crate::intake::{Intake, Submission};
@@ -19,6 +19,7 @@ use crate::{
 
 mod commit;
 mod hooks;
+mod saved;
 
 /// Sequences of a step that need no allocation.
 const ON_STACK: usize = 16;
@@ -221,6 +222,8 @@ impl<R: Runner> Scheduler<R> {
         self.runner.release(std::mem::replace(&mut sequence.table, empty));
         sequence.times.preemptions += 1;
         sequence.fresh = true;
+        sequence.dense = usize::MAX;
+        sequence.remembered = false;
         count(&self.metrics.preemptions, 1);
         let planned = std::mem::take(&mut sequence.planned);
         insert(&mut self.waiting, sequence);
@@ -244,25 +247,45 @@ impl<R: Runner> Scheduler<R> {
         let page_size = sequence.table.page_size();
         let session = sequence.session.as_deref();
         let kept = session.and_then(|session| self.sessions.kept(session));
-        let reused = kept.map_or(0, |kept| reusable(sequence, kept));
-        let reused_pages = kept.map_or(0, |kept| kept.pages_of(reused));
+        let of_session = kept.map_or(0, |kept| reusable(sequence, kept));
+        let prefix = Prefix { salt: &sequence.cache_salt, tokens: &sequence.tokens };
+        // Prompts whose every token is scored are computed whole.
+        let scores = sequence.prompt_logprobs.is_some();
+        let known = if scores { 0 } else { self.runner.known(prefix) };
+        let shares = known > of_session;
+        let reused = of_session.max(known);
+        let reused_pages =
+            if shares { 0 } else { kept.map_or(0, |kept| kept.pages_of(of_session)) };
         // Where tokens were pruned, a few fewer would do.
         let needed = (sequence.tokens.len() - reused + 1).div_ceil(page_size);
         let own = kept.map_or(0, |kept| kept.table.pages().len() - reused_pages);
         let others = self.sessions.kept_pages(session);
-        let available = self.runner.pool().free_pages() + own + others;
+        // Pages that only the index holds are available until they are shared.
+        let shared = if shares { known / page_size } else { 0 };
+        let available = (self.runner.available_pages() + own + others).saturating_sub(shared);
         // Each that runs may need a page soon; it would have to be taken away again.
         if !self.running.is_empty() && needed + self.running.len() > available {
             return None;
         }
         let mut sequence = self.waiting.remove(index);
         let kept = sequence.session.as_deref().and_then(|session| self.sessions.take(session));
-        if let Some(Kept { mut table, tokens, .. }) = kept {
-            if reused < tokens.len() {
-                self.runner.truncate(&mut table, reused);
+        match kept {
+            Some(Kept { table, .. }) if shares => self.runner.release(table),
+            Some(Kept { mut table, tokens, dense, .. }) => {
+                if reused < tokens.len() {
+                    self.runner.truncate(&mut table, reused);
+                }
+                sequence.table = table;
+                // What follows tokens of selecting steps is not what any request would compute.
+                sequence.dense = if reused > dense { dense } else { usize::MAX };
             }
-            sequence.table = table;
+            None => {}
         }
+        if shares {
+            let prefix = Prefix { salt: &sequence.cache_salt, tokens: &sequence.tokens };
+            sequence.table = self.runner.start(prefix);
+        }
+        let reused = if shares { sequence.table.len() } else { reused };
         self.tell_started(&mut sequence, reused);
         Some(insert(&mut self.running, sequence))
     }
@@ -379,6 +402,10 @@ impl<R: Runner> Scheduler<R> {
                 Event::Finished(Finished { reason, stop_reason, summary })
             }
         };
+        if !failed {
+            self.remember(&mut sequence);
+        }
+        let dense = sequence.dense_tokens();
         let Sequence { table, mut tokens, session, cache_salt, events, .. } = sequence;
         let kept = match session {
             Some(session) => {
@@ -386,7 +413,7 @@ impl<R: Runner> Scheduler<R> {
                 tokens.truncate(table.next_position());
                 let keeps = !failed && !table.is_empty();
                 if keeps {
-                    let kept = Kept { table, tokens, cache_salt };
+                    let kept = Kept { table, tokens, cache_salt, dense };
                     self.sessions.close(&session, total, Some(kept)).map(|kept| kept.table)
                 } else {
                     self.sessions.close(&session, total, None);
@@ -423,7 +450,22 @@ impl<R: Runner> Scheduler<R> {
         gauge(&self.metrics.running, self.running.len());
         gauge(&self.metrics.waiting, self.waiting.len());
         gauge(&self.metrics.sessions, self.sessions.len());
-        gauge(&self.metrics.pages_used, self.runner.pool().used_pages());
+        let pool = self.runner.pool();
+        gauge(&self.metrics.pages_used, pool.used_pages() - pool.idle_pages());
+        gauge(&self.metrics.pages_idle, pool.idle_pages());
+        if let Some(stats) = self.runner.prefix_stats() {
+            let evicted = stats.evicted_for_room + stats.evicted_for_limit;
+            gauge(&self.metrics.prefix_hits, stats.hits as usize);
+            gauge(&self.metrics.prefix_evicted_pages, evicted as usize);
+        }
+    }
+
+    /// Offers the pages of a sequence, which has not failed, to requests that begin alike.
+    fn remember(&mut self, sequence: &mut Sequence) {
+        let dense = sequence.dense_tokens();
+        let Sequence { tokens, cache_salt, table, .. } = sequence;
+        let prefix = Prefix { salt: cache_salt, tokens: &tokens[..dense] };
+        self.runner.remember(prefix, table);
     }
 
     fn evict_session(&mut self, but: Option<&str>) -> bool {

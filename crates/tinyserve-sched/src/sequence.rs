@@ -92,6 +92,11 @@ pub(crate) struct Sequence {
     pub(crate) planned: usize,
     /// Whether none of its steps has run since it got its pages.
     pub(crate) fresh: bool,
+    /// Tokens from the first on that were computed with dense attention, as any request would, if
+    /// that many are computed: pages of theirs may be shared.
+    pub(crate) dense: usize,
+    /// Whether its prompt's pages were offered to others.
+    pub(crate) remembered: bool,
     pub(crate) place: Option<QueuePlace>,
     pub(crate) cached_tokens: usize,
     pub(crate) kv: KvUse,
@@ -163,6 +168,19 @@ impl Sequence {
         let done = self.computed();
         let end = if done < self.prompt_len { self.prompt_len } else { self.tokens.len() };
         most.min(end - done)
+    }
+
+    /// Tokens from the first on that were computed as any request would compute them.
+    pub(crate) fn dense_tokens(&self) -> usize {
+        let dense = match &self.attention {
+            AttentionChoice::Dense => usize::MAX,
+            // The token at position `p` sees `p + 1` tokens.
+            AttentionChoice::Policy(policy) => {
+                self.prompt_len.max(policy.min_context.saturating_sub(1))
+            }
+            AttentionChoice::Custom(_) => self.prompt_len,
+        };
+        self.dense.min(dense).min(self.computed())
     }
 
     pub(crate) fn note_decode(&mut self, read: &AttendStats) {

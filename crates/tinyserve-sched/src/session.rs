@@ -47,6 +47,8 @@ pub(crate) struct Kept {
     /// The tokens that were computed into the pages; some may be pruned.
     pub(crate) tokens: Vec<u32>,
     pub(crate) cache_salt: String,
+    /// How many of the first tokens were computed with dense attention, as any request would.
+    pub(crate) dense: usize,
 }
 
 impl Kept {
@@ -115,6 +117,19 @@ impl Sessions {
             Some(kept) => session.kept.replace(kept),
             None => None,
         }
+    }
+
+    /// Requests of the session that wait or run.
+    pub(crate) fn open_requests(&self, id: &str) -> usize {
+        self.by_id.get(id).map_or(0, |session| session.open_requests)
+    }
+
+    /// Leaves pages to a session; returns those that it had, or these if there is none.
+    pub(crate) fn keep(&mut self, id: &str, kept: Kept) -> Option<Kept> {
+        let (now, used) = (self.clock.time_of_day(), self.clock.now());
+        let Some(session) = self.by_id.get_mut(id) else { return Some(kept) };
+        (session.last_activity, session.used) = (now, used);
+        session.kept.replace(kept)
     }
 
     /// Takes the session's pages.

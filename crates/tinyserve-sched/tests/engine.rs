@@ -5,7 +5,10 @@ use std::task::{Context, Poll, Wake};
 use std::time::Duration;
 
 use tinyserve_kernels::{Cpu, CpuOptions};
-use tinyserve_kv::{KvFormat, PageSelector, SelectInput};
+use tinyserve_kv::{
+    Budget, EvictionPolicy, KvFormat, PageSelector, PrefixIndex, PrefixOptions, SelectInput,
+    SelectionPolicy,
+};
 use tinyserve_model::{Checkpoint, KvCache, Model, SamplingParams};
 use tinyserve_sched::{
     AdmissionError, AttentionChoice, Engine, EngineConfig, EngineState, Event, FailureKind,
@@ -14,15 +17,32 @@ use tinyserve_sched::{
 
 /// An engine with `pages` pages of 16 tokens.
 fn engine(pages: usize, config: EngineConfig) -> Engine {
+    replicas(1, pages, config)
+}
+
+/// As [`engine`], as several.
+fn replicas(count: usize, pages: usize, config: EngineConfig) -> Engine {
     let checkpoint = Checkpoint::builtin().unwrap();
-    let cpu = Cpu::new(CpuOptions { threads: Some(2), path: None }).unwrap();
-    let model = Model::load(cpu, &checkpoint, |_, _| {}).unwrap();
-    let layout = model.config().kv_layout(16, KvFormat::F32).unwrap();
-    let cache = KvCache::new(model.backend(), layout, pages).unwrap();
-    let eos = model.config().eos.clone();
+    let eos = checkpoint.config().eos.clone();
     let tokenizer = Some(checkpoint.tokenizer().unwrap());
     let config = EngineConfig { tokenizer, eos, ..config };
-    Engine::start("engine", ModelRunner::new(model, cache), config).unwrap()
+    let runners = (0..count).map(|_| runner(&checkpoint, pages)).collect();
+    Engine::start_replicas("engine", runners, &config).unwrap()
+}
+
+fn runner(checkpoint: &Checkpoint, pages: usize) -> ModelRunner<Cpu> {
+    let cpu = Cpu::new(CpuOptions { threads: Some(2), path: None }).unwrap();
+    let model = Model::load(cpu, checkpoint, |_, _| {}).unwrap();
+    let layout = model.config().kv_layout(16, KvFormat::F32).unwrap();
+    let options = PrefixOptions {
+        identity: "stories",
+        layout,
+        policy: EvictionPolicy::Lru,
+        max_pages: pages,
+    };
+    let cache = KvCache::new(model.backend(), layout, pages).unwrap();
+    let cache = cache.with_prefix_index(PrefixIndex::new(options));
+    ModelRunner::new(model, cache)
 }
 
 fn prompt(text: &str) -> Vec<u32> {
@@ -166,6 +186,40 @@ fn a_session_computes_only_what_is_new() {
     assert_eq!(engine.delete_session("a").wait(), Some(true));
     assert_eq!(engine.delete_session("a").wait(), Some(false));
     assert_eq!(engine.stats().pages_used, 0);
+}
+
+#[test]
+fn requests_that_begin_alike_share_pages() {
+    let engine = engine(64, EngineConfig::default());
+    let long =
+        "Once upon a time there was a little girl named Lily who had a big red ball. ".repeat(2);
+    let (first, _, end) = answer(&engine, greedy(&long, 20));
+    assert_eq!(end.summary.usage.cached_tokens, 0);
+    let prompt = end.summary.usage.prompt_tokens;
+    let (again, _, end) = answer(&engine, greedy(&long, 20));
+    // Whole pages, and not the last token.
+    assert_eq!(end.summary.usage.cached_tokens, (prompt - 1) / 16 * 16);
+    assert_eq!(again, first);
+    // Pages that are kept are in nobody's use.
+    let stats = engine.stats();
+    assert_eq!((stats.pages_used, stats.prefix_hits), (0, 1));
+    assert!(stats.pages_idle > 0);
+    // What a selecting step has computed is not what another request would compute.
+    let select = SelectionPolicy {
+        budget: Budget::Tokens(16),
+        dense_layers: 0,
+        min_context: 0,
+        ..SelectionPolicy::default()
+    };
+    let sparse = || {
+        let mut request = greedy("The dog", 80);
+        request.attention = Some(AttentionChoice::Policy(select));
+        request
+    };
+    let (_, tokens, _) = answer(&engine, sparse());
+    let mut continued = sparse();
+    continued.prompt.extend(tokens.iter().map(|token| token.id));
+    assert_eq!(answer(&engine, continued).2.summary.usage.cached_tokens, 0);
 }
 
 #[test]
@@ -365,4 +419,51 @@ fn events_and_replies_can_be_awaited() {
         }
     };
     assert_eq!(sessions, Some(Vec::new()));
+}
+
+#[test]
+fn replicas_share_the_work_and_keep_what_they_know() {
+    let engine = replicas(2, 64, EngineConfig::default());
+    let alone = answer(&engine, greedy("Once upon a time", 30)).0;
+    let streams: Vec<_> =
+        (0..8).map(|_| engine.submit(greedy("Once upon a time", 30)).unwrap()).collect();
+    let ids: std::collections::HashSet<_> =
+        streams.iter().map(tinyserve_sched::EventStream::id).collect();
+    assert_eq!(ids.len(), 8, "numbers are told apart");
+    for stream in streams {
+        let mut text = String::new();
+        for event in stream {
+            match event {
+                Event::Token(token) => text += &token.text,
+                Event::Finished(finished) => text += &finished.summary.rest,
+                _ => {}
+            }
+        }
+        assert_eq!(text, alone);
+    }
+    let each = engine.replica_stats();
+    assert!(each.iter().all(|stats| stats.requests > 0), "both had something to do");
+    assert_eq!(engine.stats().requests, 9);
+    let long =
+        "Once upon a time there was a little girl named Lily who had a big red ball. ".repeat(6);
+    // A session stays where its pages are, and a prompt goes where its beginning is.
+    for name in ["a", "b", "c", "d"] {
+        for turn in 0..3 {
+            let mut request = greedy(&long, 20).session(name);
+            // What others have is not for this session.
+            request.cache_salt = name.to_owned();
+            let cached = answer(&engine, request).2.summary.usage.cached_tokens;
+            assert_eq!(cached > 0, turn > 0, "{name} {turn}");
+        }
+    }
+    let names: Vec<_> =
+        engine.list_sessions().wait().unwrap().into_iter().map(|info| info.id).collect();
+    assert_eq!(names, ["a", "b", "c", "d"]);
+    assert!(engine.session_info("c").wait().unwrap().is_some());
+    answer(&engine, greedy(&long, 5));
+    for _ in 0..4 {
+        assert!(answer(&engine, greedy(&long, 5)).2.summary.usage.cached_tokens >= 64);
+    }
+    assert_eq!(engine.delete_session("c").wait(), Some(true));
+    assert!(engine.drain().wait().is_some());
 }

@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tinyserve_kernels::{DType, WeightFormat};
-use tinyserve_kv::{Budget, GroupReduce, KvError, KvFormat, Scorer, SelectionPolicy};
+use tinyserve_kv::{
+    Budget, EvictionPolicy, GroupReduce, KvError, KvFormat, Scorer, SelectionPolicy,
+};
+use tinyserve_model::Checkpoint;
 use tinyserve_sched::EngineConfig;
 
 use crate::TinyServeError;
@@ -200,6 +203,35 @@ impl From<GroupReduceName> for GroupReduce {
     }
 }
 
+/// Which kept pages are given up first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EvictionName {
+    /// Those that were used least recently.
+    #[default]
+    Lru,
+    /// Those that are both old and cheap to compute again.
+    Cost,
+}
+
+impl EvictionName {
+    /// The policy for the model of `checkpoint`.
+    #[must_use]
+    pub fn resolve(self, checkpoint: &Checkpoint) -> EvictionPolicy {
+        match self {
+            Self::Lru => EvictionPolicy::Lru,
+            Self::Cost => {
+                // A token takes two operations for each parameter, and to attend to a token of
+                // context takes four for each channel of a query.
+                let config = checkpoint.config();
+                let of_context = 2 * config.layers * config.q_heads * config.head_dim;
+                let dense_tokens = (checkpoint.parameters() / of_context.max(1)) as u64;
+                EvictionPolicy::RecomputeCost { dense_tokens }
+            }
+        }
+    }
+}
+
 /// Settings of an engine.
 ///
 /// The same names are keys of a JSON or TOML file, flags (`--selection-ratio`) and environment
@@ -253,7 +285,11 @@ pub struct TinyServeConfig {
     /// or fewer where memory holds fewer.
     #[serde(alias = "max_model_len", skip_serializing_if = "Option::is_none")]
     pub max_sequence_length: Option<usize>,
-    /// Most sequences that run together.
+    /// Copies of the model, each with threads, weights and pages of its own, that share the work.
+    pub replicas: usize,
+    /// Devices that one model is split over; only 1 is implemented.
+    pub tensor_parallel_size: usize,
+    /// Most sequences that run together in a replica.
     pub max_num_seqs: usize,
     /// Most tokens of one step, decodes and prefill chunks together; unless set, 512, or more where
     /// `attention_chunk_size` or `max_num_seqs` are more.
@@ -265,6 +301,10 @@ pub struct TinyServeConfig {
     /// Most prompt tokens of the requests that wait for their first step; no limit unless set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_num_queued_tokens: Option<usize>,
+    /// Whether the pages of prompts are kept for requests that begin alike.
+    pub enable_prefix_caching: bool,
+    /// Which kept pages are given up first when their room is needed.
+    pub eviction_policy: EvictionName,
     /// Seconds of waiting that count as much as one step of priority.
     pub priority_ageing: f64,
     /// Seconds without a request after which a session is deleted.
@@ -297,10 +337,14 @@ impl Default for TinyServeConfig {
             rope_frequency_dtype: RopeFrequencyDtype::F32,
             attention_chunk_size: 256,
             max_sequence_length: None,
+            replicas: 1,
+            tensor_parallel_size: 1,
             max_num_seqs: 16,
             max_num_batched_tokens: None,
             max_num_queued_reqs: None,
             max_num_queued_tokens: None,
+            enable_prefix_caching: true,
+            eviction_policy: EvictionName::Lru,
             priority_ageing: 10.0,
             session_timeout: 300.0,
             target_memory_gb: None,
@@ -362,6 +406,7 @@ impl TinyServeConfig {
             ("attention_chunk_size", Some(self.attention_chunk_size)),
             ("threads", self.threads),
             ("max_sequence_length", self.max_sequence_length),
+            ("replicas", Some(self.replicas)),
             ("max_num_seqs", Some(self.max_num_seqs)),
             ("max_num_batched_tokens", self.max_num_batched_tokens),
         ];
@@ -373,6 +418,21 @@ impl TinyServeConfig {
                     expected: "at least 1".to_owned(),
                 });
             }
+        }
+        if self.tensor_parallel_size != 1 {
+            return Err(TinyServeError::Setting {
+                field: "tensor_parallel_size",
+                found: self.tensor_parallel_size.to_string(),
+                expected: "1: splitting one model over several devices is not implemented"
+                    .to_owned(),
+            });
+        }
+        if let Some(threads) = self.threads.filter(|&threads| threads < self.replicas) {
+            return Err(TinyServeError::Setting {
+                field: "replicas",
+                found: self.replicas.to_string(),
+                expected: format!("at most {threads}, the value of threads: each needs one"),
+            });
         }
         for (field, seconds) in
             [("priority_ageing", self.priority_ageing), ("session_timeout", self.session_timeout)]
@@ -525,6 +585,8 @@ mod tests {
             ("d.toml", "page_size = 0", "page_size is 0"),
             ("e.toml", "num_gpus = 2", "num_gpus"),
             ("l.toml", "max_num_seqs = 0", "max_num_seqs is 0"),
+            ("o.toml", "tensor_parallel_size = 2", "tensor_parallel_size is 2, expected 1"),
+            ("p.toml", "replicas = 3\nthreads = 2", "replicas is 3, expected at most 2"),
             (
                 "m.toml",
                 "max_num_batched_tokens = 3",

@@ -1,11 +1,12 @@
 //! The engine: a model, its cache and its tokenizer behind one handle.
 
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tinyserve_kernels::{Backend, Cpu, CpuOptions, Cuda, WeightFormat};
-use tinyserve_kv::PageSelector;
+use tinyserve_kv::{PageSelector, PrefixIndex, PrefixOptions};
 use tinyserve_model::{
     ChatTemplate, Checkpoint, KvCache, MemoryPlan, Model, ModelConfig, ModelError, Perplexity,
     PerplexityWindow, Tokenizer, perplexity_windows,
@@ -39,6 +40,8 @@ pub struct TinyServe {
     tokenizer: Result<Tokenizer, String>,
     chat_template: Result<Option<ChatTemplate>, ModelError>,
     memory: PlannedMemory,
+    /// Names what keys and values depend on beside tokens and layout.
+    identity: String,
     weight_bytes: usize,
     load: Duration,
     backend_name: String,
@@ -157,15 +160,32 @@ impl TinyServeBuilder {
         let start = Instant::now();
         let config = self.config;
         config.check()?;
-        // Both are opened before anything is read: a device that is not there is told at once.
-        let device = match config.device {
+        // Opened before anything is read: a device that is not there is told at once.
+        let cuda = match config.device {
             Device::Cuda(number) => Some(Cuda::new(number)?),
             Device::Auto | Device::Cpu => None,
         };
-        let cpu = Cpu::new(CpuOptions { threads: config.threads, ..self.cpu })?;
-        let backend_name = match &device {
-            Some(cuda) => format!("cuda:{}, {}", cuda.device().ordinal, cuda.device().name),
-            None => format!("CPU, {}, {} threads", cpu.path(), cpu.threads()),
+        if cuda.is_some() && config.replicas > 1 {
+            return Err(TinyServeError::Setting {
+                field: "replicas",
+                found: config.replicas.to_string(),
+                expected: "1 on a CUDA device".to_owned(),
+            });
+        }
+        let replicas = config.replicas;
+        let threads = config.threads.or_else(|| {
+            let all = std::thread::available_parallelism().map_or(1, usize::from);
+            (replicas > 1).then_some(all)
+        });
+        let threads = threads.map(|all| (all / replicas).max(1));
+        let backends = (0..replicas)
+            .map(|_| Cpu::new(CpuOptions { threads, ..self.cpu }))
+            .collect::<Result<Vec<_>, _>>()?;
+        let (path, threads) = (backends[0].path(), backends[0].threads());
+        let backend_name = match (&cuda, replicas) {
+            (Some(cuda), _) => format!("cuda:{}, {}", cuda.device().ordinal, cuda.device().name),
+            (None, 1) => format!("CPU, {path}, {threads} threads"),
+            (None, _) => format!("CPU, {path}, {replicas} replicas of {threads} threads"),
         };
         let mut checkpoint = match self.checkpoint {
             Some(checkpoint) => checkpoint,
@@ -178,7 +198,21 @@ impl TinyServeBuilder {
         // Only text needs a tokenizer: a checkpoint without one still serves token ids.
         let tokenizer = checkpoint.tokenizer().map_err(|error| error.to_string());
         let chat_template = checkpoint.chat_template();
-        let memory = PlannedMemory::new(&config, &checkpoint, cpu.threads())?;
+        let memory = PlannedMemory::new(&config, &checkpoint, threads)?;
+        // What keys and values depend on beside tokens and layout.
+        let identity = format!(
+            "{} {} {:?}",
+            checkpoint.fingerprint(),
+            config.weights.name(checkpoint.dtype()),
+            config.rope_frequency_dtype
+        );
+        let loading = Loading {
+            config: &config,
+            checkpoint: &checkpoint,
+            weights,
+            plan: memory.plan,
+            identity: &identity,
+        };
         let attention = match (config.attention, self.selector) {
             (_, Some(selector)) => AttentionChoice::Custom(selector),
             (AttentionMode::Dense, None) => AttentionChoice::Dense,
@@ -191,16 +225,16 @@ impl TinyServeBuilder {
             tokenizer: tokenizer.as_ref().ok().cloned(),
             ..config.scheduling()
         };
-        let loading = Loading { checkpoint: &checkpoint, weights, plan: &memory.plan, scheduling };
-        let (engine, weight_bytes) = match device {
-            Some(cuda) => loading.start(cuda, progress)?,
-            None => loading.start(cpu, progress)?,
+        let (engine, weight_bytes) = match cuda {
+            Some(cuda) => loading.start(vec![cuda], &scheduling, progress)?,
+            None => loading.start(backends, &scheduling, progress)?,
         };
         Ok(TinyServe {
             model: checkpoint.config().clone(),
             tokenizer,
             chat_template,
             memory,
+            identity,
             weight_bytes,
             load: start.elapsed(),
             backend_name,
@@ -210,26 +244,43 @@ impl TinyServeBuilder {
     }
 }
 
-/// What a model is loaded from, whatever the device.
+/// What models are loaded from, whatever the device.
 struct Loading<'a> {
+    config: &'a TinyServeConfig,
     checkpoint: &'a Checkpoint,
     weights: WeightFormat,
-    plan: &'a MemoryPlan,
-    scheduling: EngineConfig,
+    plan: MemoryPlan,
+    identity: &'a str,
 }
 
 impl Loading<'_> {
-    /// Loads the model onto `backend` and starts its engine; gives the bytes of its weights, too.
+    /// Loads the model onto each of `backends` and starts their engine; gives the bytes of all
+    /// weights, too.
     fn start<B: Backend + 'static>(
-        self,
-        backend: B,
-        progress: impl FnMut(usize, usize),
+        &self,
+        backends: Vec<B>,
+        scheduling: &EngineConfig,
+        mut progress: impl FnMut(usize, usize),
     ) -> Result<(Engine, usize), TinyServeError> {
-        let model = Model::load_as(backend, self.checkpoint, self.weights, progress)?;
-        let weight_bytes = model.weight_bytes();
-        let cache = KvCache::new(model.backend(), self.plan.layout, self.plan.pages)?;
-        let runner = ModelRunner::new(model, cache);
-        Ok((Engine::start("tinyserve-engine", runner, self.scheduling)?, weight_bytes))
+        let Self { config, checkpoint, weights, plan, identity } = self;
+        let MemoryPlan { layout, pages, .. } = *plan;
+        let policy = config.eviction_policy.resolve(checkpoint);
+        let prefixes = PrefixOptions { identity, layout, policy, max_pages: pages };
+        let replicas = backends.len();
+        let mut weight_bytes = 0;
+        let mut runners = Vec::with_capacity(replicas);
+        for (index, backend) in backends.into_iter().enumerate() {
+            let model = Model::load_as(backend, checkpoint, *weights, |done, total| {
+                progress(index * total + done, replicas * total);
+            })?;
+            weight_bytes += model.weight_bytes();
+            let mut cache = KvCache::new(model.backend(), layout, pages)?;
+            if config.enable_prefix_caching {
+                cache = cache.with_prefix_index(PrefixIndex::new(prefixes));
+            }
+            runners.push(ModelRunner::new(model, cache));
+        }
+        Ok((Engine::start_replicas("tinyserve-engine", runners, scheduling)?, weight_bytes))
     }
 }
 
@@ -457,6 +508,38 @@ impl TinyServe {
     /// When the engine has stopped.
     pub fn delete_session(&self, session_id: impl Into<String>) -> Result<bool, TinyServeError> {
         answered(self.engine.delete_session(session_id).wait())
+    }
+
+    /// Saves what a session keeps between its requests to a file, as far as it fills whole pages;
+    /// returns how many tokens that is. The next request of a session that was restored computes
+    /// the others.
+    ///
+    /// The file is the old one or the new one whatever happens; see
+    /// [`tinyserve_model::KvCache::save_session`]. Other requests wait while it is written.
+    ///
+    /// # Errors
+    /// When there is no such session, a request of it runs, or the file cannot be written.
+    pub fn save_session(
+        &self,
+        session_id: impl Into<String>,
+        path: impl Into<PathBuf>,
+    ) -> Result<usize, TinyServeError> {
+        let saved = self.engine.save_session(session_id, path, &self.identity);
+        Ok(answered(saved.wait())??)
+    }
+
+    /// Restores a session from a file, in place of the one of this name, if there is one.
+    ///
+    /// # Errors
+    /// When requests of that session wait or run, too few pages are available, or the file is
+    /// damaged or of another model, kv_cache_dtype or page_size. The session is then what it was.
+    pub fn restore_session(
+        &self,
+        session_id: impl Into<String>,
+        path: impl Into<PathBuf>,
+    ) -> Result<SessionInfo, TinyServeError> {
+        let restored = self.engine.restore_session(session_id, path, &self.identity);
+        Ok(answered(restored.wait())??)
     }
 
     /// Totals over the requests that were answered, by their published names;

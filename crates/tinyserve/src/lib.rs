@@ -9,8 +9,8 @@ mod plan;
 mod request;
 
 pub use config::{
-    AttentionMode, Device, GroupReduceName, KvCacheDtype, RopeFrequencyDtype, ScorerName,
-    TinyServeConfig, Weights,
+    AttentionMode, Device, EvictionName, GroupReduceName, KvCacheDtype, RopeFrequencyDtype,
+    ScorerName, TinyServeConfig, Weights,
 };
 pub use engine::{TinyServe, TinyServeBuilder};
 pub use error::TinyServeError;

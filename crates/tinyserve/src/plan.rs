@@ -7,7 +7,8 @@ use crate::{TinyServeConfig, TinyServeError, memory};
 /// Share of the available memory that an engine may take unless `target_memory_gb` says how much.
 const SHARE_OF_AVAILABLE: f64 = 0.8;
 
-/// Where the memory of an engine goes, and how much of it there is.
+/// Where the memory of an engine goes, and how much of it there is; with several replicas, of one
+/// of them.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PlannedMemory {
     /// Most bytes that the process may have resident: `target_memory_gb`, or what it has and 80 %
@@ -46,9 +47,10 @@ impl PlannedMemory {
         let wanted = MemoryPlan::new(checkpoint, weights, layout, step, pages);
         let wanted = wanted.process_bytes(resident);
         let target_bytes = match config.target_memory_gb {
-            Some(gigabytes) => Some((gigabytes * 1e9) as u64),
+            Some(gigabytes) => Some((gigabytes * 1e9) as u64 / config.replicas as u64),
             None => memory::available()
-                .map(|available| resident + (available as f64 * SHARE_OF_AVAILABLE) as u64),
+                .map(|available| resident + (available as f64 * SHARE_OF_AVAILABLE) as u64)
+                .map(|all| all / config.replicas as u64),
         };
         let largest = match target_bytes {
             Some(target) => wanted.fit(target, u32::MAX as usize)?,

@@ -1,14 +1,15 @@
 //! Sequences through a model, timed without tokenising and sampling.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use tinyserve::TinyServeError;
 use tinyserve::kernels::{AttendStats, Attention, Cpu, Profile, Profiled};
-use tinyserve::kv::PageTable;
+use tinyserve::kv::{PageTable, Prefix};
 use tinyserve::model::{
-    Activations, Batch, KvCache, LogitRows, Model, ModelError, Observe, SequenceStep, StepOutput,
-    SyntheticNormal,
+    Activations, Batch, KvCache, LogitRows, Model, ModelError, Observe, SequenceStep,
+    SessionToSave, StepOutput, SyntheticNormal,
 };
 
 /// What models run on here: timed by operation where a run asks for it.
@@ -30,6 +31,16 @@ pub(super) struct Runner {
 pub(super) struct Sample {
     pub(super) elapsed: Duration,
     pub(super) stats: AttendStats,
+}
+
+/// What a session takes to compute, to save and to restore.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct SessionTimes {
+    pub(super) prefill: Duration,
+    pub(super) save: Duration,
+    pub(super) restore: Duration,
+    /// Tokens that were restored.
+    pub(super) tokens: usize,
 }
 
 /// How tokens come into the cache before a test.
@@ -84,6 +95,34 @@ impl Runner {
             }
         }
         Ok(tables)
+    }
+
+    /// Times a prefill, saving what it computed to `file`, and restoring it from there.
+    pub(super) fn session(&mut self, tokens: usize, file: &Path) -> Result<SessionTimes> {
+        let mut tables = vec![self.cache.new_table()];
+        let start = Instant::now();
+        self.prefill(&mut tables, tokens, LogitRows::Last)?;
+        let prefill = start.elapsed();
+        let names: Vec<u32> = (0..tokens as u32).collect();
+        let session = SessionToSave {
+            identity: "bench",
+            prefix: Prefix { salt: "", tokens: &names },
+            dense_tokens: tokens,
+            table: &tables[0],
+        };
+        let backend = self.model.backend();
+        let start = Instant::now();
+        self.cache.save_session(backend, file, session).map_err(TinyServeError::from)?;
+        let save = start.elapsed();
+        self.release(tables);
+        let backend = self.model.backend();
+        let start = Instant::now();
+        let restored =
+            self.cache.restore_session(backend, file, "bench").map_err(TinyServeError::from)?;
+        let restore = start.elapsed();
+        let tokens = restored.tokens.len();
+        self.release(vec![restored.table]);
+        Ok(SessionTimes { prefill, save, restore, tokens })
     }
 
     /// Forgets sequences.

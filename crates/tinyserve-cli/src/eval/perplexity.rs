@@ -81,8 +81,10 @@ pub(crate) fn perplexity(args: &PerplexityArgs) -> Result<()> {
 }
 
 fn dense(args: &PerplexityArgs) -> Result<()> {
-    let config = args.forward.config()?;
+    let mut config = args.forward.config()?;
     let text = read(&args.text_file)?;
+    // One window at a time: memory for others would only make the plan larger.
+    config.max_num_seqs = 1;
     let engine = args.forward.device.load(config)?;
     let mut progress = Progress::new("tokens");
     let result = engine.perplexity(&text, args.stride, |done, total| {

@@ -205,8 +205,8 @@ fn attend<B: Backend>(backend: &B, case: &Case) -> Result<Attended, KernelError>
         format,
     })?;
     let pages_of = |&(cached, new): &(usize, usize)| layout.pages_for(cached + new);
-    // One page more than needed, so that the case can move a page.
-    let capacity = case.sequences.iter().map(pages_of).sum::<usize>() + 1;
+    // Two pages more than needed, so that the case can move two.
+    let capacity = case.sequences.iter().map(pages_of).sum::<usize>() + 2;
     let mut pool = PagePool::new(capacity)?;
     let mut pages = backend.allocate_pages(layout, capacity)?;
     let mut numbers = Numbers::new(7);
@@ -256,6 +256,14 @@ fn attend<B: Backend>(backend: &B, case: &Case) -> Result<Attended, KernelError>
     let mut lists: Vec<_> = tables.iter().map(|table| table.pages().to_vec()).collect();
     if tables[0].len() - case.sequences[0].1 >= page_size {
         lists[0][0] = moved;
+    }
+    // So is a page that was taken away and put back elsewhere.
+    if tables[0].len() - case.sequences[0].1 >= 2 * page_size {
+        let put_back = pool.allocate()?;
+        let mut bytes = Vec::new();
+        backend.download_page(&pages, lists[0][1], &mut bytes)?;
+        backend.upload_page(&mut pages, put_back, &bytes)?;
+        lists[0][1] = put_back;
     }
     let (mut qkv, mut slots, mut sequences) = (Vec::new(), Vec::new(), Vec::new());
     for (i, &(_, new)) in case.sequences.iter().enumerate() {

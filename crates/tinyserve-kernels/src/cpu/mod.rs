@@ -20,7 +20,7 @@ mod turned;
 
 use std::sync::{Mutex, PoisonError};
 
-use tinyserve_kv::{HostPages, KvLayout, PageCopy, TokenMove};
+use tinyserve_kv::{HostPages, KvLayout, PageCopy, PageId, TokenMove};
 
 pub(crate) use packed::{CodeBits, GROUP, Packed, packed_bytes};
 pub use path::CpuPath;
@@ -177,6 +177,26 @@ impl Backend for Cpu {
 
     fn copy_page(&self, pages: &mut HostPages, copy: PageCopy) {
         pages.copy(copy);
+    }
+
+    fn download_page(
+        &self,
+        pages: &HostPages,
+        page: PageId,
+        out: &mut Vec<u8>,
+    ) -> Result<(), KernelError> {
+        pages.read_page(page, out);
+        Ok(())
+    }
+
+    fn upload_page(
+        &self,
+        pages: &mut HostPages,
+        page: PageId,
+        bytes: &[u8],
+    ) -> Result<(), KernelError> {
+        pages.write_page(page, bytes);
+        Ok(())
     }
 
     fn move_tokens(&self, pages: &mut HostPages, moves: &[TokenMove]) -> Result<(), KernelError> {

@@ -16,7 +16,7 @@ mod tensor;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use tinyserve_kv::{KvLayout, PageCopy, TokenMove};
+use tinyserve_kv::{KvLayout, PageCopy, PageId, TokenMove};
 
 pub use device::CudaDevice;
 pub use error::{CudaError, CudaVersion};
@@ -130,6 +130,24 @@ impl Backend for Cuda {
 
     fn copy_page(&self, pages: &mut CudaPages, copy: PageCopy) {
         self.run(|_| append::copy_page(&self.launcher, pages, copy));
+    }
+
+    fn download_page(
+        &self,
+        pages: &CudaPages,
+        page: PageId,
+        out: &mut Vec<u8>,
+    ) -> Result<(), KernelError> {
+        Ok(pages.read_page(&self.launcher, page, out)?)
+    }
+
+    fn upload_page(
+        &self,
+        pages: &mut CudaPages,
+        page: PageId,
+        bytes: &[u8],
+    ) -> Result<(), KernelError> {
+        Ok(pages.write_page(&self.launcher, page, bytes)?)
     }
 
     fn move_tokens(&self, pages: &mut CudaPages, moves: &[TokenMove]) -> Result<(), KernelError> {

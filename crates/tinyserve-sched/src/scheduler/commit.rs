@@ -3,6 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
+use tinyserve_kv::Prefix;
 use tinyserve_model::{SampleContext, logprob, top_logprobs};
 
 use super::{Scheduler, hooks, model_failure, panicked, tokenizer_failure};
@@ -19,7 +20,16 @@ impl<R: Runner> Scheduler<R> {
         let commit = || sequence.commit((runner, row), now, metrics, logits);
         let result = catch_unwind(AssertUnwindSafe(commit));
         let failure = match result {
-            Ok(Ok(())) => return,
+            Ok(Ok(())) => {
+                if sequence.computed() >= sequence.prompt_len && !sequence.remembered {
+                    // From now on, requests with the same beginning find it.
+                    sequence.remembered = true;
+                    let dense = sequence.dense.min(sequence.prompt_len);
+                    let Sequence { tokens, cache_salt, table, .. } = sequence;
+                    runner.remember(Prefix { salt: cache_salt, tokens: &tokens[..dense] }, table);
+                }
+                return;
+            }
             Ok(Err(failure)) => failure,
             Err(panic) => panicked("drawing a token", panic.as_ref()),
         };

@@ -2,7 +2,10 @@
 //! all that its pages hold, so that a page in the wrong place or of somebody else changes the text.
 
 use tinyserve_kernels::AttendStats;
-use tinyserve_kv::{KvError, PagePool, PageTable};
+use tinyserve_kv::{
+    EvictionCause, EvictionPolicy, KvError, KvFormat, KvLayout, KvShape, PagePool, PageTable,
+    Prefix, PrefixIndex, PrefixOptions, PrefixStats,
+};
 use tinyserve_model::{Batch, LogitRows, ModelError};
 use tinyserve_sched::{Runner, RunnerShape};
 
@@ -18,11 +21,14 @@ pub(crate) const DRAWN: u32 = 37;
 
 pub(crate) struct Toy {
     pool: PagePool,
+    prefixes: PrefixIndex,
     page_size: usize,
     /// What each page holds; what was never written is no token.
     pages: Vec<Vec<u32>>,
     /// Rows of logits, sequence by sequence.
     logits: Vec<Vec<Vec<f32>>>,
+    /// Extending dies, outside of what a step may, after so many times.
+    pub(crate) dies_at: Option<usize>,
     /// Most tokens of a step so far.
     pub(crate) largest_step: usize,
     /// Most sequences of a step so far.
@@ -31,11 +37,21 @@ pub(crate) struct Toy {
 
 impl Toy {
     pub(crate) fn new(pages: usize, page_size: usize) -> Self {
+        let (layers, kv_heads, head_dim, format) = (1, 1, 8, KvFormat::F16);
+        let layout = KvLayout::new(KvShape { layers, kv_heads, head_dim, page_size, format });
+        let options = PrefixOptions {
+            identity: "toy",
+            layout: layout.unwrap(),
+            policy: EvictionPolicy::Lru,
+            max_pages: pages,
+        };
         Self {
             pool: PagePool::new(pages).unwrap(),
+            prefixes: PrefixIndex::new(options),
             page_size,
             pages: vec![vec![u32::MAX; page_size]; pages],
             logits: Vec::new(),
+            dies_at: None,
             largest_step: 0,
             widest_step: 0,
         }
@@ -66,8 +82,41 @@ impl Runner for Toy {
         &self.pool
     }
 
+    fn available_pages(&self) -> usize {
+        self.pool.free_pages() + self.pool.idle_pages()
+    }
+
+    fn known(&self, prompt: Prefix<'_>) -> usize {
+        self.prefixes.peek(prompt)
+    }
+
+    fn start(&mut self, prompt: Prefix<'_>) -> PageTable {
+        self.prefixes.lookup(&mut self.pool, prompt)
+    }
+
+    fn remember(&mut self, prefix: Prefix<'_>, table: &mut PageTable) {
+        self.prefixes.insert(&mut self.pool, prefix, table);
+    }
+
+    fn prefix_stats(&self) -> Option<PrefixStats> {
+        assert!(self.prefixes.is_consistent(&self.pool));
+        Some(self.prefixes.stats())
+    }
+
     fn extend(&mut self, table: &mut PageTable, tokens: usize) -> Result<(), KvError> {
-        if let Some(copy) = table.extend(&mut self.pool, tokens)? {
+        if let Some(left) = &mut self.dies_at {
+            *left = left.checked_sub(1).expect(PANIC);
+        }
+        let copy = match table.extend(&mut self.pool, tokens) {
+            Err(KvError::OutOfPages { needed, free, .. })
+                if needed <= free + self.pool.idle_pages() =>
+            {
+                self.prefixes.evict(&mut self.pool, needed - free, EvictionCause::Room);
+                table.extend(&mut self.pool, tokens)?
+            }
+            result => result?,
+        };
+        if let Some(copy) = copy {
             self.pages[copy.to.index()] = self.pages[copy.from.index()].clone();
         }
         Ok(())

@@ -1,0 +1,215 @@
+//! `tinyserve serve`: answers requests over HTTP, as OpenAI's API does.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Args;
+use tinyserve::{AttentionMode, TinyServeConfig};
+use tinyserve_server::{
+    LogLevel, Server, ServerConfig, ServerError, load_config, with_bounded_queue,
+};
+
+use crate::args::{self, ForwardArgs, MemoryArgs, ScheduleArgs, SelectionArgs, Sources};
+use crate::exit::Usage;
+use crate::values;
+
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    #[command(flatten)]
+    listen: ListenArgs,
+    #[command(flatten)]
+    limits: LimitArgs,
+    #[command(flatten)]
+    schedule: ScheduleArgs,
+    #[command(flatten)]
+    queue: QueueArgs,
+    #[command(flatten)]
+    forward: ForwardArgs,
+    #[command(flatten)]
+    memory: MemoryArgs,
+    /// When decode steps select pages: auto (from --sparse-min-context tokens on), dense (never)
+    /// or sparse (always). A request may ask for another.
+    #[arg(long, value_name = "MODE", env = "TINYSERVE_ATTENTION", help_heading = args::SELECTION,
+          value_parser = args::attention_mode())]
+    attention: Option<AttentionMode>,
+    #[command(flatten)]
+    selection: SelectionArgs,
+}
+
+/// Who is answered, and as whom.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Server")]
+struct ListenArgs {
+    /// Address to listen on [default: 127.0.0.1].
+    #[arg(long, env = "TINYSERVE_HOST")]
+    host: Option<String>,
+    /// Port to listen on; 0 takes a free one [default: 8000].
+    #[arg(long, env = "TINYSERVE_PORT")]
+    port: Option<u16>,
+    /// A Unix socket to listen on instead.
+    #[arg(long, value_name = "PATH", env = "TINYSERVE_UDS")]
+    uds: Option<PathBuf>,
+    /// A key that requests must bring; may be given several times [default: none is asked for].
+    #[arg(
+        long,
+        value_name = "KEY",
+        env = "TINYSERVE_API_KEY",
+        hide_env_values = true,
+        value_delimiter = ','
+    )]
+    api_key: Vec<String>,
+    /// What requests may call the model; may be given several times [default: its folder's name].
+    #[arg(long, value_name = "NAME", env = "TINYSERVE_SERVED_MODEL_NAME", value_delimiter = ',')]
+    served_model_name: Vec<String>,
+    /// A file with a chat template that replaces the model's.
+    #[arg(long, value_name = "FILE", env = "TINYSERVE_CHAT_TEMPLATE")]
+    chat_template: Option<PathBuf>,
+    /// An origin whose pages may ask from a browser, or *; may be given several times.
+    #[arg(long, value_name = "ORIGIN", env = "TINYSERVE_ALLOWED_ORIGINS", value_delimiter = ',')]
+    allowed_origins: Vec<String>,
+    /// How much is written to stderr: off, info or debug (every request) [default: info].
+    #[arg(long, value_name = "LEVEL", env = "TINYSERVE_LOG_LEVEL",
+          value_parser = |text: &str| values::name::<LogLevel>(text, "off, info or debug"))]
+    log_level: Option<LogLevel>,
+    /// Writes prompts to stderr, too.
+    #[arg(long, env = "TINYSERVE_LOG_PROMPTS", value_parser = clap::builder::BoolishValueParser::new())]
+    log_prompts: bool,
+}
+
+/// What a client may ask for, and how long it may take.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Limits")]
+struct LimitArgs {
+    /// Bytes of a request's body [default: 32M].
+    #[arg(long, value_name = "BYTES", env = "TINYSERVE_MAX_REQUEST_BYTES", value_parser = values::size)]
+    max_request_bytes: Option<usize>,
+    /// Prompts of one request [default: 1024].
+    #[arg(long, value_name = "N", env = "TINYSERVE_MAX_PROMPTS_PER_REQUEST", value_parser = values::size)]
+    max_prompts_per_request: Option<usize>,
+    /// Answers to one prompt [default: 64].
+    #[arg(long, value_name = "N", env = "TINYSERVE_MAX_N", value_parser = values::size)]
+    max_n: Option<usize>,
+    /// Alternatives whose probabilities are told [default: 20].
+    #[arg(long, value_name = "N", env = "TINYSERVE_MAX_LOGPROBS", value_parser = values::size)]
+    max_logprobs: Option<usize>,
+    /// Stop strings of one request [default: 4].
+    #[arg(long, value_name = "N", env = "TINYSERVE_MAX_STOP_STRINGS", value_parser = values::size)]
+    max_stop_strings: Option<usize>,
+    /// Connections that are open at once; more wait [default: 4096].
+    #[arg(long, value_name = "N", env = "TINYSERVE_MAX_CONNECTIONS", value_parser = values::size)]
+    max_connections: Option<usize>,
+    /// Seconds for sending the head of a request [default: 10].
+    #[arg(long, value_name = "SECONDS", env = "TINYSERVE_HEADER_TIMEOUT")]
+    header_timeout: Option<f64>,
+    /// Seconds for sending the body of a request [default: 30].
+    #[arg(long, value_name = "SECONDS", env = "TINYSERVE_BODY_TIMEOUT")]
+    body_timeout: Option<f64>,
+    /// Seconds without an event after which a stream gets a comment [default: 15].
+    #[arg(long, value_name = "SECONDS", env = "TINYSERVE_KEEP_ALIVE_INTERVAL")]
+    keep_alive_interval: Option<f64>,
+    /// Seconds that running requests have when the server is asked to stop [default: 30].
+    #[arg(long, value_name = "SECONDS", env = "TINYSERVE_DRAIN_TIMEOUT")]
+    drain_timeout: Option<f64>,
+}
+
+/// Who waits, and for how long.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Scheduling")]
+struct QueueArgs {
+    /// Requests that may wait; more are answered with 429 [default: 1024].
+    #[arg(long, value_name = "N", env = "TINYSERVE_MAX_NUM_QUEUED_REQS", value_parser = values::size)]
+    max_num_queued_reqs: Option<usize>,
+    /// Prompt tokens that may wait; more are answered with 429 [default: 1M].
+    #[arg(long, value_name = "TOKENS", env = "TINYSERVE_MAX_NUM_QUEUED_TOKENS", value_parser = values::size)]
+    max_num_queued_tokens: Option<usize>,
+    /// Seconds of waiting that count as much as one step of priority [default: 10].
+    #[arg(long, value_name = "SECONDS", env = "TINYSERVE_PRIORITY_AGEING")]
+    priority_ageing: Option<f64>,
+    /// Seconds without a request after which a session is deleted [default: 300].
+    #[arg(long, value_name = "SECONDS", env = "TINYSERVE_SESSION_TIMEOUT")]
+    session_timeout: Option<f64>,
+}
+
+impl QueueArgs {
+    fn apply(&self, config: &mut TinyServeConfig) {
+        set_some(&mut config.max_num_queued_reqs, self.max_num_queued_reqs);
+        set_some(&mut config.max_num_queued_tokens, self.max_num_queued_tokens);
+        set(&mut config.priority_ageing, self.priority_ageing);
+        set(&mut config.session_timeout, self.session_timeout);
+    }
+}
+
+impl ServeArgs {
+    fn apply(&self, config: &mut ServerConfig) {
+        let Self { listen, limits, .. } = self;
+        set(&mut config.host, listen.host.clone());
+        set(&mut config.port, listen.port);
+        set_some(&mut config.uds, listen.uds.clone());
+        set_list(&mut config.api_key, &listen.api_key);
+        set_list(&mut config.served_model_name, &listen.served_model_name);
+        set_some(&mut config.chat_template, listen.chat_template.clone());
+        set_list(&mut config.allowed_origins, &listen.allowed_origins);
+        set(&mut config.log_level, listen.log_level);
+        config.log_prompts |= listen.log_prompts;
+        set(&mut config.max_request_bytes, limits.max_request_bytes);
+        set(&mut config.max_prompts_per_request, limits.max_prompts_per_request);
+        set(&mut config.max_n, limits.max_n);
+        set(&mut config.max_logprobs, limits.max_logprobs);
+        set(&mut config.max_stop_strings, limits.max_stop_strings);
+        set(&mut config.max_connections, limits.max_connections);
+        set(&mut config.header_timeout, limits.header_timeout);
+        set(&mut config.body_timeout, limits.body_timeout);
+        set(&mut config.keep_alive_interval, limits.keep_alive_interval);
+        set(&mut config.drain_timeout, limits.drain_timeout);
+    }
+}
+
+/// Serves until a signal ends it.
+pub(crate) fn serve(args: &ServeArgs, sources: Sources) -> Result<()> {
+    let (engine, mut server) = match args.forward.model.file() {
+        Some(file) => load_config(file)?,
+        None => Default::default(),
+    };
+    args.apply(&mut server);
+    server.check().map_err(by_flag)?;
+    let mut engine = engine;
+    args.schedule.apply(&mut engine);
+    args.queue.apply(&mut engine);
+    args.memory.apply(&mut engine);
+    let engine = args.forward.selecting_from(engine, &args.selection, args.attention, sources)?;
+    let engine = with_bounded_queue(engine);
+    let bound = Server::bind(server)?;
+    let device = args.forward.device.clone();
+    let model = engine.model.clone();
+    bound.run(&model, move || device.prepare(engine))?;
+    Ok(())
+}
+
+/// A setting of the server's, called by its flag.
+fn by_flag(error: ServerError) -> anyhow::Error {
+    match error {
+        ServerError::Setting { field, found, expected } => {
+            let flag = field.replace('_', "-");
+            Usage(format!("--{flag} is {found}, expected {expected}")).into()
+        }
+        error => error.into(),
+    }
+}
+
+fn set<T>(field: &mut T, value: Option<T>) {
+    if let Some(value) = value {
+        *field = value;
+    }
+}
+
+fn set_some<T>(field: &mut Option<T>, value: Option<T>) {
+    if value.is_some() {
+        *field = value;
+    }
+}
+
+fn set_list(field: &mut Vec<String>, values: &[String]) {
+    if !values.is_empty() {
+        *field = values.to_vec();
+    }
+}

@@ -1,0 +1,271 @@
+//! What the engine counts, in Prometheus's words.
+
+use std::fmt::{self, Error};
+use std::sync::OnceLock;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet};
+use prometheus_client::metrics::MetricType;
+use tinyserve::sched::{Histogram, Stats};
+
+use super::buckets;
+
+/// Where a scrape looks: empty until the engine is there.
+#[derive(Default)]
+pub(crate) struct Source(pub(crate) OnceLock<Box<dyn Fn() -> EngineView + Send + Sync>>);
+
+/// One look at an engine.
+pub(crate) struct EngineView {
+    pub(crate) stats: Stats,
+    pub(crate) page_size: usize,
+    pub(crate) page_bytes: usize,
+    pub(crate) cache_dtype: &'static str,
+}
+
+impl fmt::Debug for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Source")
+    }
+}
+
+impl Collector for Source {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> Result<(), Error> {
+        match self.0.get() {
+            Some(look) => Page { encoder }.write(&look()),
+            None => Ok(()),
+        }
+    }
+}
+
+struct Page<'a> {
+    encoder: DescriptorEncoder<'a>,
+}
+
+impl Page<'_> {
+    fn write(&mut self, view: &EngineView) -> Result<(), Error> {
+        let stats = &view.stats;
+        self.gauge("vllm:num_requests_running", "Sequences that run now", stats.running as f64)?;
+        self.gauge("vllm:num_requests_waiting", "Sequences that wait now", stats.waiting as f64)?;
+        let used = stats.pages_used as f64 / (stats.pages.max(1)) as f64;
+        self.gauge(
+            "vllm:kv_cache_usage_perc",
+            "Share of the cache's pages that are held, 0 to 1",
+            used,
+        )?;
+        self.labelled(
+            ("vllm:cache_config_info", "How the cache is laid out", MetricType::Gauge),
+            &[(
+                vec![
+                    ("block_size", view.page_size.to_string()),
+                    ("num_gpu_blocks", stats.pages.to_string()),
+                    ("cache_dtype", view.cache_dtype.to_owned()),
+                    ("bytes_per_block", view.page_bytes.to_string()),
+                ],
+                1,
+            )],
+        )?;
+        self.counter(
+            "vllm:prompt_tokens",
+            "Prompt tokens of requests that started",
+            stats.prompt_tokens,
+        )?;
+        self.counter(
+            "vllm:generation_tokens",
+            "Tokens that were generated",
+            stats.generation_tokens,
+        )?;
+        self.counter(
+            "vllm:num_preemptions",
+            "Times that a sequence's pages were taken away",
+            stats.preemptions,
+        )?;
+        self.counter(
+            "vllm:prefix_cache_queries",
+            "Prompt tokens that were looked for in the cache",
+            stats.prompt_tokens,
+        )?;
+        self.counter(
+            "vllm:prefix_cache_hits",
+            "Prompt tokens that were in the cache",
+            stats.cached_tokens,
+        )?;
+        let by = |label, value: &str| vec![(label, value.to_owned())];
+        self.labelled(
+            ("vllm:request_success", "Choices by how they ended", MetricType::Counter),
+            &[
+                (by("finished_reason", "stop"), stats.finished_stop),
+                (by("finished_reason", "length"), stats.finished_length),
+                (by("finished_reason", "abort"), stats.aborted),
+                (by("finished_reason", "error"), stats.failed),
+            ],
+        )?;
+        self.labelled(
+            ("vllm:admission_rejections", "Choices that were not taken", MetricType::Counter),
+            &[(by("reason", "queue_full"), stats.rejected)],
+        )?;
+        for (name, help, histogram, bounds) in [
+            (
+                "vllm:time_to_first_token_seconds",
+                "From submission to the first token",
+                &stats.ttft,
+                buckets::TTFT,
+            ),
+            (
+                "vllm:inter_token_latency_seconds",
+                "Between two tokens of a sequence",
+                &stats.itl,
+                buckets::TOKEN,
+            ),
+            (
+                "vllm:request_time_per_output_token_seconds",
+                "Mean time per token after the first",
+                &stats.tpot,
+                buckets::TOKEN,
+            ),
+            (
+                "vllm:e2e_request_latency_seconds",
+                "From submission to the end",
+                &stats.e2e,
+                buckets::LATENCY,
+            ),
+            (
+                "vllm:request_queue_time_seconds",
+                "From submission to the first step",
+                &stats.queue_time,
+                buckets::LATENCY,
+            ),
+            ("tinyserve:step_seconds", "Time of a step", &stats.step, buckets::TOKEN),
+        ] {
+            self.histogram(name, help, histogram, bounds)?;
+        }
+        self.own(stats)
+    }
+
+    /// What only this engine knows.
+    fn own(&mut self, stats: &Stats) -> Result<(), Error> {
+        self.gauge("tinyserve:pages", "Pages of the cache", stats.pages as f64)?;
+        self.gauge("tinyserve:pages_used", "Pages that are held", stats.pages_used as f64)?;
+        self.gauge("tinyserve:sessions", "Sessions that exist now", stats.sessions as f64)?;
+        self.counter(
+            "tinyserve:sessions_evicted",
+            "Sessions whose pages were taken away",
+            stats.sessions_evicted,
+        )?;
+        self.counter(
+            "tinyserve:sessions_expired",
+            "Sessions that nobody used for too long",
+            stats.sessions_expired,
+        )?;
+        self.counter("tinyserve:steps", "Steps", stats.steps)?;
+        self.counter(
+            "tinyserve:prefill_tokens",
+            "Tokens that were computed for prompts",
+            stats.prefill_tokens,
+        )?;
+        self.counter(
+            "tinyserve:cache_bytes_read",
+            "Bytes that decode steps read in the cache",
+            stats.bytes_read,
+        )?;
+        self.counter(
+            "tinyserve:cache_bytes_dense",
+            "Bytes that dense decode steps would have read",
+            stats.bytes_dense,
+        )?;
+        if let Some(recall) = stats.recall {
+            self.gauge(
+                "tinyserve:selection_recall",
+                "Mean measured recall of page selection, 0 to 1",
+                recall,
+            )?;
+        }
+        Ok(())
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, value: f64) -> Result<(), Error> {
+        self.encoder.encode_descriptor(name, help, None, MetricType::Gauge)?.encode_gauge(&value)
+    }
+
+    fn counter(&mut self, name: &str, help: &str, value: u64) -> Result<(), Error> {
+        let mut encoder = self.encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        encoder.encode_counter::<NoLabelSet, _, u64>(&value, None)
+    }
+
+    fn labelled(
+        &mut self,
+        (name, help, kind): (&str, &str, MetricType),
+        series: &[(Vec<(&'static str, String)>, u64)],
+    ) -> Result<(), Error> {
+        let is_counter = matches!(kind, MetricType::Counter);
+        let mut encoder = self.encoder.encode_descriptor(name, help, None, kind)?;
+        for (labels, value) in series {
+            let mut encoder = encoder.encode_family(labels)?;
+            if is_counter {
+                encoder.encode_counter::<NoLabelSet, _, u64>(value, None)?;
+            } else {
+                encoder.encode_gauge(&(*value as f64))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn histogram(
+        &mut self,
+        name: &str,
+        help: &str,
+        histogram: &Histogram,
+        bounds: &[f64],
+    ) -> Result<(), Error> {
+        let mut encoder =
+            self.encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+        encoder.encode_histogram::<NoLabelSet>(
+            histogram.sum,
+            histogram.count(),
+            &coarser(histogram, bounds),
+            None,
+        )
+    }
+}
+
+/// The counts of `histogram` in the buckets that `bounds` end; each of them is a bound of the
+/// engine's too, or counts go to the next that is.
+fn coarser(histogram: &Histogram, bounds: &[f64]) -> Vec<(f64, u64)> {
+    let mut buckets: Vec<(f64, u64)> =
+        bounds.iter().copied().chain([f64::INFINITY]).map(|bound| (bound, 0)).collect();
+    let upper = Histogram::BOUNDS.iter().copied().chain([f64::INFINITY]);
+    for (upper, count) in upper.zip(&histogram.counts) {
+        let bucket = buckets.iter_mut().find(|(bound, _)| *bound >= upper);
+        if let Some((_, sum)) = bucket {
+            *sum += count;
+        }
+    }
+    buckets
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_bound_is_one_of_the_engines() {
+        for bounds in [buckets::TTFT, buckets::TOKEN, buckets::LATENCY] {
+            assert!(bounds.is_sorted());
+            for bound in bounds {
+                assert!(Histogram::BOUNDS.contains(bound), "{bound}");
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_lost_between_buckets() {
+        let counts: Vec<u64> = (0..=Histogram::BOUNDS.len() as u64).collect();
+        let histogram = Histogram { counts: counts.clone(), sum: 1.0 };
+        let coarse = coarser(&histogram, buckets::LATENCY);
+        assert_eq!(coarse.iter().map(|(_, n)| n).sum::<u64>(), counts.iter().sum::<u64>());
+        // Up to 1 s: everything whose bound is at most that.
+        let up_to =
+            |limit: f64| coarse.iter().filter(|(b, _)| *b <= limit).map(|(_, n)| n).sum::<u64>();
+        let bounds = Histogram::BOUNDS.iter().zip(&counts);
+        assert_eq!(up_to(1.0), bounds.filter(|(b, _)| **b <= 1.0).map(|(_, n)| n).sum::<u64>());
+    }
+}

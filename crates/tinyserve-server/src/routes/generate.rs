@@ -1,0 +1,171 @@
+//! From a checked request to an answer: submitted as a whole, then streamed or collected.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::http::{HeaderMap, header};
+use axum::response::{IntoResponse, Response};
+
+use super::json;
+use crate::engine::Submission;
+use crate::error::ApiError;
+use crate::middleware::{RequestId, SESSION_ID, name_in};
+use crate::output::{ChoiceEvent, EventStream, Header, Output};
+use crate::request::{Settings, StreamSettings};
+use crate::state::{App, Ready};
+
+/// What a request says outside of its body.
+#[derive(Debug, Clone)]
+pub(super) struct Envelope {
+    pub(super) id: String,
+    pub(super) session: Option<String>,
+}
+
+impl Envelope {
+    pub(super) fn new(id: RequestId, headers: &HeaderMap) -> Self {
+        Self { id: id.0, session: name_in(headers, &SESSION_ID) }
+    }
+
+    /// What every object of the answer says.
+    pub(super) fn header(
+        &self,
+        app: &App,
+        prefix: &str,
+        settings: &Settings,
+    ) -> Result<Header, ApiError> {
+        let id = settings.request_id.as_deref().unwrap_or(&self.id);
+        Ok(Header {
+            id: format!("{prefix}-{id}"),
+            created: crate::seconds_since_1970(),
+            model: app.check_model(settings.model.as_deref())?.to_owned(),
+        })
+    }
+}
+
+/// A request that is ready to be submitted.
+pub(super) struct Prepared<O> {
+    pub(super) output: O,
+    /// One for each choice, in the order of their indices.
+    pub(super) submissions: Vec<Submission>,
+    pub(super) stream: Option<StreamSettings>,
+}
+
+/// How many tokens a prompt may be answered with.
+///
+/// # Errors
+/// 400 with the numbers when the prompt alone, or with the tokens that are asked for, does not fit
+/// into the context.
+pub(super) fn room(
+    prompt: usize,
+    max_tokens: Option<usize>,
+    context: usize,
+    field: &str,
+) -> Result<usize, ApiError> {
+    if prompt == 0 {
+        return Err(ApiError::field(field, "the prompt is empty, expected at least one token"));
+    }
+    let left = context.saturating_sub(prompt);
+    match max_tokens {
+        Some(0) if prompt <= context => Ok(0),
+        Some(most) if most > 0 && most <= left => Ok(most),
+        None if left > 0 => Ok(left),
+        Some(most) if left > 0 => Err(ApiError::too_long(
+            "max_tokens",
+            format!(
+                "the prompt has {prompt} tokens and max_tokens is {most}, expected at most \
+                 {context} together, the context of this model (n_prompt_tokens {prompt}, n_ctx {context})"
+            ),
+        )),
+        _ => Err(ApiError::too_long(
+            field,
+            format!(
+                "the prompt has {prompt} tokens, expected at most {}: the context of this model is \
+                 {context} (n_prompt_tokens {prompt}, n_ctx {context})",
+                context.saturating_sub(1)
+            ),
+        )),
+    }
+}
+
+/// The last tokens of a prompt, if it is to be shortened.
+pub(super) fn truncate(tokens: &mut Vec<u32>, most: Option<usize>) {
+    if let Some(most) = most
+        && tokens.len() > most
+    {
+        tokens.drain(..tokens.len() - most);
+    }
+}
+
+/// The seed of the choice with this index among those of one prompt: each draws its own text.
+pub(super) fn seed_of(settings: &Settings, choice: usize) -> Option<u64> {
+    settings.seed.map(|seed| seed.cast_unsigned().wrapping_add(choice as u64))
+}
+
+/// Submits all choices, or none, and answers.
+///
+/// # Errors
+/// 429 when the queue is full; what the engine refuses; for an answer that is not streamed, also
+/// what failed while it was computed.
+pub(super) async fn answer<O: Output>(
+    app: &App,
+    ready: &Arc<Ready>,
+    prepared: Prepared<O>,
+) -> Result<Response, ApiError> {
+    let Prepared { mut output, submissions, stream } = prepared;
+    let mut choices = ready.submit(submissions, &app.metrics.requests)?;
+    if let Some(settings) = stream {
+        let keep_alive = Duration::from_secs_f64(app.config.keep_alive_interval);
+        let stream = EventStream::new(output, choices, settings, keep_alive);
+        let headers = [
+            (header::CONTENT_TYPE, "text/event-stream"),
+            (header::CACHE_CONTROL, "no-cache"),
+            // Proxies that gather answers are asked not to.
+            (header::HeaderName::from_static("x-accel-buffering"), "no"),
+        ];
+        return Ok((headers, Body::from_stream(stream)).into_response());
+    }
+    let mut chunks = String::new();
+    while let Some((index, event)) = poll_fn(|cx| choices.poll_next(cx)).await {
+        if let ChoiceEvent::Failed(error) = event {
+            return Err(error);
+        }
+        output.event(index, event, &mut chunks);
+    }
+    Ok(json(output.whole()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_context_holds_prompt_and_answer() {
+        assert_eq!(room(5, Some(5), 10, "prompt"), Ok(5));
+        assert_eq!(room(5, None, 10, "prompt"), Ok(5));
+        assert_eq!(room(10, Some(0), 10, "prompt"), Ok(0));
+        for (prompt, most, param) in [
+            (5, Some(6), "max_tokens"),
+            (10, Some(1), "prompt"),
+            (10, None, "prompt"),
+            (11, Some(0), "prompt"),
+            (99, Some(usize::MAX), "prompt"),
+        ] {
+            let error = room(prompt, most, 10, "prompt").unwrap_err();
+            assert_eq!(error.param(), Some(param), "{}", error.message());
+            assert!(error.message().contains(&format!("n_prompt_tokens {prompt}, n_ctx 10")));
+        }
+        assert_eq!(room(0, None, 10, "prompt").unwrap_err().param(), Some("prompt"));
+    }
+
+    #[test]
+    fn the_end_of_a_long_prompt_is_kept() {
+        let mut tokens = vec![1, 2, 3, 4];
+        truncate(&mut tokens, Some(9));
+        truncate(&mut tokens, None);
+        assert_eq!(tokens.len(), 4);
+        truncate(&mut tokens, Some(2));
+        assert_eq!(tokens, [3, 4]);
+    }
+}

@@ -1,0 +1,15 @@
+//! What clients may rely on, asked over a bound socket.
+#![forbid(unsafe_code)]
+
+mod cancel;
+mod chat;
+mod completions;
+mod errors;
+mod generated;
+mod life;
+mod limits;
+mod logprobs;
+mod models;
+mod monitor;
+mod server;
+mod streams;

@@ -1,0 +1,136 @@
+//! Metrics, health and load.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::server::shared;
+
+/// Samples by name and labels; the format is checked line by line.
+fn samples(text: &str) -> BTreeMap<String, f64> {
+    let mut samples = BTreeMap::new();
+    for line in text.lines() {
+        if line.starts_with('#') {
+            assert!(
+                ["# HELP ", "# TYPE ", "# EOF", "# UNIT "]
+                    .iter()
+                    .any(|start| line.starts_with(start)),
+                "{line}"
+            );
+            continue;
+        }
+        let (name, value) = line.rsplit_once(' ').expect("a name and a value");
+        samples.insert(name.to_owned(), value.parse().unwrap_or_else(|_| panic!("{line}")));
+    }
+    samples
+}
+
+fn scrape() -> BTreeMap<String, f64> {
+    let answer = shared().get("/metrics");
+    assert!(answer.header("content-type").unwrap().starts_with("text/plain; version=0.0.4"));
+    samples(&answer.text)
+}
+
+const LABELS: &str = "{model_name=\"stories260k\",engine=\"0\"}";
+
+fn of(samples: &BTreeMap<String, f64>, name: &str) -> f64 {
+    let name = format!("{name}{LABELS}");
+    *samples.get(&name).unwrap_or_else(|| panic!("no {name} in {samples:#?}"))
+}
+
+#[test]
+fn metrics_have_the_names_that_routers_and_benches_read() {
+    let body = json!({"prompt": "Once upon a time", "max_tokens": 7, "ignore_eos": true});
+    shared().post("/v1/completions", &body).ok();
+    let samples = scrape();
+    for gauge in ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"] {
+        let value = of(&samples, &format!("vllm:{gauge}"));
+        assert!(value >= 0.0, "{gauge}");
+        // One series each: readers take the first.
+        let series = samples.keys().filter(|key| key.starts_with(&format!("vllm:{gauge}")));
+        assert_eq!(series.count(), 1, "{gauge}");
+    }
+    for counter in [
+        "prompt_tokens_total",
+        "generation_tokens_total",
+        "num_preemptions_total",
+        "prefix_cache_queries_total",
+        "prefix_cache_hits_total",
+    ] {
+        assert!(of(&samples, &format!("vllm:{counter}")) >= 0.0);
+    }
+    assert!(of(&samples, "vllm:generation_tokens_total") >= 7.0);
+    for histogram in [
+        "time_to_first_token_seconds",
+        "inter_token_latency_seconds",
+        "request_time_per_output_token_seconds",
+        "e2e_request_latency_seconds",
+        "request_queue_time_seconds",
+        "request_prefill_time_seconds",
+        "request_decode_time_seconds",
+        "request_inference_time_seconds",
+        "request_prompt_tokens",
+        "request_generation_tokens",
+        "request_max_num_generation_tokens",
+        "request_params_max_tokens",
+        "request_params_n",
+    ] {
+        let count = of(&samples, &format!("vllm:{histogram}_count"));
+        assert!(count >= 1.0, "{histogram}");
+        let infinity = format!(
+            "vllm:{histogram}_bucket{{model_name=\"stories260k\",engine=\"0\",le=\"+Inf\"}}"
+        );
+        assert_eq!(samples.get(&infinity), Some(&count), "{histogram} {infinity}");
+    }
+    let finer = samples.keys().any(|key| {
+        key.starts_with("vllm:inter_token_latency_seconds_bucket") && key.contains("le=\"0.001\"")
+    });
+    assert!(finer, "{samples:#?}");
+    assert!(
+        samples
+            .keys()
+            .any(|key| key.starts_with("vllm:cache_config_info{")
+                && key.contains("block_size=\"16\""))
+    );
+    assert!(samples.keys().any(|key| key.starts_with("vllm:request_success_total{")
+        && key.contains("finished_reason=\"length\"")));
+    assert!(samples.keys().filter(|key| key.starts_with("tinyserve:")).count() >= 5);
+}
+
+#[test]
+fn counters_count_what_was_asked() {
+    let body = json!({"prompt": "Once upon a time", "max_tokens": 9, "ignore_eos": true});
+    let before = scrape();
+    shared().post("/v1/completions", &body).ok();
+    let after = scrape();
+    // Other tests ask the same server.
+    let grew = |name: &str, least: f64| {
+        let grown = of(&after, name) - of(&before, name);
+        assert!(grown >= least, "{name} grew by {grown}, expected at least {least}");
+    };
+    grew("vllm:prompt_tokens_total", 5.0);
+    grew("vllm:generation_tokens_total", 9.0);
+    grew("vllm:e2e_request_latency_seconds_count", 1.0);
+    grew("vllm:request_generation_tokens_sum", 9.0);
+    grew("vllm:inter_token_latency_seconds_count", 8.0);
+}
+
+#[test]
+fn a_scrape_is_short() {
+    scrape();
+    let start = Instant::now();
+    (0..50).for_each(|_| drop(shared().get("/metrics")));
+    let each = start.elapsed() / 50;
+    // A scrape itself takes far under 1 ms; machines that run tests do other things too.
+    println!("a scrape takes {each:?}, its transfer included");
+    assert!(each < Duration::from_millis(500), "{each:?}");
+}
+
+#[test]
+fn health_version_and_load_are_told() {
+    assert_eq!(shared().get("/health").ok()["status"], "ready");
+    assert_eq!(shared().get("/ping").ok()["status"], "ready");
+    assert_eq!(shared().get("/version").ok()["version"], env!("CARGO_PKG_VERSION"));
+    assert!(shared().get("/load").ok()["server_load"].is_u64());
+}
