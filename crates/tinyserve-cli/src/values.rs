@@ -28,13 +28,9 @@ pub(crate) fn device(text: &str) -> Result<Device, String> {
     }
 }
 
-/// `auto`, `f32`, `f16` or `bf16`.
+/// `auto`, a float type, `int8` or `int4`.
 pub(crate) fn kv_cache_dtype(text: &str) -> Result<KvCacheDtype, String> {
-    let expected = "auto, f32, f16 or bf16";
-    match text {
-        "int8" | "int4" => Err(format!("{text} is not implemented yet, expected {expected}")),
-        _ => name(text, expected),
-    }
+    name(text, "auto, f32, f16, bf16, int8 or int4")
 }
 
 /// The name of a scorer.
@@ -92,7 +88,8 @@ mod tests {
     #[test]
     fn names_that_come_later_are_refused_by_name() {
         assert_eq!(kv_cache_dtype("bf16"), Ok(KvCacheDtype::Bf16));
-        assert!(kv_cache_dtype("int8").unwrap_err().contains("int8 is not implemented yet"));
+        assert_eq!(kv_cache_dtype("int8"), Ok(KvCacheDtype::Int8));
+        assert!(kv_cache_dtype("fp8").unwrap_err().contains("int8 or int4"));
         assert!(device("cuda:0").unwrap_err().contains("not built into this version"));
         assert!(device("tpu").unwrap_err().contains("auto or cpu"));
         assert_eq!(scorer("mean-std").map(String::from), Ok("mean-std".to_owned()));

@@ -26,7 +26,7 @@ pub use clock::Clock;
 pub use config::EngineConfig;
 pub use engine::Engine;
 pub use intake::{Intake, Limits, Submission};
-pub use metrics::{Histogram, Stats};
+pub use metrics::{Histogram, LayerPages, Stats};
 pub use runner::{ModelRunner, Runner, RunnerShape};
 pub use scheduler::Scheduler;
 pub use session::SessionInfo;

@@ -53,6 +53,10 @@ pub enum KvCacheDtype {
     /// bfloat16.
     #[serde(alias = "bfloat16")]
     Bf16,
+    /// Codes of 8 bits in full pages, f16 in the open one.
+    Int8,
+    /// Codes of 4 bits in full pages, f16 in the open one.
+    Int4,
 }
 
 impl KvCacheDtype {
@@ -63,6 +67,8 @@ impl KvCacheDtype {
             (Self::F32, _) | (Self::Auto, DType::F32) => KvFormat::F32,
             (Self::F16, _) | (Self::Auto, DType::F16) => KvFormat::F16,
             (Self::Bf16, _) | (Self::Auto, DType::Bf16) => KvFormat::Bf16,
+            (Self::Int8, _) => KvFormat::Int8,
+            (Self::Int4, _) => KvFormat::Int4,
         }
     }
 }
