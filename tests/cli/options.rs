@@ -40,7 +40,7 @@ fn every_flag_of_run_has_an_effect() {
     // Each case: a base, the option, and what it must change.
     let select = ["--attention", "sparse", "--dense-layers", "0"];
     let none: [&str; 0] = [];
-    let cases: [(&[&str], &[&str], &str); 26] = [
+    let cases: [(&[&str], &[&str], &str); 27] = [
         (&none, &["-n", "3"], "/tokens"),
         (&none, &["--temperature", "0"], "/tokens"),
         (&none, &["--top-p", "0.05"], "/tokens"),
@@ -55,6 +55,7 @@ fn every_flag_of_run_has_an_effect() {
         (&none, &["--block-size", "64"], "/kv/pages"),
         (&none, &["--kv-cache-dtype", "f16"], "/kv/bytes_resident"),
         (&none, &["--kv-cache-dtype", "bf16"], "/kv/bytes_resident"),
+        (&none, &["--kv-cache-dtype", "int4"], "/kv/bytes_resident"),
         (&none, &["--weights", "int4"], "/tokens"),
         (&none, &["--attention", "sparse"], "/kv/bytes_read"),
         (&none, &["--sparse-min-context", "100"], "/kv/bytes_read"),

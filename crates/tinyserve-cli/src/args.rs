@@ -231,7 +231,8 @@ pub(crate) struct LayoutArgs {
     #[arg(long, visible_alias = "block-size", value_name = "TOKENS", env = "TINYSERVE_PAGE_SIZE",
           value_parser = values::size)]
     page_size: Option<usize>,
-    /// Element type of keys and values: auto (as the weights), f32, f16 or bf16.
+    /// How keys and values are stored: auto (as the weights), f32, f16, bf16, or, in pages that are
+    /// full, int8 or int4.
     #[arg(long, value_name = "DTYPE", env = "TINYSERVE_KV_CACHE_DTYPE",
           value_parser = values::kv_cache_dtype)]
     kv_cache_dtype: Option<KvCacheDtype>,

@@ -19,18 +19,14 @@ pub(crate) fn size(text: &str) -> Result<usize, String> {
     number.checked_mul(1 << shift).ok_or_else(|| "the number is too large".to_owned())
 }
 
-/// `auto` or `cpu`.
+/// `auto`, `cpu`, `cuda` or `cuda:N`.
 pub(crate) fn device(text: &str) -> Result<Device, String> {
     name(text, "auto, cpu, cuda or cuda:N")
 }
 
-/// `auto`, `f32`, `f16` or `bf16`.
+/// `auto`, a float type, `int8` or `int4`.
 pub(crate) fn kv_cache_dtype(text: &str) -> Result<KvCacheDtype, String> {
-    let expected = "auto, f32, f16 or bf16";
-    match text {
-        "int8" | "int4" => Err(format!("{text} is not implemented yet, expected {expected}")),
-        _ => name(text, expected),
-    }
+    name(text, "auto, f32, f16, bf16, int8 or int4")
 }
 
 /// The name of a scorer.
@@ -88,9 +84,10 @@ mod tests {
     #[test]
     fn names_that_come_later_are_refused_by_name() {
         assert_eq!(kv_cache_dtype("bf16"), Ok(KvCacheDtype::Bf16));
-        assert!(kv_cache_dtype("int8").unwrap_err().contains("int8 is not implemented yet"));
         assert_eq!(device("cuda:1"), Ok(Device::Cuda(1)));
         assert!(device("tpu").unwrap_err().contains("auto, cpu, cuda"));
+        assert_eq!(kv_cache_dtype("int8"), Ok(KvCacheDtype::Int8));
+        assert!(kv_cache_dtype("fp8").unwrap_err().contains("int8 or int4"));
         assert_eq!(scorer("mean-std").map(String::from), Ok("mean-std".to_owned()));
         assert!(scorer("bocks").unwrap_err().contains("cuboid-mean"));
         assert!(scorer("h2o").is_err());

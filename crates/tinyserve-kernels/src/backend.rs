@@ -3,7 +3,9 @@
 use std::fmt;
 use std::ops::Range;
 
-use tinyserve_kv::{KvLayout, PageCopy, PageId, PageSelector, SelectionPolicy, Slot, TokenMove};
+use tinyserve_kv::{
+    KvFormat, KvLayout, PageCopy, PageId, PagePool, PageSelector, SelectionPolicy, Slot, TokenMove,
+};
 
 use crate::cpu::packed_bytes;
 use crate::{DType, HostTensor, KernelError};
@@ -416,7 +418,12 @@ pub trait Backend: Send + Sized {
     /// Bytes that the weights and biases of a linear layer take.
     fn linear_bytes(&self, linear: &Self::Linear) -> usize;
 
-    /// Memory for `pages` pages.
+    /// The formats of keys and values that it has: those without codes, unless it says more.
+    fn kv_formats(&self) -> &'static [KvFormat] {
+        &KvFormat::FLOATS
+    }
+
+    /// Memory for `pages` pages, in one of [`Self::kv_formats`].
     ///
     /// # Errors
     /// When the device has no memory for them.
@@ -424,6 +431,11 @@ pub trait Backend: Send + Sized {
 
     /// Copies a page, for copy on write.
     fn copy_page(&self, pages: &mut Self::KvPages, copy: PageCopy);
+
+    /// Lets go of what it keeps, apart from the pages' own places, of pages that nobody holds.
+    ///
+    /// Called after pages were released. A backend that keeps nothing elsewhere does nothing.
+    fn forget_free_pages(&self, _pages: &mut Self::KvPages, _pool: &PagePool) {}
 
     /// Appends the bytes of a full page to `out`, as [`tinyserve_kv::HostPages::read_page`] has
     /// them, whatever the device's own layout is.

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tinyserve_kv::{KvLayout, PageCopy, PageId, TokenMove};
+use tinyserve_kv::{KvFormat, KvLayout, PageCopy, PageId, PagePool, TokenMove};
 
 use crate::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
@@ -87,8 +87,16 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
         self.inner.allocate_pages(layout, pages)
     }
 
+    fn kv_formats(&self) -> &'static [KvFormat] {
+        self.inner.kv_formats()
+    }
+
     fn copy_page(&self, pages: &mut B::KvPages, copy: PageCopy) {
         self.inner.copy_page(pages, copy);
+    }
+
+    fn forget_free_pages(&self, pages: &mut B::KvPages, pool: &PagePool) {
+        self.inner.forget_free_pages(pages, pool);
     }
 
     fn download_page(

@@ -2,6 +2,7 @@
 
 mod activate;
 mod attend;
+mod clock;
 mod columns;
 mod embed;
 mod linear;
@@ -20,8 +21,11 @@ mod turned;
 
 use std::sync::{Mutex, PoisonError};
 
-use tinyserve_kv::{HostPages, KvLayout, PageCopy, PageId, TokenMove};
+use tinyserve_kv::{
+    HostPages, KvFormat, KvLayout, NewToken, PageCopy, PageId, PagePool, TokenMove,
+};
 
+pub use clock::SelectionTimes;
 pub(crate) use packed::{CodeBits, GROUP, Packed, packed_bytes};
 pub use path::CpuPath;
 pub(crate) use quantised::RowGroup;
@@ -36,6 +40,7 @@ use crate::{
     Store,
 };
 use activate::Activate;
+use clock::Clock;
 use embed::Embed;
 use norm::Norm;
 use pool::Pool;
@@ -63,6 +68,8 @@ pub struct Cpu {
     plan: Mutex<attend::Plan>,
     /// Input rows of the running product over quantised weights; grows, and is kept.
     quantised: Mutex<Vec<RowGroup>>,
+    /// Times the choice of pages, when asked to.
+    clock: Clock,
 }
 
 /// Most threads that can be asked for: beyond it a number is a typing mistake.
@@ -98,7 +105,7 @@ impl Cpu {
         })?;
         let scratch = (0..threads).map(|_| Mutex::default()).collect();
         let (plan, quantised) = Default::default();
-        Ok(Self { pool, path, scratch, plan, quantised })
+        Ok(Self { pool, path, scratch, plan, quantised, clock: Clock::default() })
     }
 
     /// The scalar reference, on the thread that calls it: what other backends are held to.
@@ -110,6 +117,7 @@ impl Cpu {
             scratch: vec![Mutex::default()],
             plan: Mutex::default(),
             quantised: Mutex::default(),
+            clock: Clock::default(),
         }
     }
 
@@ -123,6 +131,17 @@ impl Cpu {
     #[must_use]
     pub fn path(&self) -> CpuPath {
         self.path
+    }
+
+    /// Starts or stops timing the choice of pages.
+    pub fn time_selection(&self, on: bool) {
+        self.clock.switch(on);
+    }
+
+    /// What choosing pages took since the last call, while it was timed. Policies without kernels
+    /// are counted as scoring.
+    pub fn take_selection_times(&self) -> SelectionTimes {
+        self.clock.take()
     }
 
     /// Runs `f` on pairs of input and output rows, on several threads when there is much to do.
@@ -175,8 +194,16 @@ impl Backend for Cpu {
         Ok(HostPages::new(layout, pages)?)
     }
 
+    fn kv_formats(&self) -> &'static [KvFormat] {
+        &KvFormat::ALL
+    }
+
     fn copy_page(&self, pages: &mut HostPages, copy: PageCopy) {
         pages.copy(copy);
+    }
+
+    fn forget_free_pages(&self, pages: &mut HostPages, pool: &PagePool) {
+        pages.forget_free(pool);
     }
 
     fn download_page(
@@ -200,6 +227,15 @@ impl Backend for Cpu {
     }
 
     fn move_tokens(&self, pages: &mut HostPages, moves: &[TokenMove]) -> Result<(), KernelError> {
+        let format = pages.layout().shape().format;
+        if format.is_quantised() {
+            return Err(KernelError::Invalid {
+                what: "kv_cache_dtype",
+                found: format.to_string(),
+                expected: "f32, f16 or bf16 where tokens are pruned: codes of a page share its box"
+                    .to_owned(),
+            });
+        }
         pages.move_tokens(moves);
         Ok(())
     }
@@ -327,9 +363,12 @@ impl Backend for Cpu {
         assert_eq!(qkv.columns(), heads.qkv_width(), "width of queries, keys and values");
         assert_eq!(qkv.rows(), slots.len(), "one slot per row");
         // One thread: rounding a chunk's keys takes less than a thousandth of projecting them.
-        for (row, &slot) in qkv.values().chunks_exact(heads.qkv_width()).zip(slots) {
-            pages.append(layer, slot, &row[heads.k_columns()], &row[heads.v_columns()]);
-        }
+        let rows = qkv.values().chunks_exact(heads.qkv_width()).zip(slots);
+        let tokens = rows.map(|(row, &slot)| {
+            let (keys, values) = (&row[heads.k_columns()], &row[heads.v_columns()]);
+            NewToken { slot, keys, values }
+        });
+        pages.append_tokens(layer, tokens);
     }
 
     fn attend(&self, args: AttendArgs<'_, Self>) -> Result<AttendStats, KernelError> {
