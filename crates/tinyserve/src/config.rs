@@ -263,6 +263,8 @@ pub struct TinyServeConfig {
     /// or fewer where memory holds fewer.
     #[serde(alias = "max_model_len", skip_serializing_if = "Option::is_none")]
     pub max_sequence_length: Option<usize>,
+    /// Mean time per generated token that `get_optimized_config` steers towards, milliseconds.
+    pub target_latency_ms: f64,
     /// Copies of the model, each with threads, weights and pages of its own, that share the work.
     pub replicas: usize,
     /// Devices that one model is split over; only 1 is implemented.
@@ -315,6 +317,7 @@ impl Default for TinyServeConfig {
             rope_frequency_dtype: RopeFrequencyDtype::F32,
             attention_chunk_size: 256,
             max_sequence_length: None,
+            target_latency_ms: 50.0,
             replicas: 1,
             tensor_parallel_size: 1,
             max_num_seqs: 16,
@@ -396,6 +399,13 @@ impl TinyServeConfig {
                     expected: "at least 1".to_owned(),
                 });
             }
+        }
+        if !(self.target_latency_ms > 0.0 && self.target_latency_ms.is_finite()) {
+            return Err(TinyServeError::Setting {
+                field: "target_latency_ms",
+                found: self.target_latency_ms.to_string(),
+                expected: "a number above 0".to_owned(),
+            });
         }
         if self.tensor_parallel_size != 1 {
             return Err(TinyServeError::Setting {

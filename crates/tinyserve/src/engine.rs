@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tinyserve_kernels::{Cpu, CpuOptions};
+use tinyserve_kernels::{Cpu, CpuOptions, DType};
 use tinyserve_kv::{PageSelector, PrefixIndex, PrefixOptions};
 use tinyserve_model::{
     ChatTemplate, Checkpoint, KvCache, MemoryPlan, Model, ModelConfig, ModelError, Perplexity,
@@ -17,9 +17,9 @@ use tinyserve_sched::{
 };
 
 use crate::{
-    AttentionMode, FinishReason, KvUsage, PlannedMemory, Prompt, RopeFrequencyDtype, Stats,
-    StreamEvent, Timings, TinyServeConfig, TinyServeError, TinyServeRequest, TinyServeResponse,
-    Weights,
+    AttentionMode, FinishReason, KvUsage, Measured, Optimized, PlannedMemory, Prompt,
+    RopeFrequencyDtype, Stats, StreamEvent, Timings, TinyServeConfig, TinyServeError,
+    TinyServeRequest, TinyServeResponse, Weights,
 };
 
 /// A loaded model that answers requests, many at once.
@@ -43,6 +43,8 @@ pub struct TinyServe {
     /// Names what keys and values depend on beside tokens and layout.
     identity: String,
     weight_bytes: usize,
+    /// Element type of the stored weights.
+    stored: DType,
     load: Duration,
     backend_name: String,
     engine: Engine,
@@ -229,6 +231,7 @@ impl TinyServeBuilder {
             memory,
             identity,
             weight_bytes,
+            stored: checkpoint.dtype(),
             load: start.elapsed(),
             backend_name,
             engine,
@@ -512,6 +515,21 @@ impl TinyServe {
             // No measurement means that no step left a page out, so nothing was missed.
             kv_hit_rate: stats.recall.unwrap_or(1.0),
         }
+    }
+
+    /// One step towards the targets of the settings: a changed copy of them, with reasons. What
+    /// `measured` leaves out is taken from the counters.
+    #[must_use]
+    pub fn get_optimized_config(&self, measured: Measured) -> Optimized {
+        let stats = self.engine.stats();
+        let per_token = stats.tpot.mean().map(|seconds| seconds * 1e3);
+        let pages = (stats.pages_used + stats.pages_idle) as f64;
+        let pages = pages * self.engine.limits().bytes_per_page as f64;
+        let measured = Measured {
+            latency_ms: measured.latency_ms.or(per_token),
+            memory_gb: measured.memory_gb.or(Some((self.weight_bytes as f64 + pages) / 1e9)),
+        };
+        self.config.optimized(measured, self.stored)
     }
 
     fn response(
