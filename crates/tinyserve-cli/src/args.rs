@@ -137,7 +137,7 @@ impl ScheduleArgs {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Device")]
 pub(crate) struct DeviceArgs {
-    /// auto or cpu.
+    /// auto (the CPU), cpu, cuda or cuda:N.
     #[arg(long, env = "TINYSERVE_DEVICE", value_parser = values::device)]
     device: Option<Device>,
     /// Threads of the CPU [default: all].
@@ -174,6 +174,13 @@ impl DeviceArgs {
 
     /// The CPU backend that `config` and the flags ask for.
     pub(crate) fn backend(&self, config: &TinyServeConfig) -> Result<Cpu> {
+        if let Device::Cuda(_) = config.device {
+            return Err(out_of_range(
+                "--device",
+                String::from(config.device),
+                "cpu for this command",
+            ));
+        }
         let options = CpuOptions { threads: config.threads, path: self.cpu };
         Ok(Cpu::new(options).map_err(TinyServeError::from)?)
     }

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod advisor;
 mod api;
 mod channel;
 mod clock;
@@ -15,6 +16,7 @@ mod session;
 mod text;
 mod worker;
 
+pub use advisor::Suggestion;
 pub use api::{
     AdmissionError, AttentionChoice, Event, Failure, FailureKind, FinishReason, Finished, KvUse,
     PromptToken, Request, RequestId, StopReason, Summary, Timings, Token, Usage,

@@ -28,13 +28,41 @@ pub enum AttentionMode {
 
 /// Where the model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(try_from = "String", into = "String")]
 pub enum Device {
-    /// The best device there is; today the CPU.
+    /// The CPU, until CUDA has been measured on GPUs.
     #[default]
     Auto,
     /// The CPU.
     Cpu,
+    /// A CUDA device by its number: `cuda` is `cuda:0`.
+    Cuda(usize),
+}
+
+impl TryFrom<String> for Device {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        match text.as_str() {
+            "auto" => return Ok(Self::Auto),
+            "cpu" => return Ok(Self::Cpu),
+            "cuda" => return Ok(Self::Cuda(0)),
+            _ => {}
+        }
+        let number = text.strip_prefix("cuda:").and_then(|number| number.parse().ok());
+        let expected = "expected auto, cpu, cuda or cuda:N";
+        number.map(Self::Cuda).ok_or_else(|| format!("device is {text:?}, {expected}"))
+    }
+}
+
+impl From<Device> for String {
+    fn from(device: Device) -> Self {
+        match device {
+            Device::Auto => "auto".to_owned(),
+            Device::Cpu => "cpu".to_owned(),
+            Device::Cuda(number) => format!("cuda:{number}"),
+        }
+    }
 }
 
 /// How keys and values are stored.
@@ -267,6 +295,8 @@ pub struct TinyServeConfig {
     /// or fewer where memory holds fewer.
     #[serde(alias = "max_model_len", skip_serializing_if = "Option::is_none")]
     pub max_sequence_length: Option<usize>,
+    /// Mean time per generated token that `get_optimized_config` steers towards, milliseconds.
+    pub target_latency_ms: f64,
     /// Copies of the model, each with threads, weights and pages of its own, that share the work.
     pub replicas: usize,
     /// Devices that one model is split over; only 1 is implemented.
@@ -320,6 +350,7 @@ impl Default for TinyServeConfig {
             rope_frequency_dtype: RopeFrequencyDtype::F32,
             attention_chunk_size: 256,
             max_sequence_length: None,
+            target_latency_ms: 50.0,
             replicas: 1,
             tensor_parallel_size: 1,
             max_num_seqs: 16,
@@ -409,6 +440,13 @@ impl TinyServeConfig {
                 field: "weights_cache",
                 found: format!("{} with weights as they are stored", folder.display()),
                 expected: "weights int8 or int4: only quantised weights are cached".to_owned(),
+            });
+        }
+        if !(self.target_latency_ms > 0.0 && self.target_latency_ms.is_finite()) {
+            return Err(TinyServeError::Setting {
+                field: "target_latency_ms",
+                found: self.target_latency_ms.to_string(),
+                expected: "a number above 0".to_owned(),
             });
         }
         if self.tensor_parallel_size != 1 {
@@ -561,6 +599,18 @@ mod tests {
         let loaded = TinyServeConfig::load(&path).unwrap();
         assert_eq!((loaded.page_size, loaded.max_sequence_length), (8, Some(100)));
         assert_eq!(loaded.selection_ratio, 0.3);
+    }
+
+    #[test]
+    fn devices_have_names_and_numbers() {
+        let of = |text: &str| Device::try_from(text.to_owned());
+        assert_eq!(of("cuda"), Ok(Device::Cuda(0)));
+        for device in [Device::Auto, Device::Cpu, Device::Cuda(3)] {
+            assert_eq!(of(&String::from(device)), Ok(device));
+        }
+        for wrong in ["gpu", "cuda:", "cuda:x", "cuda:-1", ""] {
+            assert!(of(wrong).unwrap_err().contains("cuda:N"), "{wrong}");
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod config;
 mod engine;
 mod error;
 pub mod memory;
+mod optimize;
 mod plan;
 mod request;
 
@@ -14,6 +15,7 @@ pub use config::{
 };
 pub use engine::{TinyServe, TinyServeBuilder};
 pub use error::TinyServeError;
+pub use optimize::{Measured, Optimized};
 pub use plan::PlannedMemory;
 pub use request::{
     FinishReason, KvUsage, Prompt, Stats, StreamEvent, Timings, TinyServeRequest, TinyServeResponse,
