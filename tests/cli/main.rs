@@ -12,3 +12,4 @@ mod interrupt;
 mod options;
 mod reports;
 mod run;
+mod weights_cache;

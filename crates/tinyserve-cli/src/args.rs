@@ -10,7 +10,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args};
 use tinyserve::kernels::{Cpu, CpuOptions, CpuPath};
-use tinyserve::model::Checkpoint;
+use tinyserve::model::{CacheOutcome, Checkpoint};
 use tinyserve::{
     ApproximateAttention, AttentionMode, Device, EntropySignalName, EvictionName, GroupReduceName,
     KvCacheDtype, RopeFrequencyDtype, ScorerName, TinyServe, TinyServeBuilder, TinyServeConfig,
@@ -138,7 +138,7 @@ impl ScheduleArgs {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Device")]
 pub(crate) struct DeviceArgs {
-    /// auto or cpu.
+    /// auto (the CPU), cpu, cuda or cuda:N.
     #[arg(long, env = "TINYSERVE_DEVICE", value_parser = values::device)]
     device: Option<Device>,
     /// Threads of the CPU [default: all].
@@ -150,6 +150,10 @@ pub(crate) struct DeviceArgs {
     cpu: Option<CpuPath>,
     #[command(flatten)]
     weights: WeightsArgs,
+    /// Folder in which weights that were quantised (int8, int4) are kept for the next start; a file
+    /// that is broken or another model's is replaced.
+    #[arg(long, value_name = "DIR", env = "TINYSERVE_WEIGHTS_CACHE")]
+    weights_cache: Option<PathBuf>,
     /// Prints the settings, the device and the memory plan to stderr.
     #[arg(short, long, env = "TINYSERVE_VERBOSE", value_parser = clap::builder::BoolishValueParser::new())]
     verbose: bool,
@@ -160,6 +164,7 @@ impl DeviceArgs {
         set(&mut config.device, self.device);
         set_some(&mut config.threads, self.threads);
         self.weights.apply(config);
+        set_some(&mut config.weights_cache, self.weights_cache.clone());
         match (self.cpu, config.threads) {
             (Some(CpuPath::Scalar), Some(threads)) if threads > 1 => {
                 Err(out_of_range("--threads", threads, "1 with --cpu scalar"))
@@ -170,6 +175,13 @@ impl DeviceArgs {
 
     /// The CPU backend that `config` and the flags ask for.
     pub(crate) fn backend(&self, config: &TinyServeConfig) -> Result<Cpu> {
+        if let Device::Cuda(_) = config.device {
+            return Err(out_of_range(
+                "--device",
+                String::from(config.device),
+                "cpu for this command",
+            ));
+        }
         let options = CpuOptions { threads: config.threads, path: self.cpu };
         Ok(Cpu::new(options).map_err(TinyServeError::from)?)
     }
@@ -200,11 +212,21 @@ impl DeviceArgs {
         }
         let engine = builder.build_with_progress(|done, total| progress.update(done, total))?;
         progress.finish();
+        self.tell_of_cache(engine.weights_cache());
         self.tell(engine.config(), engine.backend_name());
         if self.verbose {
             eprint!("{}", plan::lines(engine.memory()));
         }
         Ok(engine)
+    }
+
+    /// Prints what became of a cache of weights, if that is a warning or `--verbose` asks.
+    pub(crate) fn tell_of_cache(&self, outcome: Option<&CacheOutcome>) {
+        match outcome {
+            Some(outcome) if outcome.is_warning() => eprintln!("warning: {outcome}"),
+            Some(outcome) if self.verbose => eprintln!("{outcome}"),
+            _ => {}
+        }
     }
 
     /// With `--verbose`, prints what is in force.

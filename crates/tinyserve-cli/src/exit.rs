@@ -95,6 +95,7 @@ fn flag(name: &str) -> Option<String> {
         "max_num_batched_tokens",
         "max_num_seqs",
         "max_sequence_length",
+        "weights_cache",
         "max_tokens",
         "min_p",
         "page_size",

@@ -19,13 +19,9 @@ pub(crate) fn size(text: &str) -> Result<usize, String> {
     number.checked_mul(1 << shift).ok_or_else(|| "the number is too large".to_owned())
 }
 
-/// `auto` or `cpu`.
+/// `auto`, `cpu`, `cuda` or `cuda:N`.
 pub(crate) fn device(text: &str) -> Result<Device, String> {
-    match text {
-        "cuda" => Err("CUDA is not built into this version, expected auto or cpu".to_owned()),
-        _ if text.starts_with("cuda:") => device("cuda"),
-        _ => name(text, "auto or cpu"),
-    }
+    name(text, "auto, cpu, cuda or cuda:N")
 }
 
 /// `auto`, a float type, `int8` or `int4`.
@@ -96,10 +92,10 @@ mod tests {
     #[test]
     fn names_that_come_later_are_refused_by_name() {
         assert_eq!(kv_cache_dtype("bf16"), Ok(KvCacheDtype::Bf16));
+        assert_eq!(device("cuda:1"), Ok(Device::Cuda(1)));
+        assert!(device("tpu").unwrap_err().contains("auto, cpu, cuda"));
         assert_eq!(kv_cache_dtype("int8"), Ok(KvCacheDtype::Int8));
         assert!(kv_cache_dtype("fp8").unwrap_err().contains("int8 or int4"));
-        assert!(device("cuda:0").unwrap_err().contains("not built into this version"));
-        assert!(device("tpu").unwrap_err().contains("auto or cpu"));
         assert_eq!(scorer("mean-std").map(String::from), Ok("mean-std".to_owned()));
         assert!(scorer("bocks").unwrap_err().contains("cuboid-mean"));
         assert!(scorer("h2o").is_err());

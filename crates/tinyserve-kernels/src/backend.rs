@@ -3,6 +3,7 @@
 use std::fmt;
 use std::ops::Range;
 
+use bytes::Bytes;
 use tinyserve_kv::{
     KvFormat, KvLayout, PageCopy, PageId, PagePool, PageSelector, SelectionPolicy, Slot, TokenMove,
 };
@@ -105,6 +106,22 @@ pub struct LinearSpec {
     pub layout: MatrixLayout,
     /// How the backend keeps them: it quantises while it loads.
     pub format: WeightFormat,
+}
+
+/// A quantised linear layer as its backend keeps it: bytes that can be stored and loaded again
+/// without quantising, by backends of the same [`Backend::image_layout`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct LinearImage {
+    /// What the weights are quantised to.
+    pub format: WeightFormat,
+    /// Width of the input.
+    pub inputs: usize,
+    /// Width of the output, all parts together.
+    pub outputs: usize,
+    /// Codes and scales in the backend's order.
+    pub weights: Bytes,
+    /// Biases, one for each output and zeros up to the backend's own width.
+    pub bias: Vec<f32>,
 }
 
 /// How an operation puts its result into its output.
@@ -417,6 +434,29 @@ pub trait Backend: Send + Sized {
 
     /// Bytes that the weights and biases of a linear layer take.
     fn linear_bytes(&self, linear: &Self::Linear) -> usize;
+
+    /// Names what [`LinearImage::weights`] hold; `None` where a backend makes no images.
+    fn image_layout(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// A quantised layer's content; `None` for weights as they are stored.
+    fn linear_image(&self, _linear: &Self::Linear) -> Option<LinearImage> {
+        None
+    }
+
+    /// Takes over what [`Self::linear_image`] gave. The bytes must be what it gave: sizes are
+    /// checked, codes cannot be.
+    ///
+    /// # Errors
+    /// When the sizes do not fit each other, or the backend makes no images.
+    fn load_linear_image(&self, _image: LinearImage) -> Result<Self::Linear, KernelError> {
+        Err(KernelError::Invalid {
+            what: "image of a linear layer",
+            found: "a backend that makes none".to_owned(),
+            expected: "the backend that made it".to_owned(),
+        })
+    }
 
     /// The formats of keys and values that it has: those without codes, unless it says more.
     fn kv_formats(&self) -> &'static [KvFormat] {

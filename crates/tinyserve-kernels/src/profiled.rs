@@ -7,7 +7,7 @@ use tinyserve_kv::{KvFormat, KvLayout, PageCopy, PageId, PagePool, TokenMove};
 
 use crate::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
-    KernelError, LinearArgs, LinearSpec, NormArgs, RotaryAnglesArgs, RotaryArgs,
+    KernelError, LinearArgs, LinearImage, LinearSpec, NormArgs, RotaryAnglesArgs, RotaryArgs,
 };
 
 /// Forwards every operation to `B`; while it is switched on, it adds up what the large ones take.
@@ -81,6 +81,18 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
 
     fn linear_bytes(&self, linear: &B::Linear) -> usize {
         self.inner.linear_bytes(linear)
+    }
+
+    fn image_layout(&self) -> Option<&'static str> {
+        self.inner.image_layout()
+    }
+
+    fn linear_image(&self, linear: &B::Linear) -> Option<LinearImage> {
+        self.inner.linear_image(linear)
+    }
+
+    fn load_linear_image(&self, image: LinearImage) -> Result<B::Linear, KernelError> {
+        self.inner.load_linear_image(image)
     }
 
     fn allocate_pages(&self, layout: KvLayout, pages: usize) -> Result<B::KvPages, KernelError> {

@@ -132,7 +132,8 @@ impl<B: Backend> Model<B> {
         }
         a.observation.end(self, batch, &mut output.observed);
         self.logits(a, output);
-        Ok(())
+        // A device tells only now what went wrong on the way.
+        Ok(self.backend.check()?)
     }
 
     /// Checks the batch and flattens it into rows.

@@ -16,7 +16,7 @@ mod session;
 mod text;
 mod worker;
 
-pub use advisor::{Knob, Measured, Suggestion, Targets, Turn};
+pub use advisor::Suggestion;
 pub use api::{
     AdmissionError, AttentionChoice, Event, Failure, FailureKind, FinishReason, Finished, KvUse,
     PromptToken, Request, RequestId, StopReason, Summary, Timings, Token, Usage,

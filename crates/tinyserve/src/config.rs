@@ -1,6 +1,6 @@
 //! Settings of an engine: one name each in code, files, flags and the environment.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -8,9 +8,9 @@ use tinyserve_kernels::{DType, WeightFormat};
 use tinyserve_kv::{
     Budget, EvictionPolicy, GroupReduce, KvError, KvFormat, Scorer, SelectionPolicy,
 };
-use tinyserve_model::Checkpoint;
+use tinyserve_model::{Checkpoint, LoadOptions};
 use tinyserve_plugins::{EntropyExit, EntropySignal, PluginManager, TokenPruning};
-use tinyserve_sched::{EngineConfig, Targets};
+use tinyserve_sched::EngineConfig;
 
 use crate::TinyServeError;
 
@@ -29,13 +29,41 @@ pub enum AttentionMode {
 
 /// Where the model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(try_from = "String", into = "String")]
 pub enum Device {
-    /// The best device there is; today the CPU.
+    /// The CPU, until CUDA has been measured on GPUs.
     #[default]
     Auto,
     /// The CPU.
     Cpu,
+    /// A CUDA device by its number: `cuda` is `cuda:0`.
+    Cuda(usize),
+}
+
+impl TryFrom<String> for Device {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        match text.as_str() {
+            "auto" => return Ok(Self::Auto),
+            "cpu" => return Ok(Self::Cpu),
+            "cuda" => return Ok(Self::Cuda(0)),
+            _ => {}
+        }
+        let number = text.strip_prefix("cuda:").and_then(|number| number.parse().ok());
+        let expected = "expected auto, cpu, cuda or cuda:N";
+        number.map(Self::Cuda).ok_or_else(|| format!("device is {text:?}, {expected}"))
+    }
+}
+
+impl From<Device> for String {
+    fn from(device: Device) -> Self {
+        match device {
+            Device::Auto => "auto".to_owned(),
+            Device::Cpu => "cpu".to_owned(),
+            Device::Cuda(number) => format!("cuda:{number}"),
+        }
+    }
 }
 
 /// How keys and values are stored.
@@ -276,6 +304,10 @@ pub struct TinyServeConfig {
     pub threads: Option<usize>,
     /// How weights are kept in memory.
     pub weights: Weights,
+    /// Folder in which quantised weights are kept from one start to the next; only for `weights`
+    /// int8 and int4.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weights_cache: Option<PathBuf>,
     /// Tokens of one page.
     #[serde(alias = "block_size")]
     pub page_size: usize,
@@ -316,6 +348,8 @@ pub struct TinyServeConfig {
     /// or fewer where memory holds fewer.
     #[serde(alias = "max_model_len", skip_serializing_if = "Option::is_none")]
     pub max_sequence_length: Option<usize>,
+    /// Mean time per generated token that `get_optimized_config` steers towards, milliseconds.
+    pub target_latency_ms: f64,
     /// Copies of the model, each with threads, weights and pages of its own, that share the work.
     pub replicas: usize,
     /// Devices that one model is split over; only 1 is implemented.
@@ -343,10 +377,6 @@ pub struct TinyServeConfig {
     /// Most memory of the process, in units of 10⁹ bytes; unless set, 80 % of what is available.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_memory_gb: Option<f64>,
-    /// Most milliseconds for each token after the first: what suggestions and optimised settings
-    /// aim at.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub target_latency_ms: Option<f64>,
     /// Whether requests end when the model has become certain.
     pub enable_entropy_early_exit: bool,
     /// Nats below which an entropy is certainty.
@@ -373,6 +403,7 @@ impl Default for TinyServeConfig {
             device: Device::Auto,
             threads: None,
             weights: Weights::Auto,
+            weights_cache: None,
             page_size: 16,
             attention: AttentionMode::Auto,
             selection_ratio: 0.3,
@@ -389,6 +420,7 @@ impl Default for TinyServeConfig {
             rope_frequency_dtype: RopeFrequencyDtype::F32,
             attention_chunk_size: 256,
             max_sequence_length: None,
+            target_latency_ms: 50.0,
             replicas: 1,
             tensor_parallel_size: 1,
             max_num_seqs: 16,
@@ -400,7 +432,6 @@ impl Default for TinyServeConfig {
             priority_ageing: 10.0,
             session_timeout: 300.0,
             target_memory_gb: None,
-            target_latency_ms: None,
             enable_entropy_early_exit: false,
             entropy_threshold: 0.5,
             min_tokens_before_exit: 10,
@@ -480,6 +511,22 @@ impl TinyServeConfig {
                 });
             }
         }
+        if let Some(folder) = &self.weights_cache
+            && !matches!(self.weights, Weights::Int8 | Weights::Int4)
+        {
+            return Err(TinyServeError::Setting {
+                field: "weights_cache",
+                found: format!("{} with weights as they are stored", folder.display()),
+                expected: "weights int8 or int4: only quantised weights are cached".to_owned(),
+            });
+        }
+        if !(self.target_latency_ms > 0.0 && self.target_latency_ms.is_finite()) {
+            return Err(TinyServeError::Setting {
+                field: "target_latency_ms",
+                found: self.target_latency_ms.to_string(),
+                expected: "a number above 0".to_owned(),
+            });
+        }
         if self.tensor_parallel_size != 1 {
             return Err(TinyServeError::Setting {
                 field: "tensor_parallel_size",
@@ -507,20 +554,14 @@ impl TinyServeConfig {
             }
         }
         self.scheduling().check()?;
-        let targets = [
-            ("target_memory_gb", self.target_memory_gb),
-            ("target_latency_ms", self.target_latency_ms),
-        ];
-        for (field, target) in targets {
-            if let Some(target) = target
-                && !(target > 0.0 && target.is_finite())
-            {
-                return Err(TinyServeError::Setting {
-                    field,
-                    found: target.to_string(),
-                    expected: "a number above 0".to_owned(),
-                });
-            }
+        if let Some(gigabytes) = self.target_memory_gb
+            && !(gigabytes > 0.0 && gigabytes.is_finite())
+        {
+            return Err(TinyServeError::Setting {
+                field: "target_memory_gb",
+                found: gigabytes.to_string(),
+                expected: "a number above 0".to_owned(),
+            });
         }
         self.entropy_exit().check()?;
         self.token_pruning().check()?;
@@ -546,6 +587,14 @@ impl TinyServeConfig {
             }
         }
         Ok(self.selection_policy().check()?)
+    }
+
+    /// How a model whose weights are stored as `stored` is loaded.
+    ///
+    /// # Errors
+    /// When another float type than the stored one is asked for.
+    pub fn load_options(&self, stored: DType) -> Result<LoadOptions, TinyServeError> {
+        Ok(LoadOptions { format: self.weights.resolve(stored)?, cache: self.weights_cache.clone() })
     }
 
     /// What the scheduler is told; the facade adds what only a loaded model knows.
@@ -602,12 +651,6 @@ impl TinyServeConfig {
             }
         }
         Ok(())
-    }
-
-    /// What suggestions aim at.
-    #[must_use]
-    pub fn targets(&self) -> Targets {
-        Targets { latency_ms: self.target_latency_ms, memory_gb: self.target_memory_gb }
     }
 
     /// The policy that these settings describe.
@@ -700,6 +743,18 @@ mod tests {
     }
 
     #[test]
+    fn devices_have_names_and_numbers() {
+        let of = |text: &str| Device::try_from(text.to_owned());
+        assert_eq!(of("cuda"), Ok(Device::Cuda(0)));
+        for device in [Device::Auto, Device::Cpu, Device::Cuda(3)] {
+            assert_eq!(of(&String::from(device)), Ok(device));
+        }
+        for wrong in ["gpu", "cuda:", "cuda:x", "cuda:-1", ""] {
+            assert!(of(wrong).unwrap_err().contains("cuda:N"), "{wrong}");
+        }
+    }
+
+    #[test]
     fn mistakes_are_named() {
         let dir = tempfile::tempdir().unwrap();
         let cases = [
@@ -720,6 +775,7 @@ mod tests {
             ("j.toml", "target_memory_gb = 0.0", "target_memory_gb is 0"),
             ("k.toml", "target_memory_gb = inf", "target_memory_gb is inf"),
             ("i.toml", "weights = \"int3\"", "int3"),
+            ("o.toml", "weights_cache = \"here\"", "weights_cache is here"),
             ("f.toml", "kv_cache_dtype = \"int3\"", "int3"),
             ("g.json", "{", "EOF"),
             ("h.yaml", "", ".json or .toml"),

@@ -231,7 +231,7 @@ pub(super) fn load(
     fill: DepthFill,
 ) -> Result<(Runner, Setup)> {
     let backend = forward.device.backend(config)?;
-    let weights = config.weights.resolve(checkpoint.dtype())?;
+    let weights = config.load_options(checkpoint.dtype())?;
     let mut setup = Setup {
         model: name,
         model_size: 0,
@@ -261,12 +261,13 @@ pub(super) fn load(
         // Made in memory, the stored weights are there already; the plan counts them itself.
         let made = if checkpoint.is_in_memory() { checkpoint.weight_bytes() as u64 } else { 0 };
         let process = memory::resident().unwrap_or(0).saturating_sub(made);
-        let plan = MemoryPlan::new(checkpoint, weights, layout, largest, pages);
+        let plan = MemoryPlan::new(checkpoint, weights.format, layout, largest, pages);
         setup.planned_bytes = plan.process_bytes(process).total_bytes();
         let backend = Profiled::new(backend);
-        let model = Model::load_as(backend, checkpoint, weights, |done, total| {
+        let model = Model::load_with(backend, checkpoint, &weights, |done, total| {
             progress.update(done, total);
         })?;
+        forward.device.tell_of_cache(model.weights_cache());
         setup.model_size = model.weight_bytes() as u64;
         setup.streamed_bytes = model.streamed_bytes() as u64;
         setup.kv_bytes = (pages * layout.bytes_per_page()) as u64;

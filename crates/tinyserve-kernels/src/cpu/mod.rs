@@ -19,7 +19,7 @@ mod simd;
 mod tensor;
 mod turned;
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use tinyserve_kv::{
     HostPages, KvFormat, KvLayout, NewToken, PageCopy, PageId, PagePool, TokenMove,
@@ -36,11 +36,12 @@ pub(crate) use tensor::{CpuWeights, vector};
 use crate::reference;
 use crate::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
-    KernelError, LinearArgs, LinearSpec, MatrixLayout, NormArgs, RotaryAnglesArgs, RotaryArgs,
-    Store,
+    KernelError, LinearArgs, LinearImage, LinearSpec, MatrixLayout, NormArgs, RotaryAnglesArgs,
+    RotaryArgs, Store,
 };
 use activate::Activate;
 use clock::Clock;
+use columns::Columns;
 use embed::Embed;
 use norm::Norm;
 use pool::Pool;
@@ -66,6 +67,8 @@ pub struct Cpu {
     scratch: Vec<Mutex<attend::Scratch>>,
     /// What a call of attention lays out for its threads.
     plan: Mutex<attend::Plan>,
+    /// Buffers of products of many rows, one for each thread.
+    panels: Vec<Mutex<linear::PanelScratch>>,
     /// Input rows of the running product over quantised weights; grows, and is kept.
     quantised: Mutex<Vec<RowGroup>>,
     /// Times the choice of pages, when asked to.
@@ -104,8 +107,9 @@ impl Cpu {
             expected: format!("as many as the system starts ({error})"),
         })?;
         let scratch = (0..threads).map(|_| Mutex::default()).collect();
+        let panels = (0..threads).map(|_| Mutex::default()).collect();
         let (plan, quantised) = Default::default();
-        Ok(Self { pool, path, scratch, plan, quantised, clock: Clock::default() })
+        Ok(Self { pool, path, scratch, plan, panels, quantised, clock: Clock::default() })
     }
 
     /// The scalar reference, on the thread that calls it: what other backends are held to.
@@ -116,6 +120,7 @@ impl Cpu {
             path: CpuPath::Scalar,
             scratch: vec![Mutex::default()],
             plan: Mutex::default(),
+            panels: Vec::new(),
             quantised: Mutex::default(),
             clock: Clock::default(),
         }
@@ -157,13 +162,13 @@ impl Cpu {
             f(x, out);
             return;
         }
-        let rows = rows.div_ceil(4 * self.threads());
-        let chunks: Vec<_> =
-            x.chunks(rows * columns).zip(out.chunks_mut(rows * width)).map(Mutex::new).collect();
-        self.pool.run(chunks.len(), &|_, i| {
-            // Never waited for: each chunk is taken once.
-            let (x, out) = &mut *chunks[i].lock().unwrap_or_else(PoisonError::into_inner);
-            f(x, out);
+        let at_once = rows.div_ceil(4 * self.threads());
+        let columns_of = Columns::new(out, width);
+        self.pool.run(rows.div_ceil(at_once), &|_, i| {
+            let rows = i * at_once..((i + 1) * at_once).min(rows);
+            let x = &x[rows.start * columns..rows.end * columns];
+            // SAFETY: each item has rows of its own.
+            f(x, unsafe { columns_of.rows(rows) });
         });
     }
 }
@@ -188,6 +193,23 @@ impl Backend for Cpu {
 
     fn linear_bytes(&self, linear: &CpuLinear) -> usize {
         linear.bytes()
+    }
+
+    fn image_layout(&self) -> Option<&'static str> {
+        Some(packed::IMAGE_LAYOUT)
+    }
+
+    fn linear_image(&self, linear: &CpuLinear) -> Option<LinearImage> {
+        match &linear.weights {
+            CpuWeights::Packed(packed) => Some(packed.image()),
+            CpuWeights::Stored { .. } => None,
+        }
+    }
+
+    fn load_linear_image(&self, image: LinearImage) -> Result<CpuLinear, KernelError> {
+        let packed = Packed::from_image(image)?;
+        let (inputs, outputs) = (packed.inputs, packed.outputs);
+        Ok(CpuLinear { weights: CpuWeights::Packed(packed), inputs, outputs })
     }
 
     fn allocate_pages(&self, layout: KvLayout, pages: usize) -> Result<HostPages, KernelError> {
