@@ -124,3 +124,35 @@ fn quantised_weights_give_the_same_text_on_any_number_of_threads() {
         }
     }
 }
+
+/// The mean negative log likelihood of the oracle's sequences with keys and values in `format`.
+fn nll(checkpoint: &Checkpoint, oracle: &Oracle, format: KvFormat) -> f64 {
+    let mut runner = Runner::new(cpu(), checkpoint, (16, format, 64));
+    let (mut sum, mut count) = (0.0, 0);
+    for case in &oracle.cases {
+        let sequence: Vec<u32> = case.prompt_ids.iter().chain(&case.greedy_ids).copied().collect();
+        let rows = runner.all_logits(&sequence, 64);
+        let logprobs = rows.iter().zip(&sequence[1..]).map(|(row, &id)| logprob(row, id));
+        sum -= logprobs.map(f64::from).sum::<f64>();
+        count += sequence.len() - 1;
+    }
+    sum / f64::from(count as u32)
+}
+
+#[test]
+fn codes_cost_little_likelihood() {
+    let models = [
+        ("stories260k", Checkpoint::builtin().unwrap()),
+        ("slm4096-gpt2", Checkpoint::open(&data("data/models/slm4096-gpt2")).unwrap()),
+    ];
+    for (name, checkpoint) in models {
+        let oracle: Oracle = json(&format!("data/models/{name}/golden.json"));
+        let f16 = nll(&checkpoint, &oracle, KvFormat::F16);
+        // Perplexity within 0.5 % and 3 %.
+        for (format, bound) in [(KvFormat::Int8, 1.005f64), (KvFormat::Int4, 1.03)] {
+            let found = nll(&checkpoint, &oracle, format);
+            assert!((found - f16).abs() <= bound.ln(), "{name}: {found} with {format}, {f16}");
+            assert_ne!(found, f16, "{name}: {format} changes nothing");
+        }
+    }
+}

@@ -142,7 +142,7 @@ fn configuration_files_that_are_broken() {
         ("a.toml", "pages = 3", "pages"),
         ("b.json", r#"{"selection_ratio": 0}"#, "selection_ratio is 0"),
         ("c.toml", "page_size = 0", "page_size is 0"),
-        ("d.toml", "kv_cache_dtype = \"int8\"", "int8"),
+        ("d.toml", "kv_cache_dtype = \"fp8\"", "fp8"),
         ("e.yaml", "page_size: 3", ".json or .toml"),
         ("f.json", "{", "EOF"),
     ];

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::binary::{tinyserve, words};
+use crate::binary::{text, tinyserve, words};
 
 fn rows(args: &str) -> Vec<Value> {
     let rows = words(&format!("bench latency -o json {args}")).json();
@@ -56,6 +56,8 @@ fn rows_hold_together() {
             }
         }
         assert!(row["cpu_path"].is_string() && row["attention"].is_string());
+        // The plan is kept.
+        assert!(number(row, "rss_bytes") <= 1.05 * number(row, "planned_bytes"), "{row}");
         assert_eq!(row["bytes_read_ratio"], 1.0);
         let tokens = (sizes(row)[0] + sizes(row)[1]) as f64;
         let ns: Vec<_> = row["samples_ns"].as_array().unwrap().iter().collect();
@@ -208,7 +210,8 @@ fn attention_is_compared_with_dense() {
         assert_eq!((&two[1]["n_sequences"], &two[1]["placement"]), (&2.into(), &placement.into()));
     }
     for (flags, sentence) in [
-        ("--kv-heads 3", "--kv-heads is 3"),
+        ("--kv-heads 1,3", "--kv-heads is 3"),
+        ("--plot x.png", "--plot is x.png"),
         ("--sequences 0", "--sequences is 0"),
         ("--placement alternating", "--sequences is 1"),
         ("--ratios 1.5", "--ratios is 1.5"),
@@ -218,6 +221,37 @@ fn attention_is_compared_with_dense() {
     ] {
         words(&format!("bench attention {flags}")).refused_with(2, &[sentence, "expected"]);
     }
+}
+
+#[test]
+fn attention_is_swept_and_split() {
+    let home = tempfile::tempdir().unwrap();
+    let plot = home.path().join("plot.svg");
+    let sweep = "bench attention --q-heads 8 --kv-heads 2 --head-dim 64 --tokens 1k,2k -r 2 -t 1 \
+                 --ratios 0.25 --warm-ups 0";
+    let command = format!("{sweep} --num-pages 32 -o json --plot {}", text(&plot));
+    let rows = words(&command).json();
+    let rows = rows.as_array().unwrap();
+    let sizes: Vec<_> = rows
+        .iter()
+        .map(|row| [&row["n_tokens"], &row["page_size"]].map(|n| n.as_u64().unwrap()))
+        .collect();
+    assert_eq!(sizes, [[1024, 32], [1024, 32], [2048, 64], [2048, 64]]);
+    for row in rows {
+        let ms = number(row, "avg_attention_time_ms");
+        assert!((1e6 * ms / number(row, "avg_ns") - 1.0).abs() < 1e-9, "{row}");
+        let throughput = number(row, "throughput_tokens_per_ms");
+        assert!((throughput * ms / number(row, "n_tokens") - 1.0).abs() < 1e-9, "{row}");
+        let [score, select, attend] =
+            ["score_ns", "select_ns", "attend_ns"].map(|phase| number(row, phase));
+        assert!(attend > 0.0, "{row}");
+        assert_eq!(score + select > 0.0, row["attention"] == "sparse", "{row}");
+    }
+    assert!(std::fs::read_to_string(&plot).unwrap().contains("ratio 0.25, pages of 32"));
+    let table = words(&format!("{sweep} --page-size 16")).done();
+    let last = table.trim_end().lines().last().unwrap();
+    assert!(last.starts_with("ratio 0.25, pages of 16, f16, 8/2 heads: "), "{table}");
+    assert!(last.contains("pay"), "{table}");
 }
 
 #[test]
@@ -265,7 +299,7 @@ fn requests_that_arrive_over_time_are_counted_in_vllms_words() {
 fn traces_are_replayed() {
     for (name, prompts) in [("azure-conversation.csv", 6), ("mooncake-conversation.jsonl", 6)] {
         let trace = tinyserve_tests::data(&format!("data/traces/{name}"));
-        let trace = crate::binary::text(&trace);
+        let trace = text(&trace);
         let scale = ["--time-scale", "0", "--length-scale", "0.01", "--num-prompts", "6"];
         let args = ["bench", "serve", "--trace", trace, "--json", "-t", "1"];
         let object = tinyserve(&[&args[..], &scale].concat()).json();
@@ -274,6 +308,29 @@ fn traces_are_replayed() {
     words("bench serve --trace none.csv").refused_with(1, &["none.csv", "cannot be read"]);
     words("bench serve --request-rate 0").refused_with(2, &["--request-rate is 0"]);
     words("bench serve --num-prompts 0").refused_with(2, &["--num-prompts is 0"]);
+}
+
+#[test]
+fn memory_rows_are_what_became_resident() {
+    let args = "bench memory -o json --shape llama-15m -d 4k --kv-cache-dtype f16,int8,int4";
+    let rows = words(args).json();
+    let rows = rows.as_array().expect("an array of rows");
+    let names: Vec<_> = rows.iter().map(|row| row["kv_cache_dtype"].as_str().unwrap()).collect();
+    assert_eq!(names, ["f16", "int8", "int4"]);
+    for row in rows {
+        assert_eq!((&row["shape"], &row["n_depth"]), (&"llama-15m".into(), &4096.into()));
+        // What became resident is what the layout says, and the open pages and whole pages of the
+        // system on top.
+        let (resident, layout) =
+            (number(row, "resident_bytes"), 4096.0 * number(row, "layout_bytes_per_token"));
+        assert!(resident > 0.95 * layout, "{row}");
+        assert!(resident < 1.05 * layout + f64::from(8 << 20), "{row}");
+        assert!((number(row, "bytes_per_token") * 4096.0 - resident).abs() < 4096.0, "{row}");
+    }
+    assert!(
+        number(&rows[1], "layout_bytes_per_token")
+            < 0.56 * number(&rows[0], "layout_bytes_per_token")
+    );
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The binary `tinyserve` from end to end: what it prints, where, and how it ends.
 #![forbid(unsafe_code)]
 
+mod analyze;
 mod bad_files;
 mod bad_usage;
 mod bench;
@@ -11,3 +12,4 @@ mod interrupt;
 mod options;
 mod reports;
 mod run;
+mod weights_cache;

@@ -40,7 +40,10 @@ fn every_flag_of_run_has_an_effect() {
     // Each case: a base, the option, and what it must change.
     let select = ["--attention", "sparse", "--dense-layers", "0"];
     let none: [&str; 0] = [];
-    let cases: [(&[&str], &[&str], &str); 26] = [
+    let exits = ["--enable-entropy-early-exit", "--entropy-threshold", "100"];
+    let late = [&exits[..], &["--min-tokens-before-exit", "0"]].concat();
+    let prunes = ["--enable-token-pruning", "--pruning-ratio", "0.9"];
+    let cases: [(&[&str], &[&str], &str); 36] = [
         (&none, &["-n", "3"], "/tokens"),
         (&none, &["--temperature", "0"], "/tokens"),
         (&none, &["--top-p", "0.05"], "/tokens"),
@@ -55,6 +58,7 @@ fn every_flag_of_run_has_an_effect() {
         (&none, &["--block-size", "64"], "/kv/pages"),
         (&none, &["--kv-cache-dtype", "f16"], "/kv/bytes_resident"),
         (&none, &["--kv-cache-dtype", "bf16"], "/kv/bytes_resident"),
+        (&none, &["--kv-cache-dtype", "int4"], "/kv/bytes_resident"),
         (&none, &["--weights", "int4"], "/tokens"),
         (&none, &["--attention", "sparse"], "/kv/bytes_read"),
         (&none, &["--sparse-min-context", "100"], "/kv/bytes_read"),
@@ -67,6 +71,15 @@ fn every_flag_of_run_has_an_effect() {
         (&select, &["--sink-pages", "9"], "/kv/bytes_read"),
         (&select, &["--recent-pages", "9"], "/kv/bytes_read"),
         (&["--attention", "sparse"], &["--dense-layers", "5"], "/kv/bytes_read"),
+        (&none, &["--approximate-attention", "box"], "/kv/bytes_read"),
+        (&none, &exits, "/stop_reason"),
+        (&exits[..1], &exits[1..], "/stop_reason"),
+        (&exits, &["--min-tokens-before-exit", "5"], "/tokens"),
+        (&exits[..1], &["--entropy-signal", "next-token"], "/tokens"),
+        (&late, &["--entropy-patience", "3"], "/tokens"),
+        (&none, &["--enable-token-pruning"], "/kv/pages"),
+        (&prunes[..1], &prunes[1..], "/kv/pages"),
+        (&prunes, &["--min-tokens-after-pruning", "200"], "/kv/pruned_tokens"),
     ];
     for (base, option, field) in cases {
         let before = report(base, &[]);
@@ -186,7 +199,50 @@ fn every_variable_does_what_its_flag_does() {
         assert_eq!(by_flag, by_variable, "{name}");
         assert_ne!(by_flag, report(&[], &[sparse, dense_layers]), "{name}");
     }
+    let exits = ("TINYSERVE_ENABLE_ENTROPY_EARLY_EXIT", "true");
+    let certain = ("TINYSERVE_ENTROPY_THRESHOLD", "100");
+    let least = ("TINYSERVE_MIN_TOKENS_BEFORE_EXIT", "7");
+    let object = report(&[], &[exits, certain, least]);
+    assert_eq!(object["tokens"].as_array().unwrap().len(), 7);
+    assert_eq!(object["finish_reason"], "stop");
+    assert_eq!(object["stop_reason"], "entropy_early_exit");
+    let prunes = ("TINYSERVE_ENABLE_TOKEN_PRUNING", "1");
+    let all = ("TINYSERVE_PRUNING_RATIO", "1");
+    let left = ("TINYSERVE_MIN_TOKENS_AFTER_PRUNING", "64");
+    assert!(report(&[], &[prunes, all, left])["kv"]["pages"].as_u64().unwrap() <= 8);
     let mut command = command(&["run", "-p", "a"]);
     command.env("TINYSERVE_SELECTION_RATIO", "2");
     Ran::new(command.output().unwrap()).refused_with(2, &["--selection-ratio is 2"]);
+}
+
+#[test]
+fn plugins_are_set_by_files_and_their_settings_are_checked() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("settings.toml");
+    let settings = "enable_token_pruning = true\npruning_ratio = 0.5\n\
+        min_tokens_after_pruning = 64\nenable_entropy_early_exit = true\n\
+        entropy_threshold = 100\nmin_tokens_before_exit = 12\n";
+    std::fs::write(&file, settings).unwrap();
+    let object = report(&["--config", text(&file)], &[]);
+    assert_eq!(object["tokens"].as_array().unwrap().len(), 12);
+    assert!(object["kv"]["pruned_tokens"].as_u64().unwrap() >= 100, "{object}");
+    let pages = object["kv"]["pages"].as_u64().unwrap();
+    let whole = report(&["-n", "12"], &[])["kv"]["pages"].as_u64().unwrap();
+    assert!(pages < whole * 2 / 3, "{pages} of {whole} pages are left");
+    // A share of nothing prunes nothing, bit for bit.
+    let nothing = report(&["--enable-token-pruning", "--pruning-ratio", "0"], &[]);
+    assert_eq!(nothing, report(&[], &[]));
+    let refused: [(&[&str], &str); 7] = [
+        (&["--enable-token-pruning", "--kv-cache-dtype", "int8"], "where tokens are pruned"),
+        (&["--entropy-threshold", "1"], "--enable-entropy-early-exit"),
+        (&["--pruning-ratio", "0.5"], "--enable-token-pruning"),
+        (&["--enable-entropy-early-exit", "--entropy-threshold", "0"], "--entropy-threshold is 0"),
+        (&["--enable-token-pruning", "--pruning-ratio", "1.5"], "--pruning-ratio is 1.5"),
+        (&["--enable-entropy-early-exit", "--entropy-signal", "both"], "attention or next-token"),
+        (&["--approximate-attention", "linear"], "cuboid-mean"),
+    ];
+    for (flags, words) in refused {
+        let ran = tinyserve(&[&["run", "-p", "a"], flags].concat());
+        ran.refused_with(2, &[words]);
+    }
 }

@@ -10,10 +10,11 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args};
 use tinyserve::kernels::{Cpu, CpuOptions, CpuPath};
-use tinyserve::model::Checkpoint;
+use tinyserve::model::{CacheOutcome, Checkpoint};
 use tinyserve::{
-    AttentionMode, Device, EvictionName, GroupReduceName, KvCacheDtype, RopeFrequencyDtype,
-    ScorerName, TinyServe, TinyServeBuilder, TinyServeConfig, TinyServeError, Weights,
+    ApproximateAttention, AttentionMode, Device, EntropySignalName, EvictionName, GroupReduceName,
+    KvCacheDtype, RopeFrequencyDtype, ScorerName, TinyServe, TinyServeBuilder, TinyServeConfig,
+    TinyServeError, Weights,
 };
 
 use crate::exit::{Usage, out_of_range};
@@ -137,7 +138,7 @@ impl ScheduleArgs {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Device")]
 pub(crate) struct DeviceArgs {
-    /// auto or cpu.
+    /// auto (the CPU), cpu, cuda or cuda:N.
     #[arg(long, env = "TINYSERVE_DEVICE", value_parser = values::device)]
     device: Option<Device>,
     /// Threads of the CPU [default: all].
@@ -149,6 +150,10 @@ pub(crate) struct DeviceArgs {
     cpu: Option<CpuPath>,
     #[command(flatten)]
     weights: WeightsArgs,
+    /// Folder in which weights that were quantised (int8, int4) are kept for the next start; a file
+    /// that is broken or another model's is replaced.
+    #[arg(long, value_name = "DIR", env = "TINYSERVE_WEIGHTS_CACHE")]
+    weights_cache: Option<PathBuf>,
     /// Prints the settings, the device and the memory plan to stderr.
     #[arg(short, long, env = "TINYSERVE_VERBOSE", value_parser = clap::builder::BoolishValueParser::new())]
     verbose: bool,
@@ -159,6 +164,7 @@ impl DeviceArgs {
         set(&mut config.device, self.device);
         set_some(&mut config.threads, self.threads);
         self.weights.apply(config);
+        set_some(&mut config.weights_cache, self.weights_cache.clone());
         match (self.cpu, config.threads) {
             (Some(CpuPath::Scalar), Some(threads)) if threads > 1 => {
                 Err(out_of_range("--threads", threads, "1 with --cpu scalar"))
@@ -169,6 +175,13 @@ impl DeviceArgs {
 
     /// The CPU backend that `config` and the flags ask for.
     pub(crate) fn backend(&self, config: &TinyServeConfig) -> Result<Cpu> {
+        if let Device::Cuda(_) = config.device {
+            return Err(out_of_range(
+                "--device",
+                String::from(config.device),
+                "cpu for this command",
+            ));
+        }
         let options = CpuOptions { threads: config.threads, path: self.cpu };
         Ok(Cpu::new(options).map_err(TinyServeError::from)?)
     }
@@ -199,11 +212,21 @@ impl DeviceArgs {
         }
         let engine = builder.build_with_progress(|done, total| progress.update(done, total))?;
         progress.finish();
+        self.tell_of_cache(engine.weights_cache());
         self.tell(engine.config(), engine.backend_name());
         if self.verbose {
             eprint!("{}", plan::lines(engine.memory()));
         }
         Ok(engine)
+    }
+
+    /// Prints what became of a cache of weights, if that is a warning or `--verbose` asks.
+    pub(crate) fn tell_of_cache(&self, outcome: Option<&CacheOutcome>) {
+        match outcome {
+            Some(outcome) if outcome.is_warning() => eprintln!("warning: {outcome}"),
+            Some(outcome) if self.verbose => eprintln!("{outcome}"),
+            _ => {}
+        }
     }
 
     /// With `--verbose`, prints what is in force.
@@ -224,7 +247,8 @@ pub(crate) struct LayoutArgs {
     #[arg(long, visible_alias = "block-size", value_name = "TOKENS", env = "TINYSERVE_PAGE_SIZE",
           value_parser = values::size)]
     page_size: Option<usize>,
-    /// Element type of keys and values: auto (as the weights), f32, f16 or bf16.
+    /// How keys and values are stored: auto (as the weights), f32, f16, bf16, or, in pages that are
+    /// full, int8 or int4.
     #[arg(long, value_name = "DTYPE", env = "TINYSERVE_KV_CACHE_DTYPE",
           value_parser = values::kv_cache_dtype)]
     kv_cache_dtype: Option<KvCacheDtype>,
@@ -311,6 +335,84 @@ impl ForwardArgs {
     }
 }
 
+/// What may end an answer early or take tokens out of its cache.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Plugins")]
+pub(crate) struct PluginArgs {
+    /// Ends an answer when the model has become certain.
+    #[arg(long, env = "TINYSERVE_ENABLE_ENTROPY_EARLY_EXIT",
+          value_parser = clap::builder::BoolishValueParser::new())]
+    enable_entropy_early_exit: bool,
+    /// Entropy in nats below which the model is certain [default: 0.5].
+    #[arg(
+        long,
+        value_name = "NATS",
+        env = "TINYSERVE_ENTROPY_THRESHOLD",
+        allow_negative_numbers = true
+    )]
+    entropy_threshold: Option<f64>,
+    /// Tokens that are generated in any case [default: 10].
+    #[arg(long, value_name = "N", env = "TINYSERVE_MIN_TOKENS_BEFORE_EXIT",
+          value_parser = values::size)]
+    min_tokens_before_exit: Option<usize>,
+    /// Whose entropy: attention (of its weights, averaged over layers and heads) or next-token
+    /// [default: attention].
+    #[arg(long, value_name = "NAME", env = "TINYSERVE_ENTROPY_SIGNAL",
+          value_parser = |text: &str| values::name::<EntropySignalName>(text, "attention or next-token"))]
+    entropy_signal: Option<EntropySignalName>,
+    /// Steps in a row whose entropy has to lie below the threshold [default: 1].
+    #[arg(long, value_name = "STEPS", env = "TINYSERVE_ENTROPY_PATIENCE",
+          value_parser = values::size)]
+    entropy_patience: Option<usize>,
+    /// Removes the tokens with the least accumulated attention from the cache, never those of the
+    /// sink and recent pages.
+    #[arg(long, env = "TINYSERVE_ENABLE_TOKEN_PRUNING",
+          value_parser = clap::builder::BoolishValueParser::new())]
+    enable_token_pruning: bool,
+    /// Share of the cached tokens that one pruning removes at most, 0 to 1 [default: 0.1].
+    #[arg(
+        long,
+        value_name = "SHARE",
+        env = "TINYSERVE_PRUNING_RATIO",
+        allow_negative_numbers = true
+    )]
+    pruning_ratio: Option<f64>,
+    /// Tokens that always stay in the cache [default: 100].
+    #[arg(long, value_name = "N", env = "TINYSERVE_MIN_TOKENS_AFTER_PRUNING",
+          value_parser = values::size)]
+    min_tokens_after_pruning: Option<usize>,
+}
+
+impl PluginArgs {
+    /// A setting of a plugin that is not enabled would be accepted and ignored: it is refused.
+    pub(crate) fn apply(&self, config: &mut TinyServeConfig) -> Result<()> {
+        config.enable_entropy_early_exit |= self.enable_entropy_early_exit;
+        config.enable_token_pruning |= self.enable_token_pruning;
+        set(&mut config.entropy_threshold, self.entropy_threshold);
+        set(&mut config.min_tokens_before_exit, self.min_tokens_before_exit);
+        set(&mut config.entropy_signal, self.entropy_signal);
+        set(&mut config.entropy_patience, self.entropy_patience);
+        set(&mut config.pruning_ratio, self.pruning_ratio);
+        set(&mut config.min_tokens_after_pruning, self.min_tokens_after_pruning);
+        let exit = ("--enable-entropy-early-exit", config.enable_entropy_early_exit);
+        let pruning = ("--enable-token-pruning", config.enable_token_pruning);
+        let given = [
+            ("--entropy-threshold", self.entropy_threshold.is_some(), exit),
+            ("--min-tokens-before-exit", self.min_tokens_before_exit.is_some(), exit),
+            ("--entropy-signal", self.entropy_signal.is_some(), exit),
+            ("--entropy-patience", self.entropy_patience.is_some(), exit),
+            ("--pruning-ratio", self.pruning_ratio.is_some(), pruning),
+            ("--min-tokens-after-pruning", self.min_tokens_after_pruning.is_some(), pruning),
+        ];
+        match given.iter().find(|(_, given, (_, enabled))| *given && !enabled) {
+            Some((flag, _, (enables, _))) => {
+                Err(Usage(format!("{flag} is given, expected {enables} beside it")).into())
+            }
+            None => Ok(()),
+        }
+    }
+}
+
 /// Which pages decode steps read.
 #[derive(Debug, Args)]
 #[command(next_help_heading = SELECTION)]
@@ -334,6 +436,11 @@ pub(crate) struct SelectionArgs {
     /// oracle, oracle-mass, streaming and random run on the host, for research.
     #[arg(long, value_name = "NAME", env = "TINYSERVE_SCORER", value_parser = values::scorer)]
     scorer: Option<ScorerName>,
+    /// A scorer by which every step approximates attention, or off: the same as --attention sparse
+    /// with that --scorer [default: off].
+    #[arg(long, value_name = "NAME", env = "TINYSERVE_APPROXIMATE_ATTENTION",
+          value_parser = values::approximate_attention)]
+    approximate_attention: Option<ApproximateAttention>,
     /// How query heads that share a KV head agree on pages: max, or softmax-vote on the host.
     #[arg(long, value_name = "HOW", env = "TINYSERVE_GROUP_REDUCE", value_parser = values::group_reduce)]
     group_reduce: Option<GroupReduceName>,
@@ -377,6 +484,7 @@ impl SelectionArgs {
         }
         set(&mut config.group_reduce, self.group_reduce);
         set(&mut config.scorer, self.scorer);
+        set(&mut config.approximate_attention, self.approximate_attention);
         set(&mut config.sink_pages, self.sink_pages);
         set(&mut config.recent_pages, self.recent_pages);
         set(&mut config.dense_layers, self.dense_layers);

@@ -11,7 +11,7 @@ use tinyserve::{
     TinyServeResponse,
 };
 
-use crate::args::{self, ForwardArgs, MemoryArgs, SelectionArgs, Sources};
+use crate::args::{self, ForwardArgs, MemoryArgs, PluginArgs, SelectionArgs, Sources};
 use crate::exit::{Quiet, out_of_range};
 use crate::interrupt::{Conversation, Interrupt};
 use crate::run::SamplingArgs;
@@ -49,6 +49,8 @@ pub(crate) struct ChatArgs {
     #[command(flatten)]
     selection: SelectionArgs,
     #[command(flatten)]
+    plugins: PluginArgs,
+    #[command(flatten)]
     sampling: SamplingArgs,
     #[command(flatten)]
     memory: MemoryArgs,
@@ -62,6 +64,7 @@ pub(crate) fn chat(args: &ChatArgs, sources: Sources) -> Result<()> {
     // However long the user thinks, the conversation stays.
     config.session_timeout = 1e9;
     args.memory.apply(&mut config);
+    args.plugins.apply(&mut config)?;
     config.check()?;
     if args.max_tokens == 0 {
         return Err(out_of_range("--max-tokens (-n)", 0, "at least 1"));

@@ -87,6 +87,9 @@ pub(crate) enum BenchCommand {
     /// Speed of one attention step alone, sparse beside dense.
     #[command(after_help = NOTES)]
     Attention(bench::AttentionArgs),
+    /// Memory that a token of the cache takes, by the formats of keys and values.
+    #[command(after_help = NOTES)]
+    Memory(bench::MemoryArgs),
     /// Time of restoring a session from a file beside that of computing it again.
     #[command(after_help = NOTES)]
     Session(bench::SessionArgs),

@@ -5,14 +5,13 @@ use std::fs;
 use anyhow::Result;
 use clap::Args;
 use serde_json::{Value, json};
-use tinyserve::kernels::CpuPath;
+use tinyserve::Device;
+use tinyserve::kernels::{CpuPath, CudaDevice};
 
 use crate::exit::Quiet;
 use crate::self_test::{self, PathReport};
 use crate::units::bytes;
 use crate::{memory, output, values};
-
-const CUDA: &str = "CUDA backend: not built into this version";
 
 #[derive(Debug, Args)]
 pub(crate) struct DoctorArgs {
@@ -26,17 +25,23 @@ pub(crate) struct DoctorArgs {
     /// Instruction set to look at instead of the best there is.
     #[arg(long, value_name = "PATH", env = "TINYSERVE_CPU", value_parser = values::cpu_path)]
     cpu: Option<CpuPath>,
+    /// What the self-test runs on instead of every path of the CPU: cuda or cuda:N.
+    #[arg(long, requires = "self_test", conflicts_with = "cpu", value_parser = values::device)]
+    device: Option<Device>,
 }
 
 /// Prints the report, and fails when the self-test does.
 pub(crate) fn doctor(args: &DoctorArgs) -> Result<()> {
     let machine = Machine::look(args.cpu);
-    let paths = match (args.self_test, args.cpu) {
-        (false, _) => Vec::new(),
-        (true, Some(path)) => vec![path],
-        (true, None) => machine.paths.clone(),
+    let tests = match (args.self_test, args.cpu, args.device) {
+        (false, ..) => Vec::new(),
+        (true, _, Some(Device::Cuda(number))) => vec![self_test::run_cuda(number)?],
+        (true, Some(path), _) => vec![self_test::run(path)?],
+        (true, None, _) => {
+            let paths = machine.paths.iter().copied();
+            paths.map(self_test::run).collect::<Result<Vec<_>>>()?
+        }
     };
-    let tests = paths.into_iter().map(self_test::run).collect::<Result<Vec<_>>>()?;
     if args.json {
         let mut report = machine.json();
         if args.self_test {
@@ -56,6 +61,7 @@ struct Machine {
     path: CpuPath,
     paths: Vec<CpuPath>,
     threads: usize,
+    gpus: Result<Vec<CudaDevice>, String>,
 }
 
 impl Machine {
@@ -66,6 +72,7 @@ impl Machine {
             path: path.unwrap_or_else(CpuPath::detect),
             paths: CpuPath::ALL.into_iter().filter(|path| path.is_available()).collect(),
             threads: std::thread::available_parallelism().map_or(1, usize::from),
+            gpus: CudaDevice::all().map_err(|error| error.to_string()),
         }
     }
 
@@ -87,8 +94,9 @@ impl Machine {
                 "threads": self.threads,
             },
             "memory": { "total_bytes": memory::total(), "available_bytes": memory::available() },
-            "gpus": [],
-            "cuda": CUDA,
+            "gpus": self.gpus.iter().flatten().map(gpu_json).collect::<Vec<_>>(),
+            // Why there is none, or nothing.
+            "cuda": self.gpus.as_ref().err(),
         })
     }
 
@@ -109,7 +117,7 @@ impl Machine {
              path       {}{usable} (available: {})\n\
              threads    {}\n\
              memory     {}, {} available\n\
-             GPUs       {CUDA}\n",
+             GPUs       {}\n",
             env!("CARGO_PKG_VERSION"),
             std::env::consts::OS,
             std::env::consts::ARCH,
@@ -120,8 +128,44 @@ impl Machine {
             self.threads,
             known(memory::total()),
             known(memory::available()),
+            self.gpu_text(),
         )
     }
+}
+
+impl Machine {
+    fn gpu_text(&self) -> String {
+        let gpus = match &self.gpus {
+            Err(reason) => return reason.clone(),
+            Ok(gpus) => gpus,
+        };
+        let line = |gpu: &CudaDevice| {
+            let CudaDevice { ordinal, name, capability: (major, minor), driver, .. } = gpu;
+            let [memory, free] = [gpu.memory, gpu.free].map(|amount| bytes(amount as u64));
+            let usable = match &gpu.unusable {
+                Some(error) => format!("; {error}"),
+                None => String::new(),
+            };
+            format!(
+                "cuda:{ordinal} {name}, compute capability {major}.{minor}, {memory}, {free} free, \
+                 driver for CUDA {driver}{usable}"
+            )
+        };
+        gpus.iter().map(line).collect::<Vec<_>>().join("\n           ")
+    }
+}
+
+fn gpu_json(gpu: &CudaDevice) -> Value {
+    let (major, minor) = gpu.capability;
+    json!({
+        "device": format!("cuda:{}", gpu.ordinal),
+        "name": gpu.name,
+        "compute_capability": format!("{major}.{minor}"),
+        "total_bytes": gpu.memory,
+        "free_bytes": gpu.free,
+        "driver": gpu.driver.to_string(),
+        "unusable": gpu.unusable.as_ref().map(ToString::to_string),
+    })
 }
 
 /// The processor's name, where the system has it in a file.

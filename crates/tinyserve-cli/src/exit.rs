@@ -86,15 +86,21 @@ fn setting(error: &Error) -> Option<String> {
 /// The flag that sets `name`, if one does.
 fn flag(name: &str) -> Option<String> {
     let flags = [
+        "approximate_attention",
         "attention_chunk_size",
+        "entropy_patience",
+        "entropy_threshold",
         "frequency_penalty",
+        "kv_cache_dtype",
         "max_num_batched_tokens",
         "max_num_seqs",
         "max_sequence_length",
+        "weights_cache",
         "max_tokens",
         "min_p",
         "page_size",
         "presence_penalty",
+        "pruning_ratio",
         "repetition_penalty",
         "scorer",
         "replicas",

@@ -111,7 +111,7 @@ fn rows(one_page: &MemoryPlan, longest: usize) -> Vec<PlanRow> {
 }
 
 fn box_bytes_per_page(layout: &KvLayout) -> u64 {
-    (layout.bytes_per_page() - layout.page_size() * layout.bytes_per_token()) as u64
+    layout.box_bytes_per_page() as u64
 }
 
 fn activation_name(activation: Activation) -> &'static str {

@@ -50,6 +50,7 @@ fn main() -> ExitCode {
             BenchCommand::Latency(args) => bench::latency(args, sources),
             BenchCommand::Throughput(args) => bench::throughput(args, sources),
             BenchCommand::Attention(args) => bench::attention(args),
+            BenchCommand::Memory(args) => bench::memory(args),
             BenchCommand::Serve(args) => bench::serve(args, sources),
             BenchCommand::Session(args) => bench::session(args),
         },

@@ -12,7 +12,7 @@ use tinyserve::{
     TinyServeResponse,
 };
 
-use crate::args::{self, ForwardArgs, MemoryArgs, SelectionArgs, Sources};
+use crate::args::{self, ForwardArgs, MemoryArgs, PluginArgs, SelectionArgs, Sources};
 use crate::exit::{Quiet, out_of_range};
 use crate::interrupt::Interrupt;
 use crate::progress::Progress;
@@ -47,6 +47,8 @@ pub(crate) struct RunArgs {
     attention: Option<AttentionMode>,
     #[command(flatten)]
     selection: SelectionArgs,
+    #[command(flatten)]
+    plugins: PluginArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
     #[command(flatten)]
@@ -153,6 +155,7 @@ pub(crate) fn run(args: &RunArgs, sources: Sources) -> Result<()> {
     // One request: memory for others would only make the plan larger.
     config.max_num_seqs = 1;
     args.memory.apply(&mut config);
+    args.plugins.apply(&mut config)?;
     config.check()?;
     let sampling = args.sampling.params()?;
     if args.max_tokens == 0 {
@@ -238,6 +241,7 @@ struct Report<'a> {
     /// Of the prompt, tokens whose keys and values were there already.
     cached_tokens: usize,
     finish_reason: &'static str,
+    stop_reason: Option<&'a str>,
     timings: ReportTimings,
     kv: &'a KvUsage,
     memory: ReportMemory,
@@ -271,6 +275,7 @@ fn report<'a>(engine: &TinyServe, response: &'a TinyServeResponse) -> Report<'a>
         prompt_tokens: response.prompt_tokens,
         cached_tokens: response.cached_tokens,
         finish_reason: response.finish_reason.name(),
+        stop_reason: response.stop_reason.as_deref(),
         timings: ReportTimings {
             load_ms: as_milliseconds(engine.load_time()),
             prefill_ms: timings.prefill_ms,
@@ -306,7 +311,10 @@ fn summary(engine: &TinyServe, response: &TinyServeResponse) -> String {
         lines += &format!("cached    {} tokens of them\n", count(response.cached_tokens as u64));
     }
     let generated = count(response.tokens.len() as u64);
-    let reason = response.finish_reason.name();
+    let reason = match &response.stop_reason {
+        Some(stop) => format!("{} ({stop:?})", response.finish_reason.name()),
+        None => response.finish_reason.name().to_owned(),
+    };
     let speed = match timings.decode_tok_s {
         Some(speed) => format!(" in {} ({speed:.1} tok/s)", milliseconds(timings.decode_ms)),
         None => String::new(),
@@ -323,6 +331,10 @@ fn summary(engine: &TinyServe, response: &TinyServeResponse) -> String {
     }
     if let Some(recall) = kv.recall {
         lines += &format!("; recall {}", percent(recall));
+    }
+    if kv.pruned_tokens > 0 {
+        let (tokens, freed) = (count(kv.pruned_tokens), bytes(kv.pruned_bytes));
+        lines += &format!("; {tokens} tokens pruned, {freed} given back");
     }
     lines.push('\n');
     lines += &format!("memory    planned {}", bytes(engine.memory().plan.total_bytes()));

@@ -4,7 +4,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 use tinyserve::TinyServeError;
 use tinyserve::kernels::conformance::{self, CaseOutcome};
-use tinyserve::kernels::{Cpu, CpuOptions, CpuPath};
+use tinyserve::kernels::{Cpu, CpuOptions, CpuPath, Cuda, KernelError};
 
 /// What the cases of one operation came to.
 struct OpReport {
@@ -17,19 +17,28 @@ struct OpReport {
 
 /// What the cases of one path came to.
 pub(crate) struct PathReport {
-    path: CpuPath,
+    /// A path of the CPU, or a device.
+    path: String,
     ops: Vec<OpReport>,
 }
 
 /// Runs all cases on `path`.
 pub(crate) fn run(path: CpuPath) -> Result<PathReport> {
     let cpu = Cpu::new(CpuOptions { threads: None, path: Some(path) });
-    let outcomes = cpu.and_then(|cpu| conformance::run(&cpu)).map_err(TinyServeError::from)?;
-    Ok(PathReport::new(path, &outcomes))
+    report(path.name(), cpu.and_then(|cpu| conformance::run(&cpu)))
+}
+
+/// Runs all cases on a CUDA device.
+pub(crate) fn run_cuda(number: usize) -> Result<PathReport> {
+    report(&format!("cuda:{number}"), Cuda::new(number).and_then(|cuda| conformance::run(&cuda)))
+}
+
+fn report(path: &str, outcomes: Result<Vec<CaseOutcome>, KernelError>) -> Result<PathReport> {
+    Ok(PathReport::new(path, &outcomes.map_err(TinyServeError::from)?))
 }
 
 impl PathReport {
-    fn new(path: CpuPath, outcomes: &[CaseOutcome]) -> Self {
+    fn new(path: &str, outcomes: &[CaseOutcome]) -> Self {
         let mut ops: Vec<OpReport> = Vec::new();
         for outcome in outcomes {
             let at = ops.iter().position(|report| report.op == outcome.op).unwrap_or_else(|| {
@@ -48,7 +57,7 @@ impl PathReport {
                 report.failed.push(outcome.case.clone());
             }
         }
-        Self { path, ops }
+        Self { path: path.to_owned(), ops }
     }
 
     /// Whether there were cases and all of them are within their tolerances.
@@ -66,7 +75,7 @@ impl PathReport {
             })
         });
         json!({
-            "path": self.path.name(),
+            "path": self.path,
             "passed": self.passed(),
             "ops": ops.collect::<Vec<_>>(),
         })
@@ -103,14 +112,14 @@ mod tests {
     fn one_failure_is_enough() {
         let good =
             [outcome("norm", 0.5, 1.0), outcome("norm", 0.25, 1.0), outcome("embed", 0.0, 0.0)];
-        let report = PathReport::new(CpuPath::Scalar, &good);
+        let report = PathReport::new("scalar", &good);
         assert!(report.passed() && report.text().contains("scalar: PASS"), "{}", report.text());
         assert_eq!(report.ops.iter().map(|op| op.worst).collect::<Vec<_>>(), [0.5, 0.0]);
         for bad in [outcome("norm", 2.0, 1.0), outcome("norm", f32::NAN, 1.0)] {
-            let report = PathReport::new(CpuPath::Scalar, &[&good[..], &[bad]].concat());
+            let report = PathReport::new("scalar", &[&good[..], &[bad]].concat());
             assert!(!report.passed() && report.text().contains("FAIL"), "{}", report.text());
             assert_eq!(report.ops[0].failed.len(), 1);
         }
-        assert!(!PathReport::new(CpuPath::Scalar, &[]).passed());
+        assert!(!PathReport::new("scalar", &[]).passed());
     }
 }

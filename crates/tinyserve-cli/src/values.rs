@@ -4,7 +4,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tinyserve::kernels::CpuPath;
 use tinyserve::kv::{KvError, Method};
-use tinyserve::{Device, GroupReduceName, KvCacheDtype, ScorerName, Weights};
+use tinyserve::{ApproximateAttention, Device, GroupReduceName, KvCacheDtype, ScorerName, Weights};
 
 /// A number of tokens: `512`, `4k` (4096), `1M`.
 pub(crate) fn size(text: &str) -> Result<usize, String> {
@@ -19,27 +19,27 @@ pub(crate) fn size(text: &str) -> Result<usize, String> {
     number.checked_mul(1 << shift).ok_or_else(|| "the number is too large".to_owned())
 }
 
-/// `auto` or `cpu`.
+/// `auto`, `cpu`, `cuda` or `cuda:N`.
 pub(crate) fn device(text: &str) -> Result<Device, String> {
-    match text {
-        "cuda" => Err("CUDA is not built into this version, expected auto or cpu".to_owned()),
-        _ if text.starts_with("cuda:") => device("cuda"),
-        _ => name(text, "auto or cpu"),
-    }
+    name(text, "auto, cpu, cuda or cuda:N")
 }
 
-/// `auto`, `f32`, `f16` or `bf16`.
+/// `auto`, a float type, `int8` or `int4`.
 pub(crate) fn kv_cache_dtype(text: &str) -> Result<KvCacheDtype, String> {
-    let expected = "auto, f32, f16 or bf16";
-    match text {
-        "int8" | "int4" => Err(format!("{text} is not implemented yet, expected {expected}")),
-        _ => name(text, expected),
-    }
+    name(text, "auto, f32, f16, bf16, int8 or int4")
 }
 
 /// The name of a scorer.
 pub(crate) fn scorer(text: &str) -> Result<ScorerName, String> {
     ScorerName::try_from(text.to_owned()).map_err(|error| match error {
+        KvError::Invalid { expected, .. } => format!("expected one of {expected}"),
+        error => error.to_string(),
+    })
+}
+
+/// `off`, or the name of a scorer.
+pub(crate) fn approximate_attention(text: &str) -> Result<ApproximateAttention, String> {
+    ApproximateAttention::try_from(text.to_owned()).map_err(|error| match error {
         KvError::Invalid { expected, .. } => format!("expected one of {expected}"),
         error => error.to_string(),
     })
@@ -92,9 +92,10 @@ mod tests {
     #[test]
     fn names_that_come_later_are_refused_by_name() {
         assert_eq!(kv_cache_dtype("bf16"), Ok(KvCacheDtype::Bf16));
-        assert!(kv_cache_dtype("int8").unwrap_err().contains("int8 is not implemented yet"));
-        assert!(device("cuda:0").unwrap_err().contains("not built into this version"));
-        assert!(device("tpu").unwrap_err().contains("auto or cpu"));
+        assert_eq!(device("cuda:1"), Ok(Device::Cuda(1)));
+        assert!(device("tpu").unwrap_err().contains("auto, cpu, cuda"));
+        assert_eq!(kv_cache_dtype("int8"), Ok(KvCacheDtype::Int8));
+        assert!(kv_cache_dtype("fp8").unwrap_err().contains("int8 or int4"));
         assert_eq!(scorer("mean-std").map(String::from), Ok("mean-std".to_owned()));
         assert!(scorer("bocks").unwrap_err().contains("cuboid-mean"));
         assert!(scorer("h2o").is_err());

@@ -3,7 +3,10 @@
 use std::fmt;
 use std::ops::Range;
 
-use tinyserve_kv::{KvLayout, PageCopy, PageId, PageSelector, SelectionPolicy, Slot, TokenMove};
+use bytes::Bytes;
+use tinyserve_kv::{
+    KvFormat, KvLayout, PageCopy, PageId, PagePool, PageSelector, SelectionPolicy, Slot, TokenMove,
+};
 
 use crate::cpu::packed_bytes;
 use crate::{DType, HostTensor, KernelError};
@@ -103,6 +106,22 @@ pub struct LinearSpec {
     pub layout: MatrixLayout,
     /// How the backend keeps them: it quantises while it loads.
     pub format: WeightFormat,
+}
+
+/// A quantised linear layer as its backend keeps it: bytes that can be stored and loaded again
+/// without quantising, by backends of the same [`Backend::image_layout`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct LinearImage {
+    /// What the weights are quantised to.
+    pub format: WeightFormat,
+    /// Width of the input.
+    pub inputs: usize,
+    /// Width of the output, all parts together.
+    pub outputs: usize,
+    /// Codes and scales in the backend's order.
+    pub weights: Bytes,
+    /// Biases, one for each output and zeros up to the backend's own width.
+    pub bias: Vec<f32>,
 }
 
 /// How an operation puts its result into its output.
@@ -416,7 +435,35 @@ pub trait Backend: Send + Sized {
     /// Bytes that the weights and biases of a linear layer take.
     fn linear_bytes(&self, linear: &Self::Linear) -> usize;
 
-    /// Memory for `pages` pages.
+    /// Names what [`LinearImage::weights`] hold; `None` where a backend makes no images.
+    fn image_layout(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// A quantised layer's content; `None` for weights as they are stored.
+    fn linear_image(&self, _linear: &Self::Linear) -> Option<LinearImage> {
+        None
+    }
+
+    /// Takes over what [`Self::linear_image`] gave. The bytes must be what it gave: sizes are
+    /// checked, codes cannot be.
+    ///
+    /// # Errors
+    /// When the sizes do not fit each other, or the backend makes no images.
+    fn load_linear_image(&self, _image: LinearImage) -> Result<Self::Linear, KernelError> {
+        Err(KernelError::Invalid {
+            what: "image of a linear layer",
+            found: "a backend that makes none".to_owned(),
+            expected: "the backend that made it".to_owned(),
+        })
+    }
+
+    /// The formats of keys and values that it has: those without codes, unless it says more.
+    fn kv_formats(&self) -> &'static [KvFormat] {
+        &KvFormat::FLOATS
+    }
+
+    /// Memory for `pages` pages, in one of [`Self::kv_formats`].
     ///
     /// # Errors
     /// When the device has no memory for them.
@@ -424,6 +471,11 @@ pub trait Backend: Send + Sized {
 
     /// Copies a page, for copy on write.
     fn copy_page(&self, pages: &mut Self::KvPages, copy: PageCopy);
+
+    /// Lets go of what it keeps, apart from the pages' own places, of pages that nobody holds.
+    ///
+    /// Called after pages were released. A backend that keeps nothing elsewhere does nothing.
+    fn forget_free_pages(&self, _pages: &mut Self::KvPages, _pool: &PagePool) {}
 
     /// Appends the bytes of a full page to `out`, as [`tinyserve_kv::HostPages::read_page`] has
     /// them, whatever the device's own layout is.

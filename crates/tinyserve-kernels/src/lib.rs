@@ -11,11 +11,11 @@ mod tensor;
 
 pub use backend::{
     ActivateArgs, Activation, AppendKvArgs, AttendArgs, AttendSequence, AttendStats, Attention,
-    Backend, EmbedArgs, Heads, LinearArgs, LinearPart, LinearSize, LinearSpec, MassArgs,
-    MatrixLayout, NormArgs, NormKind, ObserveArgs, RotaryAnglesArgs, RotaryArgs, Store,
+    Backend, EmbedArgs, Heads, LinearArgs, LinearImage, LinearPart, LinearSize, LinearSpec,
+    MassArgs, MatrixLayout, NormArgs, NormKind, ObserveArgs, RotaryAnglesArgs, RotaryArgs, Store,
     WeightFormat,
 };
-pub use cpu::{Cpu, CpuLinear, CpuOptions, CpuPath, CpuTensor, CpuVector};
+pub use cpu::{Cpu, CpuLinear, CpuOptions, CpuPath, CpuTensor, CpuVector, SelectionTimes};
 pub use cuda::{
     Cuda, CudaDevice, CudaError, CudaLinear, CudaPages, CudaTensor, CudaVector, CudaVersion,
 };

@@ -3,11 +3,11 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tinyserve_kv::{KvLayout, PageCopy, PageId, TokenMove};
+use tinyserve_kv::{KvFormat, KvLayout, PageCopy, PageId, PagePool, TokenMove};
 
 use crate::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
-    KernelError, LinearArgs, LinearSpec, NormArgs, RotaryAnglesArgs, RotaryArgs,
+    KernelError, LinearArgs, LinearImage, LinearSpec, NormArgs, RotaryAnglesArgs, RotaryArgs,
 };
 
 /// Forwards every operation to `B`; while it is switched on, it adds up what the large ones take.
@@ -83,12 +83,32 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
         self.inner.linear_bytes(linear)
     }
 
+    fn image_layout(&self) -> Option<&'static str> {
+        self.inner.image_layout()
+    }
+
+    fn linear_image(&self, linear: &B::Linear) -> Option<LinearImage> {
+        self.inner.linear_image(linear)
+    }
+
+    fn load_linear_image(&self, image: LinearImage) -> Result<B::Linear, KernelError> {
+        self.inner.load_linear_image(image)
+    }
+
     fn allocate_pages(&self, layout: KvLayout, pages: usize) -> Result<B::KvPages, KernelError> {
         self.inner.allocate_pages(layout, pages)
     }
 
+    fn kv_formats(&self) -> &'static [KvFormat] {
+        self.inner.kv_formats()
+    }
+
     fn copy_page(&self, pages: &mut B::KvPages, copy: PageCopy) {
         self.inner.copy_page(pages, copy);
+    }
+
+    fn forget_free_pages(&self, pages: &mut B::KvPages, pool: &PagePool) {
+        self.inner.forget_free_pages(pages, pool);
     }
 
     fn download_page(

@@ -65,7 +65,11 @@ proptest! {
             let steps = [(0, first, rows, Attention::Custom(&selector))];
             let (out, stats) = cache.attend(&cpu, &qkv[first * width..], &steps, false).unwrap();
             let mut expected_stats = AttendStats::default();
-            let (size, head_bytes) = (layout.page_size(), 2 * layout.token_head_bytes() as u64);
+            let (size, dim) = (layout.page_size(), heads.head_dim);
+            let codes = layout.shape().format.is_quantised();
+            let element = layout.shape().format.element_bytes();
+            let (sealed_bytes, own_bytes) = (2 * layout.token_head_bytes(), 2 * dim * element);
+            let bytes = |own: bool, read: usize| read * if own { own_bytes } else { sealed_bytes };
             for row in 0..rows {
                 let seen = first + row + 1;
                 let pages = layout.pages_for(seen);
@@ -82,11 +86,22 @@ proptest! {
                         prop_assert!(error <= 1e-5, "{}: {found}, not {expected}", cpu.path());
                     }
                     if head % heads.group() == 0 {
-                        let read = (0..seen).filter(|&token| reads(token)).count();
+                        let of_page = |token: &usize| token / size == pages - 1;
+                        let read: usize = (0..seen)
+                            .filter(|&token| reads(token))
+                            .map(|token| bytes(of_page(&token), 1))
+                            .sum();
+                        let own = (0..seen).filter(of_page).count();
+                        let dense = bytes(true, own) + bytes(false, seen - own);
+                        // A selector looks at all boxes; codes mean nothing without theirs.
+                        let boxes = 2 * dim * element;
+                        let dense_boxes = if codes { (pages - 1) * boxes } else { 0 };
+                        let own_read = list.last() == Some(&(pages as u32 - 1));
+                        let sealed = if codes { list.len() - usize::from(own_read) } else { 0 };
                         expected_stats.pages_read += list.len() as u64;
                         expected_stats.pages_total += pages as u64;
-                        expected_stats.bytes_read += (read + pages) as u64 * head_bytes;
-                        expected_stats.bytes_dense += seen as u64 * head_bytes;
+                        expected_stats.bytes_read += (read + (pages + sealed) * boxes) as u64;
+                        expected_stats.bytes_dense += (dense + dense_boxes) as u64;
                     }
                 }
             }
@@ -217,9 +232,12 @@ proptest! {
         let together: Vec<f32> = steps.iter().flat_map(new).copied().collect();
         for cpu in backends(2) {
             let mut cache = Cache::new(heads, layout, &lengths);
-            for (index, qkv) in tokens.iter().enumerate() {
-                cache.append(&cpu, index, 0, qkv);
+            for (&(index, first, ..), qkv) in steps.iter().zip(&tokens) {
+                cache.append(&cpu, index, 0, &qkv[..first * width]);
             }
+            let places: Vec<_> = steps.iter().map(|&(index, first, ..)| (index, first)).collect();
+            let rows: Vec<_> = steps.iter().map(new).collect();
+            cache.append_batch(&cpu, &places, &rows);
             let (batch, stats) = cache.attend(&cpu, &together, &steps, true).unwrap();
             let (mut alone, mut sum) = (Vec::new(), AttendStats::default());
             for step in &steps {

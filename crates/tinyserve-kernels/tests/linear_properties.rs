@@ -7,8 +7,8 @@ use common::{Numbers, backends, bits};
 use half::{bf16, f16};
 use proptest::prelude::*;
 use tinyserve_kernels::{
-    Backend, Cpu, DType, HostTensor, LinearArgs, LinearPart, LinearSpec, MatrixLayout, Store,
-    WeightFormat,
+    Backend, Cpu, CpuOptions, CpuPath, DType, HostTensor, LinearArgs, LinearPart, LinearSpec,
+    MatrixLayout, Store, WeightFormat,
 };
 
 fn tensor(numbers: &mut Numbers, dtype: DType, shape: &[usize]) -> HostTensor {
@@ -138,6 +138,41 @@ proptest! {
                     (&x[row * inputs..][..inputs], &before[row * width..][..width]);
                 let expected = linear(&alone, &spec, x, before, store);
                 prop_assert_eq!(bits(found), bits(&expected), "{} row {}", cpu.path(), row);
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn a_row_of_a_long_prompt_is_what_it_is_alone(
+        dtype in prop::sample::select(vec![DType::F32, DType::F16, DType::Bf16]),
+        store in prop::sample::select(vec![Store::Overwrite, Store::Add]),
+        inputs in prop::sample::select(vec![1000usize, 1024, 1025, 1039, 2048, 2500]),
+        outputs in prop::sample::select(vec![1usize, 3, 64, 67, 130]),
+        rows in 1usize..300,
+        seed in any::<u64>(),
+    ) {
+        let mut numbers = Numbers(seed);
+        let weight = tensor(&mut numbers, dtype, &[outputs, inputs]);
+        let bias = Some(tensor(&mut numbers, dtype, &[outputs]));
+        let parts = vec![LinearPart { weight, bias }];
+        let format = WeightFormat::Stored;
+        let spec = LinearSpec { parts, layout: MatrixLayout::OutIn, format };
+        let x = numbers.numbers(rows * inputs);
+        let before = numbers.numbers(rows * outputs);
+        let paths = CpuPath::available().filter(|&path| path != CpuPath::Scalar);
+        for path in paths {
+            let cpu = Cpu::new(CpuOptions { threads: Some(2), path: Some(path) }).unwrap();
+            let batch = linear(&cpu, &spec, &x, &before, store);
+            for row in [0, rows / 2, rows - 1] {
+                let alone = linear(
+                    &cpu, &spec, &x[row * inputs..][..inputs], &before[row * outputs..][..outputs], store,
+                );
+                let found = &batch[row * outputs..][..outputs];
+                prop_assert_eq!(bits(found), bits(&alone), "{} row {} of {}", path, row, rows);
             }
         }
     }

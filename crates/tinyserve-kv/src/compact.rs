@@ -9,7 +9,7 @@ impl HostPages {
     /// Keys are stored rotated, so a key says the same in another place.
     ///
     /// # Panics
-    /// When a slot is out of range.
+    /// When a slot is out of range, or the format has codes: those of a page share its box.
     pub fn move_tokens(&mut self, moves: &[TokenMove]) {
         with_element!(self.layout().shape().format, E => self.move_tokens_as::<E>(moves));
     }

@@ -17,19 +17,47 @@ pub enum KvFormat {
     F16,
     /// bfloat16: the upper half of a 32-bit float.
     Bf16,
+    /// Sealed pages in codes of 8 bits, the open page in f16.
+    ///
+    /// The range of a channel's keys is the page's box; each token's value has a range of its own.
+    Int8,
+    /// Sealed pages in codes of 4 bits, the open page in f16.
+    ///
+    /// As [`Self::Int8`], with a range for every 64 channels of a token's value.
+    Int4,
 }
 
 impl KvFormat {
     /// Every format, widest first.
-    pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
+    pub const ALL: [Self; 5] = [Self::F32, Self::F16, Self::Bf16, Self::Int8, Self::Int4];
 
-    /// Bytes of one stored element.
+    /// The formats that store each element as a float.
+    pub const FLOATS: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
+
+    /// Bytes of one element of a box or of an open page: the type that [`crate::with_element!`]
+    /// names.
     #[must_use]
     pub fn element_bytes(self) -> usize {
         match self {
             Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
+            Self::F16 | Self::Bf16 | Self::Int8 | Self::Int4 => 2,
         }
+    }
+
+    /// Bits of one code of a sealed page; `None` when pages hold floats, sealed or not.
+    #[must_use]
+    pub fn code_bits(self) -> Option<usize> {
+        match self {
+            Self::F32 | Self::F16 | Self::Bf16 => None,
+            Self::Int8 => Some(8),
+            Self::Int4 => Some(4),
+        }
+    }
+
+    /// Whether a page is turned into codes when it is sealed, and cannot be appended to again.
+    #[must_use]
+    pub fn is_quantised(self) -> bool {
+        self.code_bits().is_some()
     }
 
     /// The name as flags and configuration files spell it.
@@ -39,6 +67,8 @@ impl KvFormat {
             Self::F32 => "f32",
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
         }
     }
 }
@@ -57,19 +87,27 @@ impl FromStr for KvFormat {
             "f32" | "float32" => Ok(Self::F32),
             "f16" | "float16" => Ok(Self::F16),
             "bf16" | "bfloat16" => Ok(Self::Bf16),
+            "int8" => Ok(Self::Int8),
+            "int4" => Ok(Self::Int4),
             other => Err(KvError::Invalid {
                 what: "kv_cache_dtype",
                 found: format!("{other:?}"),
-                expected: "f32, f16 or bf16".to_owned(),
+                expected: "f32, f16, bf16, int8 or int4".to_owned(),
             }),
         }
     }
 }
 
-/// An element type that pages can hold.
+/// An element type that boxes, open pages and, without codes, sealed pages hold.
 pub trait KvElement: bytemuck::Pod + PartialOrd + Send + Sync {
-    /// The format whose element this is.
+    /// The format that stores sealed pages in this type, too.
     const FORMAT: KvFormat;
+
+    /// Whether boxes and open pages of `format` hold this type.
+    #[must_use]
+    fn is_element_of(format: KvFormat) -> bool {
+        format == Self::FORMAT || format.is_quantised() && Self::FORMAT == KvFormat::F16
+    }
 
     /// The stored value nearest to `x`; finite input stays finite.
     fn from_f32(x: f32) -> Self;
@@ -164,7 +202,8 @@ impl KvElement for bf16 {
     }
 }
 
-/// Runs generic code for the element type of a [`KvFormat`] that is known only at run time.
+/// Runs generic code for the element type of a [`KvFormat`] that is known only at run time: that of
+/// its boxes and open pages.
 ///
 /// `with_element!(format, E => expression)` evaluates `expression` with `E` bound to the type.
 #[macro_export]
@@ -175,7 +214,7 @@ macro_rules! with_element {
                 type $element = f32;
                 $body
             }
-            $crate::KvFormat::F16 => {
+            $crate::KvFormat::F16 | $crate::KvFormat::Int8 | $crate::KvFormat::Int4 => {
                 type $element = $crate::half::f16;
                 $body
             }

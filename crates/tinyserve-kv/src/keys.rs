@@ -43,7 +43,20 @@ impl PageKeys for HostKeys<'_> {
         let tokens = (self.tokens - page * size).min(size);
         out.clear();
         out.resize(tokens * dim, 0.0);
+        // The page of the newest token is read as it was appended.
+        let own = (self.tokens - 1) / size;
         with_element!(layout.shape().format, E => {
+            if layout.shape().format.is_quantised() && page != own {
+                let codes = self.pages.code_page(self.layer, self.table[page], self.kv_head);
+                let corners = self.pages.page_box::<E>(self.layer, self.table[page], self.kv_head);
+                let corners = corners.min().map(KvElement::to_f32).zip(corners.max().map(KvElement::to_f32));
+                for (channel, corners) in corners.enumerate() {
+                    for token in 0..tokens {
+                        out[token * dim + channel] = codes.key(token, channel, corners);
+                    }
+                }
+                return;
+            }
             let head = self.pages.head::<E>(self.layer, self.table[page], self.kv_head);
             for (channel, column) in head.keys.chunks_exact(size).enumerate() {
                 for (token, &key) in column[..tokens].iter().enumerate() {

@@ -1,6 +1,8 @@
 //! The shape of a paged cache, and the only offset arithmetic over it.
 
-use crate::{KvError, KvFormat};
+use std::ops::Range;
+
+use crate::{CodeLayout, KvError, KvFormat};
 
 /// The shape of a cache, as a model and its user state it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +30,9 @@ pub struct KvShape {
 /// The boxes lie apart, `[groups][kv_heads][head_dim][2 (max, min)][GROUP_PAGES]`, so scoring reads
 /// nothing else, scores neighbouring pages side by side, and can leave out the rows that a query's
 /// signs make irrelevant.
+///
+/// Where the format has codes, a page's place holds them ([`CodeLayout`]) from the moment it is
+/// full, its box is in f16, and the open page lies elsewhere, in f16, too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvLayout {
     shape: KvShape,
@@ -68,9 +73,11 @@ impl KvLayout {
                 expected: format!("1 to {MAX_PAGE_SIZE} tokens"),
             });
         }
+        // Words of codes may be filled up to four times what they hold.
+        let most = if shape.format.is_quantised() { 16 } else { 4 * shape.format.element_bytes() };
         let bytes = sizes
             .iter()
-            .try_fold(4 * shape.format.element_bytes(), |n, (_, size)| n.checked_mul(*size))
+            .try_fold(most, |n, (_, size)| n.checked_mul(*size))
             .filter(|bytes| isize::try_from(*bytes).is_ok());
         if bytes.is_none() {
             return Err(KvError::Invalid {
@@ -100,13 +107,23 @@ impl KvLayout {
         tokens.div_ceil(self.shape.page_size)
     }
 
-    /// Elements of the keys (or the values) of one head in one page: `page_size × head_dim`.
+    /// Tokens that are left when a sequence of `length` tokens is cut to `tokens`: a page that holds
+    /// codes cannot be opened again, so what it held is to be computed again.
+    #[must_use]
+    pub fn cut(&self, length: usize, tokens: usize) -> usize {
+        let size = self.shape.page_size;
+        let sealed = (tokens / size + 1).saturating_mul(size) <= length;
+        if self.shape.format.is_quantised() && sealed { tokens - tokens % size } else { tokens }
+    }
+
+    /// Elements of the keys (or the values) of one head in one page without codes:
+    /// `page_size × head_dim`.
     #[must_use]
     pub fn head_elements(&self) -> usize {
         self.shape.page_size * self.shape.head_dim
     }
 
-    /// Elements of one page in one layer, keys and values of all heads.
+    /// Elements of one page without codes in one layer, keys and values of all heads.
     #[must_use]
     pub fn page_elements(&self) -> usize {
         2 * self.shape.kv_heads * self.head_elements()
@@ -118,12 +135,40 @@ impl KvLayout {
         2 * self.shape.kv_heads * self.shape.head_dim
     }
 
-    /// Offset, in elements, of head `kv_head` of page `page` in a layer's pages; its keys start
-    /// there.
+    /// Offset, in elements, of head `kv_head` of page `page` in a layer's pages without codes; its
+    /// keys start there.
     #[must_use]
     pub fn head_offset(&self, page: usize, kv_head: usize) -> usize {
+        2 * self.head_index(page, kv_head) * self.head_elements()
+    }
+
+    /// How many heads of pages lie before it in its layer.
+    fn head_index(&self, page: usize, kv_head: usize) -> usize {
         let run = page / GROUP_PAGES * self.shape.kv_heads + kv_head;
-        2 * (run * GROUP_PAGES + page % GROUP_PAGES) * self.head_elements()
+        run * GROUP_PAGES + page % GROUP_PAGES
+    }
+
+    /// How the codes of one head of a sealed page lie, where the format has codes.
+    #[must_use]
+    pub fn codes(&self) -> Option<CodeLayout> {
+        let KvShape { head_dim, page_size, format, .. } = self.shape;
+        format.code_bits().map(|bits| CodeLayout::new(bits, head_dim, page_size))
+    }
+
+    /// Bytes of one head of one page, keys and values.
+    #[must_use]
+    pub fn head_bytes(&self) -> usize {
+        match self.codes() {
+            Some(codes) => codes.bytes(),
+            None => 2 * self.head_elements() * self.shape.format.element_bytes(),
+        }
+    }
+
+    /// Where head `kv_head` of page `page` lies in a layer's pages, in bytes.
+    #[must_use]
+    pub fn head_range(&self, page: usize, kv_head: usize) -> Range<usize> {
+        let (index, bytes) = (self.head_index(page, kv_head), self.head_bytes());
+        index * bytes..(index + 1) * bytes
     }
 
     /// Offset, in elements, of the boxes of head `kv_head` of a group in a layer's boxes.
@@ -138,23 +183,35 @@ impl KvLayout {
         2 * self.shape.head_dim * GROUP_PAGES
     }
 
-    /// Bytes of keys and values that one token holds in all layers.
+    /// Bytes of keys and values that one token of a sealed page holds in all layers, scales
+    /// included.
     #[must_use]
     pub fn bytes_per_token(&self) -> usize {
         2 * self.shape.layers * self.token_head_bytes() * self.shape.kv_heads
     }
 
-    /// Bytes of the key (or of the value) of one token in one head of one layer.
+    /// Half the bytes of one token of a sealed page in one head of one layer: those of its key, or
+    /// of its value, but that a value's scale and minimum count half for each.
     #[must_use]
     pub fn token_head_bytes(&self) -> usize {
-        self.shape.head_dim * self.shape.format.element_bytes()
+        match self.codes() {
+            Some(codes) => (self.shape.head_dim * codes.bits()).div_ceil(8) + 2 * codes.groups(),
+            None => self.shape.head_dim * self.shape.format.element_bytes(),
+        }
+    }
+
+    /// Bytes of the boxes of one page in all layers.
+    #[must_use]
+    pub fn box_bytes_per_page(&self) -> usize {
+        self.shape.layers * self.box_elements() * self.shape.format.element_bytes()
     }
 
     /// Bytes of one page in all layers: keys, values and boxes.
+    ///
+    /// Codes fill whole words: pages of other than a multiple of 4 tokens, with 4 bits of 8, take
+    /// more than their tokens do, and so do heads of such numbers of channels.
     #[must_use]
     pub fn bytes_per_page(&self) -> usize {
-        self.shape.layers
-            * (self.page_elements() + self.box_elements())
-            * self.shape.format.element_bytes()
+        self.shape.layers * self.shape.kv_heads * self.head_bytes() + self.box_bytes_per_page()
     }
 }

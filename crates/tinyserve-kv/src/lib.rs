@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod append;
+mod codes;
 mod compact;
 mod error;
 mod format;
@@ -8,6 +10,7 @@ mod keys;
 mod layout;
 mod memory;
 mod methods;
+mod open;
 mod pages;
 mod policy;
 mod pool;
@@ -19,6 +22,8 @@ mod table;
 mod top_p;
 mod transfer;
 
+pub use append::NewToken;
+pub use codes::{CodeLayout, CodePage};
 pub use error::KvError;
 pub use format::{KvElement, KvFormat};
 pub use keys::{HostKeys, PageKeys};

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use memmap2::MmapMut;
 
-use crate::{KvElement, KvError};
+use crate::KvError;
 
 /// Memory from here on asks for huge pages: what is smaller would waste most of one.
 #[cfg(target_os = "linux")]
@@ -25,7 +25,7 @@ impl ZeroedMemory {
         // The system maps no empty range.
         let map = MmapMut::map_anon(bytes.max(1)).map_err(|_| KvError::Invalid {
             what: "KV pool",
-            found: format!("{bytes} bytes per layer, which the system refuses"),
+            found: format!("{bytes} bytes, which the system refuses"),
             expected: "fewer pages, a shorter context or a smaller kv_cache_dtype".to_owned(),
         })?;
         #[cfg(target_os = "linux")]
@@ -41,11 +41,11 @@ impl ZeroedMemory {
         self.bytes
     }
 
-    pub(crate) fn elements<E: KvElement>(&self, range: Range<usize>) -> &[E] {
+    pub(crate) fn elements<E: bytemuck::Pod>(&self, range: Range<usize>) -> &[E] {
         &bytemuck::cast_slice(&self.map[..self.bytes])[range]
     }
 
-    pub(crate) fn elements_mut<E: KvElement>(&mut self, range: Range<usize>) -> &mut [E] {
+    pub(crate) fn elements_mut<E: bytemuck::Pod>(&mut self, range: Range<usize>) -> &mut [E] {
         &mut bytemuck::cast_slice_mut(&mut self.map[..self.bytes])[range]
     }
 }

@@ -1,8 +1,9 @@
 //! Pages in host memory: keys, values and boxes, appended to in one pass.
 
 use crate::memory::ZeroedMemory;
+use crate::open::OpenPages;
 use crate::{
-    GROUP_PAGES, KvElement, KvError, KvFormat, KvLayout, PageCopy, PageId, Slot, with_element,
+    CodePage, GROUP_PAGES, KvElement, KvError, KvLayout, PageCopy, PageId, PagePool, with_element,
 };
 
 /// Keys and values of one head in one page of one layer.
@@ -45,24 +46,22 @@ impl<'a, E: KvElement> PageBox<'a, E> {
     }
 }
 
-/// Channels of a key that are rounded at a time, on the stack.
-const KEY_PIECE: usize = 64;
-
-#[derive(Debug)]
-pub(crate) struct LayerPages {
-    pub(crate) pages: ZeroedMemory,
-    pub(crate) boxes: ZeroedMemory,
-}
-
 /// The bytes of a page pool in host memory.
 ///
-/// Boxes have the element type of the keys: the minimum of stored keys is a stored key, so the box
-/// is exact.
+/// Boxes have the element type of the keys as they were appended: the minimum of stored keys is a
+/// stored key, so the box is exact.
 #[derive(Debug)]
 pub struct HostPages {
-    layout: KvLayout,
+    pub(crate) layout: KvLayout,
     capacity: usize,
-    pub(crate) layers: Vec<LayerPages>,
+    /// Keys and values `[layers]` of whole groups.
+    pub(crate) pages: ZeroedMemory,
+    /// Boxes `[layers]` of whole groups.
+    pub(crate) boxes: ZeroedMemory,
+    /// Pages without codes, where the format has codes.
+    pub(crate) open: OpenPages,
+    /// What sealing a page computes with.
+    pub(crate) wide: Vec<f32>,
 }
 
 impl HostPages {
@@ -71,27 +70,28 @@ impl HostPages {
     /// # Errors
     /// When the sizes overflow or the system refuses the memory.
     pub fn new(layout: KvLayout, capacity: usize) -> Result<Self, KvError> {
-        let bytes = layout.shape().format.element_bytes();
+        let shape = layout.shape();
         // The last group is whole, too: what is never written costs nothing.
-        let total = |elements: usize| {
+        let total = |bytes_per_page: usize| {
             capacity
                 .checked_next_multiple_of(GROUP_PAGES)
-                .and_then(|pages| elements.checked_mul(bytes)?.checked_mul(pages))
+                .and_then(|pages| bytes_per_page.checked_mul(pages))
                 .ok_or_else(|| KvError::Invalid {
                     what: "KV pool",
                     found: format!("{capacity} pages"),
                     expected: "fewer pages: their bytes overflow".to_owned(),
                 })
         };
-        let layers = (0..layout.shape().layers)
-            .map(|_| {
-                Ok(LayerPages {
-                    pages: ZeroedMemory::new(total(layout.page_elements())?)?,
-                    boxes: ZeroedMemory::new(total(layout.box_elements())?)?,
-                })
-            })
-            .collect::<Result<_, KvError>>()?;
-        Ok(Self { layout, capacity, layers })
+        let boxes = layout.box_bytes_per_page();
+        let opens = if shape.format.is_quantised() { shape.layers } else { 0 };
+        Ok(Self {
+            layout,
+            capacity,
+            pages: ZeroedMemory::new(total(layout.bytes_per_page() - boxes)?)?,
+            boxes: ZeroedMemory::new(total(boxes)?)?,
+            open: OpenPages::new(opens, capacity, layout.page_elements()),
+            wide: Vec::new(),
+        })
     }
 
     /// The layout of each page.
@@ -106,16 +106,25 @@ impl HostPages {
         self.capacity
     }
 
-    /// Bytes of address space; physical memory follows as pages are written.
+    /// Bytes of address space for pages and boxes; physical memory follows as pages are written.
     #[must_use]
     pub fn reserved_bytes(&self) -> usize {
-        self.layers.iter().map(|layer| layer.pages.bytes() + layer.boxes.bytes()).sum()
+        self.pages.bytes() + self.boxes.bytes()
     }
 
-    /// Keys and values of `kv_head` in `page` of `layer`.
+    /// Bytes of the pages that hold no codes yet, where the format has codes.
+    #[must_use]
+    pub fn open_bytes(&self) -> usize {
+        self.open.bytes()
+    }
+
+    /// Keys and values of `kv_head` in `page` of `layer` without codes: of any page where the
+    /// format has none, else of an open page, or of one that was filled when keys were appended
+    /// last.
     ///
     /// # Panics
-    /// When `E` is not the element of the layout's format, or an index is out of range.
+    /// When `E` is not the element of the layout's format, an index is out of range, or the page
+    /// holds codes.
     #[must_use]
     pub fn head<E: KvElement>(
         &self,
@@ -124,11 +133,36 @@ impl HostPages {
         kv_head: usize,
     ) -> HeadPage<'_, E> {
         self.check_access::<E>(page, kv_head);
-        let start = self.layout.head_offset(page.index(), kv_head);
         let length = self.layout.head_elements();
-        let both = self.layers[layer].pages.elements::<E>(start..start + 2 * length);
+        let both = if self.layout.shape().format.is_quantised() {
+            let open = self.open.get(layer, page);
+            let Some(open) = open else {
+                panic!("page {} of layer {layer} holds codes", page.index())
+            };
+            &bytemuck::cast_slice(open)[2 * kv_head * length..2 * (kv_head + 1) * length]
+        } else {
+            let bytes = self.layout.head_range(page.index(), kv_head);
+            let first = self.layer_bytes() * layer;
+            bytemuck::cast_slice(&self.pages.elements::<u8>(first + bytes.start..first + bytes.end))
+        };
         let (keys, values) = both.split_at(length);
         HeadPage { keys, values, page_size: self.layout.page_size() }
+    }
+
+    /// Keys and values of `kv_head` in `page` of `layer` as codes; garbage while the page is open.
+    ///
+    /// # Panics
+    /// When the format has no codes or an index is out of range.
+    #[must_use]
+    pub fn code_page(&self, layer: usize, page: PageId, kv_head: usize) -> CodePage<'_> {
+        let Some(codes) = self.layout.codes() else {
+            panic!("{} has no codes", self.layout.shape().format)
+        };
+        self.check_page(page);
+        self.check_head(kv_head);
+        let bytes = self.layout.head_range(page.index(), kv_head);
+        let first = self.layer_bytes() * layer;
+        CodePage::new(codes, self.pages.elements(first + bytes.start..first + bytes.end))
     }
 
     /// The box of `kv_head` in `page` of `layer`; garbage while the page holds no token.
@@ -155,9 +189,9 @@ impl HostPages {
     #[must_use]
     pub fn group_boxes<E: KvElement>(&self, layer: usize, group: usize, kv_head: usize) -> &[E] {
         self.check_element::<E>(kv_head);
-        let start = self.layout.box_offset(group, kv_head);
-        let boxes = &self.layers[layer].boxes;
-        boxes.elements::<E>(start..start + self.layout.group_box_elements())
+        assert!(layer < self.layout.shape().layers, "layer {layer}");
+        let start = self.layer_box_elements() * layer + self.layout.box_offset(group, kv_head);
+        self.boxes.elements::<E>(start..start + self.layout.group_box_elements())
     }
 
     /// Widens the boxes of a sequence's pages into `out`, `[pages, 2 (min, max), head_dim]`: what
@@ -178,57 +212,6 @@ impl HostPages {
         });
     }
 
-    /// Writes the key and value of one token and grows the box of its page in the same pass.
-    ///
-    /// `keys` and `values` are `[kv_heads, head_dim]`. The tokens of a page are appended in order:
-    /// the one at offset 0 starts a new box, the others grow it. A channel with a NaN key has NaN
-    /// in both corners of the box from then on, so that selection cannot hide it.
-    ///
-    /// # Panics
-    /// When a slice has another length or an index is out of range.
-    pub fn append(&mut self, layer: usize, slot: Slot, keys: &[f32], values: &[f32]) {
-        with_element!(self.layout.shape().format, E => self.append_as::<E>(layer, slot, keys, values));
-    }
-
-    fn append_as<E: KvElement>(&mut self, layer: usize, slot: Slot, keys: &[f32], values: &[f32]) {
-        let layout = self.layout;
-        let dim = layout.shape().head_dim;
-        assert!(slot.offset < layout.page_size(), "offset {} in a page", slot.offset);
-        assert_eq!(keys.len(), layout.shape().kv_heads * dim, "keys [kv_heads, head_dim]");
-        assert_eq!(values.len(), keys.len(), "values [kv_heads, head_dim]");
-        self.check_page(slot.page);
-        let LayerPages { pages, boxes } = &mut self.layers[layer];
-        let (page, size) = (slot.page.index(), layout.page_size());
-        let heads = keys.chunks_exact(dim).zip(values.chunks_exact(dim));
-        for (kv_head, (key, value)) in heads.enumerate() {
-            let head = layout.head_offset(page, kv_head);
-            let both = pages.elements_mut::<E>(head..head + 2 * layout.head_elements());
-            let (stored_keys, stored_values) = both.split_at_mut(layout.head_elements());
-            E::store(value, &mut stored_values[slot.offset * dim..(slot.offset + 1) * dim]);
-            let start = layout.box_offset(page / GROUP_PAGES, kv_head);
-            let boxes = boxes.elements_mut::<E>(start..start + layout.group_box_elements());
-            let columns = stored_keys.chunks_exact_mut(size);
-            let corners = boxes.chunks_exact_mut(2 * GROUP_PAGES);
-            let mut rounded = [E::zeroed(); KEY_PIECE];
-            let mut places = columns.zip(corners);
-            for key in key.chunks(KEY_PIECE) {
-                E::store(key, &mut rounded[..key.len()]);
-                for (&x, (column, corners)) in rounded[..key.len()].iter().zip(&mut places) {
-                    column[slot.offset] = x;
-                    let (max, min) = corners.split_at_mut(GROUP_PAGES);
-                    let (max, min) = (&mut max[page % GROUP_PAGES], &mut min[page % GROUP_PAGES]);
-                    // A NaN is neither above nor below, and does not go away again.
-                    if slot.offset == 0 || !(x <= *max || is_nan(*max)) {
-                        *max = x;
-                    }
-                    if slot.offset == 0 || !(x >= *min || is_nan(*min)) {
-                        *min = x;
-                    }
-                }
-            }
-        }
-    }
-
     /// Copies keys, values and boxes of a page in every layer.
     ///
     /// # Panics
@@ -237,38 +220,60 @@ impl HostPages {
         with_element!(self.layout.shape().format, E => self.copy_as::<E>(copy));
     }
 
-    /// Keys and values of a layer.
+    /// The pages of a layer, where the format has no codes.
     pub(crate) fn layer_elements_mut<E: KvElement>(&mut self, layer: usize) -> &mut [E] {
-        let pages = &mut self.layers[layer].pages;
-        pages.elements_mut::<E>(0..pages.bytes() / size_of::<E>())
+        assert_eq!(E::FORMAT, self.layout.shape().format, "the pages hold another element type");
+        let length = self.layer_bytes() / size_of::<E>();
+        self.pages.elements_mut(layer * length..(layer + 1) * length)
     }
 
-    /// Boxes of a layer.
+    /// The boxes of a layer.
     pub(crate) fn layer_boxes_mut<E: KvElement>(&mut self, layer: usize) -> &mut [E] {
-        let boxes = &mut self.layers[layer].boxes;
-        boxes.elements_mut::<E>(0..boxes.bytes() / size_of::<E>())
+        let length = self.layer_box_elements();
+        self.boxes.elements_mut(layer * length..(layer + 1) * length)
     }
 
     fn copy_as<E: KvElement>(&mut self, PageCopy { from, to }: PageCopy) {
         self.check_page(from);
         self.check_page(to);
         let layout = self.layout;
-        let (from, to, length) = (from.index(), to.index(), 2 * layout.head_elements());
-        for layer in &mut self.layers {
-            let (pages, boxes) = (layer.pages.bytes(), layer.boxes.bytes());
-            let pages = layer.pages.elements_mut::<E>(0..pages / size_of::<E>());
-            let boxes = layer.boxes.elements_mut::<E>(0..boxes / size_of::<E>());
+        let (layer_bytes, layer_boxes) = (self.layer_bytes(), self.layer_box_elements());
+        for layer in 0..layout.shape().layers {
+            let first = layer * layer_bytes;
+            let pages = self.pages.elements_mut::<u8>(first..first + layer_bytes);
+            let first = layer * layer_boxes;
+            let boxes = self.boxes.elements_mut::<E>(first..first + layer_boxes);
             for kv_head in 0..layout.shape().kv_heads {
-                let start = layout.head_offset(from, kv_head);
-                pages.copy_within(start..start + length, layout.head_offset(to, kv_head));
+                let start = layout.head_range(to.index(), kv_head).start;
+                pages.copy_within(layout.head_range(from.index(), kv_head), start);
                 let corner = |page: usize| {
                     layout.box_offset(page / GROUP_PAGES, kv_head) + page % GROUP_PAGES
                 };
+                let (from, to) = (corner(from.index()), corner(to.index()));
                 for row in 0..2 * layout.shape().head_dim {
-                    boxes[corner(to) + row * GROUP_PAGES] = boxes[corner(from) + row * GROUP_PAGES];
+                    boxes[to + row * GROUP_PAGES] = boxes[from + row * GROUP_PAGES];
                 }
             }
+            if layout.shape().format.is_quantised() {
+                self.open.copy(layer, from, to);
+            }
         }
+    }
+
+    /// Lets go of what is kept of open pages that nobody holds any more: a sequence may end before
+    /// its last page is full. Nothing is kept where the format has no codes.
+    pub fn forget_free(&mut self, pool: &PagePool) {
+        self.open.retain(|page| pool.holders(page) > 0);
+    }
+
+    /// Bytes of the pages of one layer.
+    pub(crate) fn layer_bytes(&self) -> usize {
+        self.pages.bytes() / self.layout.shape().layers
+    }
+
+    /// Elements of the boxes of one layer.
+    pub(crate) fn layer_box_elements(&self) -> usize {
+        self.capacity.next_multiple_of(GROUP_PAGES) * self.layout.box_elements()
     }
 
     // Ranges alone would not do: beyond a page's heads lies the next page, beyond the last page
@@ -279,8 +284,12 @@ impl HostPages {
     }
 
     fn check_element<E: KvElement>(&self, kv_head: usize) {
-        let format: KvFormat = self.layout.shape().format;
-        assert_eq!(E::FORMAT, format, "the pages hold another element type");
+        let format = self.layout.shape().format;
+        assert!(E::is_element_of(format), "the pages hold another element type");
+        self.check_head(kv_head);
+    }
+
+    fn check_head(&self, kv_head: usize) {
         let heads = self.layout.shape().kv_heads;
         assert!(kv_head < heads, "KV head {kv_head} of {heads}");
     }
@@ -288,9 +297,4 @@ impl HostPages {
     pub(crate) fn check_page(&self, page: PageId) {
         assert!(page.index() < self.capacity, "page {} of {}", page.index(), self.capacity);
     }
-}
-
-/// Whether `x` is not a number, for any element.
-fn is_nan<E: KvElement>(x: E) -> bool {
-    x.partial_cmp(&x).is_none()
 }

@@ -1,7 +1,5 @@
 //! Full pages as bytes, to be kept elsewhere and put back.
 
-use bytemuck::cast_slice;
-
 use crate::{GROUP_PAGES, HostPages, KvElement, PageId, with_element};
 
 impl HostPages {
@@ -20,15 +18,15 @@ impl HostPages {
 
     fn read_page_as<E: KvElement>(&self, page: PageId, out: &mut Vec<u8>) {
         let layout = *self.layout();
-        for layer in &self.layers {
+        for layer in 0..layout.shape().layers {
+            let pages = self.layer_bytes() * layer;
             for kv_head in 0..layout.shape().kv_heads {
-                let start = layout.head_offset(page.index(), kv_head);
-                let head = layer.pages.elements::<E>(start..start + 2 * layout.head_elements());
-                out.extend_from_slice(cast_slice(head));
+                let head = layout.head_range(page.index(), kv_head);
+                let head = pages + head.start..pages + head.end;
+                out.extend_from_slice(self.pages.elements::<u8>(head));
             }
             for kv_head in 0..layout.shape().kv_heads {
-                let start = layout.box_offset(page.index() / GROUP_PAGES, kv_head);
-                let boxes = layer.boxes.elements::<E>(start..start + layout.group_box_elements());
+                let boxes = self.group_boxes::<E>(layer, page.index() / GROUP_PAGES, kv_head);
                 let own = boxes.iter().skip(page.index() % GROUP_PAGES).step_by(GROUP_PAGES);
                 own.for_each(|corner| out.extend_from_slice(bytemuck::bytes_of(corner)));
             }
@@ -47,22 +45,27 @@ impl HostPages {
 
     fn write_page_as<E: KvElement>(&mut self, page: PageId, mut bytes: &[u8]) {
         let layout = *self.layout();
-        for layer in &mut self.layers {
+        let (layer_bytes, layer_boxes) = (self.layer_bytes(), self.layer_box_elements());
+        for layer in 0..layout.shape().layers {
             for kv_head in 0..layout.shape().kv_heads {
-                let start = layout.head_offset(page.index(), kv_head);
-                let head = layer.pages.elements_mut::<E>(start..start + 2 * layout.head_elements());
-                let head: &mut [u8] = bytemuck::cast_slice_mut(head);
+                let head = layout.head_range(page.index(), kv_head);
+                let head = layer * layer_bytes + head.start..layer * layer_bytes + head.end;
+                let head = self.pages.elements_mut::<u8>(head);
                 head.copy_from_slice(take(&mut bytes, head.len()));
             }
             for kv_head in 0..layout.shape().kv_heads {
-                let start = layout.box_offset(page.index() / GROUP_PAGES, kv_head);
+                let start = layer * layer_boxes;
+                let start = start + layout.box_offset(page.index() / GROUP_PAGES, kv_head);
                 let group = start..start + layout.group_box_elements();
-                let boxes = layer.boxes.elements_mut::<E>(group);
+                let boxes = self.boxes.elements_mut::<E>(group);
                 let own = boxes.iter_mut().skip(page.index() % GROUP_PAGES).step_by(GROUP_PAGES);
                 for corner in own {
                     let stored = take(&mut bytes, size_of::<E>());
                     bytemuck::bytes_of_mut(corner).copy_from_slice(stored);
                 }
+            }
+            if layout.shape().format.is_quantised() {
+                self.open.close_page(layer, page);
             }
         }
     }

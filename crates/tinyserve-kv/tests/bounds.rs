@@ -4,7 +4,7 @@ mod common;
 
 use std::collections::BTreeSet;
 
-use common::{Numbers, layouts, read, stored};
+use common::{Numbers, layouts_of, read, read_codes, stored};
 use proptest::prelude::*;
 use tinyserve_kv::{
     HostPages, KvFormat, KvLayout, KvShape, PagePool, PageTable, SelectionPolicy, score_box,
@@ -76,6 +76,7 @@ impl World {
             Operation::Append(tokens) => self.append(&mut sequence, tokens),
             Operation::Truncate(tokens) => {
                 if tokens < sequence.keys.len() {
+                    let tokens = self.layout.cut(sequence.keys.len(), tokens);
                     let page_size = self.layout.page_size();
                     sequence.table.truncate(&mut self.pool, tokens);
                     sequence.keys.truncate(tokens);
@@ -137,15 +138,26 @@ impl World {
                 for (layer, kv_head) in
                     (0..shape.layers).flat_map(|l| (0..shape.kv_heads).map(move |h| (l, h)))
                 {
-                    let head = read(&self.pages, layer, page, kv_head);
+                    let sealed = tokens.len() == shape.page_size;
+                    let codes = shape.format.code_bits().filter(|_| sealed);
+                    let head = match codes {
+                        Some(_) => read_codes(&self.pages, layer, page, kv_head),
+                        None => read(&self.pages, layer, page, kv_head),
+                    };
                     let channels = kv_head * shape.head_dim..(kv_head + 1) * shape.head_dim;
                     let keys: Vec<&[f32]> =
                         tokens.iter().map(|token| &token[layer][channels.clone()]).collect();
-                    assert_eq!(keys.concat(), head.keys[..keys.len() * shape.head_dim]);
-                    check_box(&keys, &head.min, &head.max, tight);
+                    check_box(&keys, &head.min, &head.max, tight || codes.is_some());
+                    if let Some(bits) = codes {
+                        check_codes(&keys, &head.keys, (&head.min, &head.max), bits);
+                    } else {
+                        assert_eq!(keys.concat(), head.keys[..keys.len() * shape.head_dim]);
+                    }
+                    let read: Vec<&[f32]> =
+                        head.keys.chunks(shape.head_dim).take(keys.len()).collect();
                     for _ in 0..2 {
                         let query = self.numbers.numbers(shape.head_dim);
-                        check_score(&query, &keys, &head.min, &head.max);
+                        check_score(&query, &read, &head.min, &head.max);
                     }
                 }
             }
@@ -165,6 +177,21 @@ fn check_box(keys: &[&[f32]], min: &[f32], max: &[f32], tight: bool) {
     }
 }
 
+/// Keys as read from codes lie in their box, at most half a step from what was stored.
+fn check_codes(keys: &[&[f32]], read: &[f32], (min, max): (&[f32], &[f32]), bits: usize) {
+    let steps = f64::from((1u32 << bits) - 1);
+    for (key, read) in keys.iter().zip(read.chunks(min.len())) {
+        for (channel, (&stored, &read)) in key.iter().zip(read).enumerate() {
+            let (min, max) = (min[channel], max[channel]);
+            assert!(min <= read && read <= max, "{read} in {min}..{max}");
+            let half = (f64::from(max) - f64::from(min)) / steps / 2.0;
+            let error = (f64::from(stored) - f64::from(read)).abs();
+            let rounding = 4.0 * f64::from(f32::EPSILON) * f64::from(max.abs().max(min.abs()));
+            assert!(error <= half * (1.0 + 1e-4) + rounding, "{stored} read as {read}: {half}");
+        }
+    }
+}
+
 fn dot(query: &[f32], key: &[f32]) -> f32 {
     query.iter().zip(key).map(|(&q, &k)| q * k).sum()
 }
@@ -180,7 +207,7 @@ fn check_score(query: &[f32], keys: &[&[f32]], min: &[f32], max: &[f32]) {
 proptest! {
     #[test]
     fn boxes_bound_keys_and_scores_bound_products(
-        layout in layouts(),
+        layout in layouts_of(&KvFormat::ALL),
         operations in operations(),
         seed in any::<u64>(),
     ) {
@@ -266,7 +293,11 @@ fn a_nan_key_is_seen_wherever_it_stands_in_its_page() {
                 let key = [if token == place { f32::NAN } else { token as f32 }, token as f32];
                 pages.append(0, table.slot(token), &key, &[0.0; 2]);
             }
-            let head = read(&pages, 0, table.pages()[0], 0);
+            let head = match format.is_quantised() {
+                true => read_codes(&pages, 0, table.pages()[0], 0),
+                false => read(&pages, 0, table.pages()[0], 0),
+            };
+            assert!(head.keys[0].is_nan() || !format.is_quantised(), "{format}, token {place}");
             assert!(head.min[0].is_nan() && head.max[0].is_nan(), "{format}, token {place}");
             assert_eq!((head.min[1], head.max[1]), (0.0, 3.0));
             let policy = SelectionPolicy::default();

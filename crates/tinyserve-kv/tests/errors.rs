@@ -47,6 +47,10 @@ fn layouts() {
     let layout = KvLayout::new(shape).unwrap();
     assert_eq!(layout.bytes_per_page(), 8 * ((1 << 60) - 1));
     assert_eq!(layout.bytes_per_token(), 4 * ((1 << 60) - 1));
+    let codes = KvShape { head_dim: (1 << 59) - 1, format: KvFormat::Int8, ..shape };
+    // A value of one token fills a word of four.
+    let bytes = (1 << 59) + 4 * ((1 << 59) - 1) + 4 + 4 * ((1 << 59) - 1);
+    assert_eq!(KvLayout::new(codes).unwrap().bytes_per_page(), bytes);
 }
 
 #[test]
@@ -58,8 +62,11 @@ fn formats() {
     assert_eq!("float16".parse(), Ok(KvFormat::F16));
     assert_eq!("float32".parse(), Ok(KvFormat::F32));
     assert_eq!("bfloat16".parse(), Ok(KvFormat::Bf16));
-    check("fp8".parse::<KvFormat>(), "kv_cache_dtype is \"fp8\", expected f32, f16 or bf16");
-    check("".parse::<KvFormat>(), "kv_cache_dtype is \"\", expected f32, f16 or bf16");
+    check(
+        "fp8".parse::<KvFormat>(),
+        "kv_cache_dtype is \"fp8\", expected f32, f16, bf16, int8 or int4",
+    );
+    check("".parse::<KvFormat>(), "kv_cache_dtype is \"\", expected f32, f16, bf16, int8 or int4");
 }
 
 #[test]
@@ -86,7 +93,7 @@ fn host_memory() {
     );
     check(
         HostPages::new(layout, 1 << 52),
-        "KV pool is 4323455642275676160 bytes per layer, which the system refuses, \
+        "KV pool is 8646911284551352320 bytes, which the system refuses, \
          expected fewer pages, a shorter context or a smaller kv_cache_dtype",
     );
 }

@@ -37,12 +37,17 @@ pub fn traced<B: Backend + Sync>(
 ) -> Result<Option<Trace>, LabError> {
     let limit = probe.model().config().max_positions;
     let TracedRun { prompt, steps, .. } = *run;
-    if prompt.is_empty() || steps == 0 || prompt.len() + steps > limit {
-        return Err(LabError::Setting {
-            what: "prompt",
-            found: format!("{} tokens and {steps} steps", prompt.len()),
-            expected: format!("at least one of each, and {limit} together, the model's context"),
-        });
+    let setting = |what, found: usize, expected: String| {
+        Err(LabError::Setting { what, found: found.to_string(), expected })
+    };
+    if prompt.is_empty() || prompt.len() > limit {
+        let expected = format!("1 to {limit} tokens, the model's context");
+        return setting("the prompt's length", prompt.len(), expected);
+    }
+    if steps == 0 || steps > limit - prompt.len() {
+        let expected =
+            format!("1 to {}, what the prompt leaves of the context", limit - prompt.len());
+        return setting("steps", steps, expected);
     }
     // The prompt's last token is the first that is fed through the selection.
     let (read, last) = prompt.split_at(prompt.len() - 1);

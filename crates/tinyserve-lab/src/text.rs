@@ -45,12 +45,13 @@ pub struct TextRow {
     pub tokens: usize,
     /// KV bytes read over those of dense attention.
     pub bytes_read_ratio: Option<f64>,
-    /// Attention mass of the pages that were read, measured on every 16th step that selected.
+    /// Attention mass of the pages that were read, measured on every 13th step that selected.
     pub recall: Option<f64>,
 }
 
-/// Steps between two measurements of recall.
-const RECALL_INTERVAL: usize = 16;
+/// Steps between two measurements of recall; no multiple of the steps that a selection is likely to
+/// be kept for.
+const RECALL_INTERVAL: usize = 13;
 
 #[derive(Default)]
 struct Sums {

@@ -79,6 +79,8 @@ pub struct StepOutput {
     pub(crate) stats: AttendStats,
     /// One for each sequence.
     pub(crate) sequence_stats: Vec<AttendStats>,
+    /// One for each layer.
+    pub(crate) layer_stats: Vec<AttendStats>,
     pub(crate) observed: Observed,
 }
 
@@ -110,6 +112,12 @@ impl StepOutput {
     #[must_use]
     pub fn sequence_stats(&self, sequence: usize) -> &AttendStats {
         &self.sequence_stats[sequence]
+    }
+
+    /// What attention read in each layer, over all sequences.
+    #[must_use]
+    pub fn layer_stats(&self) -> &[AttendStats] {
+        &self.layer_stats
     }
 
     /// Entropy in nats of the attention weights of the last token of sequence `sequence`,

@@ -18,6 +18,8 @@ pub struct KvCache<B: Backend> {
     pool: PagePool,
     prefixes: Option<PrefixIndex>,
     pub(crate) pages: B::KvPages,
+    /// Whether pages were released that the backend has not been told of.
+    released: bool,
 }
 
 impl<B: Backend> KvCache<B> {
@@ -31,6 +33,7 @@ impl<B: Backend> KvCache<B> {
             pool: PagePool::new(pages)?,
             prefixes: None,
             pages: backend.allocate_pages(layout, pages)?,
+            released: false,
         })
     }
 
@@ -110,6 +113,9 @@ impl<B: Backend> KvCache<B> {
         table: &mut PageTable,
         tokens: usize,
     ) -> Result<(), ModelError> {
+        if std::mem::take(&mut self.released) {
+            backend.forget_free_pages(&mut self.pages, &self.pool);
+        }
         let copy = match (table.extend(&mut self.pool, tokens), &mut self.prefixes) {
             (Err(KvError::OutOfPages { needed, free, capacity }), Some(index)) => {
                 let available = free + self.pool.idle_pages();
@@ -181,13 +187,21 @@ impl<B: Backend> KvCache<B> {
         Ok(backend.move_tokens(&mut self.pages, &moves)?)
     }
 
-    /// Forgets the tokens of a sequence from place `tokens` on.
-    pub fn truncate(&mut self, table: &mut PageTable, tokens: usize) {
+    /// Forgets the tokens of a sequence from place `tokens` on; the number that are left.
+    ///
+    /// A sealed page of codes cannot be opened again: where the format has codes and `tokens` ends
+    /// within such a page, the whole page is forgotten, and its tokens are to be computed again.
+    #[must_use = "fewer tokens may be left than were asked for"]
+    pub fn truncate(&mut self, table: &mut PageTable, tokens: usize) -> usize {
+        let tokens = self.layout.cut(table.len(), tokens.min(table.len()));
         table.truncate(&mut self.pool, tokens);
+        self.released = true;
+        tokens
     }
 
     /// Gives the pages of a sequence back.
     pub fn release(&mut self, table: PageTable) {
         table.release(&mut self.pool);
+        self.released = true;
     }
 }

@@ -160,6 +160,14 @@ impl Checkpoint {
         self.weights.files.iter().map(|file| (file.name.as_str(), file.bytes.len()))
     }
 
+    pub(crate) fn files(&self) -> &Files {
+        &self.files
+    }
+
+    pub(crate) fn weights(&self) -> &WeightFiles {
+        &self.weights
+    }
+
     /// A hash of what the model computes with: its configuration, and of each tensor the name, type,
     /// shape and a sample of its bytes.
     ///

@@ -104,6 +104,7 @@ impl<B: Backend> Model<B> {
             });
         }
         output.stats = AttendStats::default();
+        output.layer_stats.clear();
         output.sequence_stats.clear();
         output.sequence_stats.resize(batch.sequences.len(), AttendStats::default());
         let mut row = 0;
@@ -126,11 +127,13 @@ impl<B: Backend> Model<B> {
             let read = (batch.measure_recall, &mut output.sequence_stats[..]);
             let stats = self.attention(a, cache, layer, &sequences, read)?;
             output.stats.add(&stats);
+            output.layer_stats.push(stats);
             self.feed_forward(a, layer);
         }
         a.observation.end(self, batch, &mut output.observed);
         self.logits(a, output);
-        Ok(())
+        // A device tells only now what went wrong on the way.
+        Ok(self.backend.check()?)
     }
 
     /// Checks the batch and flattens it into rows.

@@ -12,6 +12,7 @@ mod files;
 mod forward;
 mod incremental;
 mod json;
+mod load;
 #[allow(unsafe_code)]
 mod mmap;
 mod model;
@@ -25,6 +26,7 @@ mod stop;
 mod synthetic;
 mod tokenizer;
 mod weights;
+mod weights_cache;
 
 pub use batch::{Batch, LogitRows, Observe, SequenceStep, StepOutput};
 pub use builtin::BUILTIN_MODEL;
@@ -37,6 +39,7 @@ pub use config::{Architecture, ModelConfig};
 pub use error::ModelError;
 pub use forward::Activations;
 pub use incremental::IncrementalDecoder;
+pub use load::LoadOptions;
 pub use model::Model;
 pub use perplexity::{Perplexity, PerplexityWindow, perplexity_windows};
 pub use plan::{LargestStep, MemoryPlan};
@@ -49,3 +52,4 @@ pub use synthetic::{
     SyntheticShape, SyntheticTensor,
 };
 pub use tokenizer::Tokenizer;
+pub use weights_cache::CacheOutcome;

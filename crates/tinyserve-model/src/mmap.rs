@@ -3,13 +3,17 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use memmap2::Mmap;
 
 /// A file that is mapped into memory; the pages are read when they are first used.
 #[derive(Debug, Clone)]
-pub(crate) struct MappedFile(Arc<Mmap>);
+pub(crate) struct MappedFile {
+    map: Arc<Mmap>,
+    modified: Option<SystemTime>,
+}
 
 impl MappedFile {
     pub(crate) fn new(file: &File) -> io::Result<Self> {
@@ -18,7 +22,14 @@ impl MappedFile {
         // can rule that out for a file it maps, and every loader of weights accepts it. Replacing
         // the file by renaming a new one over it, as downloads do, is harmless.
         let map = unsafe { Mmap::map(file)? };
-        Ok(Self(Arc::new(map)))
+        // Not every file system knows.
+        let modified = file.metadata()?.modified().ok();
+        Ok(Self { map: Arc::new(map), modified })
+    }
+
+    /// When the file was last written, if that is known.
+    pub(crate) fn modified(&self) -> Option<SystemTime> {
+        self.modified
     }
 
     /// Its content.
@@ -33,13 +44,13 @@ impl MappedFile {
         // a page that is used after this is filled from the file as it was the first time.
         unsafe {
             // Only memory is at stake: a system that refuses keeps it.
-            let _ = self.0.unchecked_advise(memmap2::UncheckedAdvice::DontNeed);
+            let _ = self.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed);
         }
     }
 }
 
 impl AsRef<[u8]> for MappedFile {
     fn as_ref(&self) -> &[u8] {
-        &self.0
+        &self.map
     }
 }

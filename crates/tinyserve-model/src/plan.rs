@@ -64,7 +64,7 @@ impl MemoryPlan {
                 stored_bytes - config.later_bytes(checkpoint.dtype()).min(stored_bytes)
             }
         };
-        let scratch_bytes = config.scratch_bytes(format, largest);
+        let scratch_bytes = config.scratch_bytes(format, largest) + open_bytes(&layout, largest);
         Self { process_bytes: 0, weight_bytes, loading_bytes, scratch_bytes, layout, pages }
     }
 
@@ -114,8 +114,7 @@ impl MemoryPlan {
     /// Bytes of the boxes of one page.
     #[must_use]
     pub fn box_bytes_per_page(&self) -> u64 {
-        let shape = self.layout.shape();
-        (shape.layers * self.layout.box_elements() * shape.format.element_bytes()) as u64
+        self.layout.box_bytes_per_page() as u64
     }
 
     /// Tokens that the pages hold: the longest context, if one sequence has them all.
@@ -133,6 +132,17 @@ impl MemoryPlan {
             .saturating_add(self.weight_bytes)
             .saturating_add(after_loading.max(self.loading_bytes))
     }
+}
+
+/// Bytes of the pages that hold no codes yet, where the format has codes: the open page in every
+/// layer, and in one of them the pages of the largest step.
+fn open_bytes(layout: &KvLayout, largest: LargestStep) -> u64 {
+    let shape = layout.shape();
+    if !shape.format.is_quantised() {
+        return 0;
+    }
+    let pages = shape.layers + layout.pages_for(largest.tokens) + 1;
+    (pages * layout.page_elements() * shape.format.element_bytes()) as u64
 }
 
 fn gigabytes(bytes: u64) -> String {

@@ -90,7 +90,7 @@ fn what_is_restored_goes_on_as_what_was_saved() {
             let tail = &prompt[saved..];
             let expected = {
                 let mut whole = world.cache.fork(&table);
-                world.cache.truncate(&mut whole, saved);
+                assert_eq!(world.cache.truncate(&mut whole, saved), saved);
                 let logits = world.step(&mut whole, &[tail, &[9, 10]].concat());
                 world.cache.release(whole);
                 logits

@@ -42,6 +42,7 @@ impl Engine {
     ///
     /// # Errors
     /// When a setting is out of its range or the system refuses a thread.
+    #[allow(clippy::needless_pass_by_value, reason = "an engine keeps its settings")]
     pub fn start<R: Runner + 'static>(
         name: &str,
         runner: R,

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod advisor;
 mod api;
 mod channel;
 mod clock;
@@ -15,6 +16,7 @@ mod session;
 mod text;
 mod worker;
 
+pub use advisor::Suggestion;
 pub use api::{
     AdmissionError, AttentionChoice, Event, Failure, FailureKind, FinishReason, Finished, KvUse,
     PromptToken, Request, RequestId, StopReason, Summary, Timings, Token, Usage,
@@ -24,7 +26,7 @@ pub use clock::Clock;
 pub use config::EngineConfig;
 pub use engine::Engine;
 pub use intake::{Intake, Limits, Submission};
-pub use metrics::{Histogram, Stats};
+pub use metrics::{Histogram, LayerPages, Stats};
 pub use runner::{ModelRunner, Runner, RunnerShape};
 pub use scheduler::Scheduler;
 pub use session::SessionInfo;

@@ -1,5 +1,6 @@
 //! Counters that the engine's thread writes and anybody reads: no lock, and nobody waits.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -97,6 +98,31 @@ impl HistogramCounters {
     }
 }
 
+/// Pages of one layer, counted per sequence and KV head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LayerPages {
+    /// Pages that were read.
+    pub read: u64,
+    /// Pages that dense attention would have read.
+    pub total: u64,
+}
+
+/// The same while it is being written.
+#[derive(Debug, Default)]
+struct LayerCounters {
+    read: AtomicU64,
+    total: AtomicU64,
+}
+
+impl LayerCounters {
+    fn read(&self) -> LayerPages {
+        LayerPages {
+            read: self.read.load(Ordering::Relaxed),
+            total: self.total.load(Ordering::Relaxed),
+        }
+    }
+}
+
 /// Declares counters, their snapshot, and how snapshots are read and added up.
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
@@ -114,6 +140,8 @@ macro_rules! counters {
             pub(crate) queued_requests: AtomicUsize,
             pub(crate) queued_tokens: AtomicUsize,
             recall_millionths: AtomicU64,
+            /// Filled in by the first step that decodes.
+            layers: OnceLock<Box<[LayerCounters]>>,
         }
 
         /// What an engine has done and holds: one look at its counters.
@@ -136,6 +164,8 @@ macro_rules! counters {
             pub queued_requests: u64,
             /// Their prompt tokens.
             pub queued_tokens: u64,
+            /// Pages of each layer, in steps that only decode; empty before the first.
+            pub layers: Vec<LayerPages>,
             /// Mean measured recall of page selection: the share of the dense attention mass that
             /// the selected pages held; `None` while no step that selects was measured.
             pub recall: Option<f64>,
@@ -156,6 +186,9 @@ macro_rules! counters {
                     step: self.step.read(),
                     queued_requests: self.queued_requests.load(Ordering::Relaxed) as u64,
                     queued_tokens: self.queued_tokens.load(Ordering::Relaxed) as u64,
+                    layers: self.layers.get().map_or_else(Vec::new, |layers| {
+                        layers.iter().map(LayerCounters::read).collect()
+                    }),
                     recall: (count > 0).then(|| sum / count as f64),
                 }
             }
@@ -176,6 +209,12 @@ macro_rules! counters {
                 self.step.add(&other.step);
                 self.queued_requests += other.queued_requests;
                 self.queued_tokens += other.queued_tokens;
+                let layers = self.layers.len().max(other.layers.len());
+                self.layers.resize(layers, LayerPages::default());
+                for (sum, more) in self.layers.iter_mut().zip(&other.layers) {
+                    sum.read += more.read;
+                    sum.total += more.total;
+                }
             }
         }
     };
@@ -238,6 +277,16 @@ counters! {
 }
 
 impl Metrics {
+    pub(crate) fn read_in_layers(&self, layers: &[AttendStats]) {
+        let counters = self.layers.get_or_init(|| {
+            layers.iter().map(|_| LayerCounters::default()).collect::<Vec<_>>().into()
+        });
+        for (counters, stats) in counters.iter().zip(layers) {
+            count(&counters.read, stats.pages_read);
+            count(&counters.total, stats.pages_total);
+        }
+    }
+
     pub(crate) fn read_by_decode(&self, stats: &AttendStats) {
         count(&self.bytes_read, stats.bytes_read);
         count(&self.bytes_dense, stats.bytes_dense);

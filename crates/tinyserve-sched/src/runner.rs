@@ -62,8 +62,8 @@ pub trait Runner: Send {
     /// [`KvError::OutOfPages`]; nothing has changed then.
     fn extend(&mut self, table: &mut PageTable, tokens: usize) -> Result<(), KvError>;
 
-    /// Forgets the tokens of a sequence from `tokens` on.
-    fn truncate(&mut self, table: &mut PageTable, tokens: usize);
+    /// Forgets the tokens of a sequence from `tokens` on; how many are left, which may be fewer.
+    fn truncate(&mut self, table: &mut PageTable, tokens: usize) -> usize;
 
     /// Removes the tokens of a sequence at `places`, ascending, from every layer.
     ///
@@ -120,6 +120,11 @@ pub trait Runner: Send {
     /// # Panics
     /// When there is no such sequence.
     fn read(&self, sequence: usize) -> AttendStats;
+
+    /// What the last step read in each layer; none where there are no layers.
+    fn layers(&self) -> &[AttendStats] {
+        &[]
+    }
 
     /// Entropy of the attention weights of sequence `sequence` in the last step,
     /// `[layers, q_heads]`, if it asked for it.
@@ -208,8 +213,8 @@ impl<B: Backend> Runner for ModelRunner<B> {
         })
     }
 
-    fn truncate(&mut self, table: &mut PageTable, tokens: usize) {
-        self.cache.truncate(table, tokens);
+    fn truncate(&mut self, table: &mut PageTable, tokens: usize) -> usize {
+        self.cache.truncate(table, tokens)
     }
 
     fn prune(&mut self, table: &mut PageTable, places: &[u32]) -> Result<(), ModelError> {
@@ -243,6 +248,10 @@ impl<B: Backend> Runner for ModelRunner<B> {
 
     fn read(&self, sequence: usize) -> AttendStats {
         *self.output.sequence_stats(sequence)
+    }
+
+    fn layers(&self) -> &[AttendStats] {
+        self.output.layer_stats()
     }
 
     fn attention_entropy(&self, sequence: usize) -> Option<&[f32]> {

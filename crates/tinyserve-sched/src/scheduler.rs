@@ -269,15 +269,17 @@ impl<R: Runner> Scheduler<R> {
         }
         let mut sequence = self.waiting.remove(index);
         let kept = sequence.session.as_deref().and_then(|session| self.sessions.take(session));
+        let mut left = reused;
         match kept {
             Some(Kept { table, .. }) if shares => self.runner.release(table),
             Some(Kept { mut table, tokens, dense, .. }) => {
                 if reused < tokens.len() {
-                    self.runner.truncate(&mut table, reused);
+                    // A sealed page of codes goes whole.
+                    left = self.runner.truncate(&mut table, reused);
                 }
                 sequence.table = table;
                 // What follows tokens of selecting steps is not what any request would compute.
-                sequence.dense = if reused > dense { dense } else { usize::MAX };
+                sequence.dense = if left > dense { dense } else { usize::MAX };
             }
             None => {}
         }
@@ -285,7 +287,7 @@ impl<R: Runner> Scheduler<R> {
             let prefix = Prefix { salt: &sequence.cache_salt, tokens: &sequence.tokens };
             sequence.table = self.runner.start(prefix);
         }
-        let reused = if shares { sequence.table.len() } else { reused };
+        let reused = if shares { sequence.table.len() } else { left };
         self.tell_started(&mut sequence, reused);
         Some(insert(&mut self.running, sequence))
     }
@@ -322,6 +324,10 @@ impl<R: Runner> Scheduler<R> {
         self.decode_steps += u64::from(somebody);
         let failure = match self.forward(members, measure_recall) {
             Ok(Ok(())) => {
+                // Prompts are read in full, whatever the selection: they would hide it.
+                if members.iter().all(|&i| self.running[i].planned == 1) {
+                    self.metrics.read_in_layers(self.runner.layers());
+                }
                 for (row, &i) in members.iter().enumerate() {
                     self.commit(row, i);
                 }

@@ -99,8 +99,7 @@ impl Worker {
         let state = Arc::new(State::default());
         let ended = Ended(Arc::clone(&state));
         let thread = std::thread::Builder::new().name(name).spawn(move || {
-            let _ended = ended;
-            drive(scheduler, &received);
+            drive(scheduler, &received, ended);
         });
         let thread = thread.map_err(|error| {
             crate::config::setting("engine thread", error, "a thread that the system starts")
@@ -177,7 +176,10 @@ impl Drop for Worker {
 }
 
 /// The thread: commands between steps, steps while there is something to do.
-fn drive<R: Runner>(mut scheduler: Scheduler<R>, commands: &Receiver<Command>) {
+fn drive<R: Runner>(mut scheduler: Scheduler<R>, commands: &Receiver<Command>, ended: Ended) {
+    // Should the thread panic, this is dropped before the scheduler: whoever hears that a request
+    // failed finds the engine stopped.
+    let _ended = ended;
     let mut drains = Vec::new();
     loop {
         if scheduler.is_idle() {

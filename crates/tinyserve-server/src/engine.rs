@@ -271,6 +271,9 @@ pub(crate) fn page_stats(stats: &Stats) -> serde_json::Value {
         "bytes_dense": stats.bytes_dense,
         "recall_sum": stats.recall.unwrap_or(0.0) * stats.recall_count as f64,
         "recall_count": stats.recall_count,
-        "layers": [],
+        "layers": stats.layers.iter().map(|layer| serde_json::json!({
+            "pages_read": layer.read,
+            "pages_total": layer.total,
+        })).collect::<Vec<_>>(),
     })
 }

@@ -1,6 +1,6 @@
 //! Settings of an engine: one name each in code, files, flags and the environment.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -8,7 +8,8 @@ use tinyserve_kernels::{DType, WeightFormat};
 use tinyserve_kv::{
     Budget, EvictionPolicy, GroupReduce, KvError, KvFormat, Scorer, SelectionPolicy,
 };
-use tinyserve_model::Checkpoint;
+use tinyserve_model::{Checkpoint, LoadOptions};
+use tinyserve_plugins::{EntropyExit, EntropySignal, PluginManager, TokenPruning};
 use tinyserve_sched::EngineConfig;
 
 use crate::TinyServeError;
@@ -28,13 +29,41 @@ pub enum AttentionMode {
 
 /// Where the model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(try_from = "String", into = "String")]
 pub enum Device {
-    /// The best device there is; today the CPU.
+    /// The CPU, until CUDA has been measured on GPUs.
     #[default]
     Auto,
     /// The CPU.
     Cpu,
+    /// A CUDA device by its number: `cuda` is `cuda:0`.
+    Cuda(usize),
+}
+
+impl TryFrom<String> for Device {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        match text.as_str() {
+            "auto" => return Ok(Self::Auto),
+            "cpu" => return Ok(Self::Cpu),
+            "cuda" => return Ok(Self::Cuda(0)),
+            _ => {}
+        }
+        let number = text.strip_prefix("cuda:").and_then(|number| number.parse().ok());
+        let expected = "expected auto, cpu, cuda or cuda:N";
+        number.map(Self::Cuda).ok_or_else(|| format!("device is {text:?}, {expected}"))
+    }
+}
+
+impl From<Device> for String {
+    fn from(device: Device) -> Self {
+        match device {
+            Device::Auto => "auto".to_owned(),
+            Device::Cpu => "cpu".to_owned(),
+            Device::Cuda(number) => format!("cuda:{number}"),
+        }
+    }
 }
 
 /// How keys and values are stored.
@@ -53,6 +82,10 @@ pub enum KvCacheDtype {
     /// bfloat16.
     #[serde(alias = "bfloat16")]
     Bf16,
+    /// Codes of 8 bits in full pages, f16 in the open one.
+    Int8,
+    /// Codes of 4 bits in full pages, f16 in the open one.
+    Int4,
 }
 
 impl KvCacheDtype {
@@ -63,6 +96,8 @@ impl KvCacheDtype {
             (Self::F32, _) | (Self::Auto, DType::F32) => KvFormat::F32,
             (Self::F16, _) | (Self::Auto, DType::F16) => KvFormat::F16,
             (Self::Bf16, _) | (Self::Auto, DType::Bf16) => KvFormat::Bf16,
+            (Self::Int8, _) => KvFormat::Int8,
+            (Self::Int4, _) => KvFormat::Int4,
         }
     }
 }
@@ -155,6 +190,55 @@ impl From<ScorerName> for String {
     }
 }
 
+/// `off`, or the name of a scorer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ApproximateAttention(pub Option<Scorer>);
+
+impl TryFrom<String> for ApproximateAttention {
+    type Error = KvError;
+
+    fn try_from(name: String) -> Result<Self, KvError> {
+        if name == "off" {
+            return Ok(Self(None));
+        }
+        Scorer::named(&name).map(|scorer| Self(Some(scorer))).map_err(|error| match error {
+            KvError::Invalid { found, expected, .. } => KvError::Invalid {
+                what: "approximate_attention",
+                found,
+                expected: format!("off, {expected}"),
+            },
+            error => error,
+        })
+    }
+}
+
+impl From<ApproximateAttention> for String {
+    fn from(name: ApproximateAttention) -> Self {
+        name.0.map_or("off", |scorer| scorer.name()).to_owned()
+    }
+}
+
+/// Whose entropy ends a request early.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EntropySignalName {
+    /// That of the attention weights.
+    #[default]
+    Attention,
+    /// That of the next token's distribution.
+    NextToken,
+}
+
+impl From<EntropySignalName> for EntropySignal {
+    fn from(name: EntropySignalName) -> Self {
+        match name {
+            EntropySignalName::Attention => Self::Attention,
+            EntropySignalName::NextToken => Self::NextToken,
+        }
+    }
+}
+
 /// How the scores of the query heads that share a KV head become one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -220,6 +304,10 @@ pub struct TinyServeConfig {
     pub threads: Option<usize>,
     /// How weights are kept in memory.
     pub weights: Weights,
+    /// Folder in which quantised weights are kept from one start to the next; only for `weights`
+    /// int8 and int4.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weights_cache: Option<PathBuf>,
     /// Tokens of one page.
     #[serde(alias = "block_size")]
     pub page_size: usize,
@@ -238,6 +326,9 @@ pub struct TinyServeConfig {
     pub scorer: ScorerName,
     /// How the scores of the query heads that share a KV head become one.
     pub group_reduce: GroupReduceName,
+    /// A scorer by which every step at every length approximates attention, or `off`: the same as
+    /// `attention = "sparse"` with that `scorer`.
+    pub approximate_attention: ApproximateAttention,
     /// First pages that are always read.
     pub sink_pages: usize,
     /// Last pages that are always read.
@@ -257,6 +348,8 @@ pub struct TinyServeConfig {
     /// or fewer where memory holds fewer.
     #[serde(alias = "max_model_len", skip_serializing_if = "Option::is_none")]
     pub max_sequence_length: Option<usize>,
+    /// Mean time per generated token that `get_optimized_config` steers towards, milliseconds.
+    pub target_latency_ms: f64,
     /// Copies of the model, each with threads, weights and pages of its own, that share the work.
     pub replicas: usize,
     /// Devices that one model is split over; only 1 is implemented.
@@ -284,6 +377,22 @@ pub struct TinyServeConfig {
     /// Most memory of the process, in units of 10⁹ bytes; unless set, 80 % of what is available.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_memory_gb: Option<f64>,
+    /// Whether requests end when the model has become certain.
+    pub enable_entropy_early_exit: bool,
+    /// Nats below which an entropy is certainty.
+    pub entropy_threshold: f64,
+    /// Tokens that are generated before an early exit.
+    pub min_tokens_before_exit: usize,
+    /// Whose entropy decides.
+    pub entropy_signal: EntropySignalName,
+    /// Steps in a row whose entropy has to lie below the threshold.
+    pub entropy_patience: usize,
+    /// Whether tokens with little attention are removed from the cache.
+    pub enable_token_pruning: bool,
+    /// Share of the cached tokens that one pruning removes at most, 0 to 1.
+    pub pruning_ratio: f64,
+    /// Tokens that always stay in the cache.
+    pub min_tokens_after_pruning: usize,
 }
 
 impl Default for TinyServeConfig {
@@ -294,6 +403,7 @@ impl Default for TinyServeConfig {
             device: Device::Auto,
             threads: None,
             weights: Weights::Auto,
+            weights_cache: None,
             page_size: 16,
             attention: AttentionMode::Auto,
             selection_ratio: 0.3,
@@ -301,6 +411,7 @@ impl Default for TinyServeConfig {
             top_p_pages: None,
             scorer: ScorerName::default(),
             group_reduce: GroupReduceName::Max,
+            approximate_attention: ApproximateAttention::default(),
             sink_pages: policy.sink_pages,
             recent_pages: policy.recent_pages,
             dense_layers: policy.dense_layers,
@@ -309,6 +420,7 @@ impl Default for TinyServeConfig {
             rope_frequency_dtype: RopeFrequencyDtype::F32,
             attention_chunk_size: 256,
             max_sequence_length: None,
+            target_latency_ms: 50.0,
             replicas: 1,
             tensor_parallel_size: 1,
             max_num_seqs: 16,
@@ -320,6 +432,14 @@ impl Default for TinyServeConfig {
             priority_ageing: 10.0,
             session_timeout: 300.0,
             target_memory_gb: None,
+            enable_entropy_early_exit: false,
+            entropy_threshold: 0.5,
+            min_tokens_before_exit: 10,
+            entropy_signal: EntropySignalName::Attention,
+            entropy_patience: 1,
+            enable_token_pruning: false,
+            pruning_ratio: 0.1,
+            min_tokens_after_pruning: 100,
         }
     }
 }
@@ -391,6 +511,22 @@ impl TinyServeConfig {
                 });
             }
         }
+        if let Some(folder) = &self.weights_cache
+            && !matches!(self.weights, Weights::Int8 | Weights::Int4)
+        {
+            return Err(TinyServeError::Setting {
+                field: "weights_cache",
+                found: format!("{} with weights as they are stored", folder.display()),
+                expected: "weights int8 or int4: only quantised weights are cached".to_owned(),
+            });
+        }
+        if !(self.target_latency_ms > 0.0 && self.target_latency_ms.is_finite()) {
+            return Err(TinyServeError::Setting {
+                field: "target_latency_ms",
+                found: self.target_latency_ms.to_string(),
+                expected: "a number above 0".to_owned(),
+            });
+        }
         if self.tensor_parallel_size != 1 {
             return Err(TinyServeError::Setting {
                 field: "tensor_parallel_size",
@@ -427,7 +563,38 @@ impl TinyServeConfig {
                 expected: "a number above 0".to_owned(),
             });
         }
+        self.entropy_exit().check()?;
+        self.token_pruning().check()?;
+        if self.enable_token_pruning && self.pruning_ratio > 0.0 && self.keeps_codes() {
+            return Err(TinyServeError::Setting {
+                field: "kv_cache_dtype",
+                found: if self.kv_cache_dtype == KvCacheDtype::Int8 { "int8" } else { "int4" }
+                    .to_owned(),
+                expected: "auto, f32, f16 or bf16 where tokens are pruned: codes of a page share \
+                           its box"
+                    .to_owned(),
+            });
+        }
+        if let Some(scorer) = self.approximate_attention.0 {
+            let named = ScorerName(scorer);
+            let other = self.scorer != ScorerName::default() && self.scorer != named;
+            if self.attention == AttentionMode::Dense || other {
+                return Err(TinyServeError::Setting {
+                    field: "approximate_attention",
+                    found: scorer.name().to_owned(),
+                    expected: "off where attention is dense or another scorer is set".to_owned(),
+                });
+            }
+        }
         Ok(self.selection_policy().check()?)
+    }
+
+    /// How a model whose weights are stored as `stored` is loaded.
+    ///
+    /// # Errors
+    /// When another float type than the stored one is asked for.
+    pub fn load_options(&self, stored: DType) -> Result<LoadOptions, TinyServeError> {
+        Ok(LoadOptions { format: self.weights.resolve(stored)?, cache: self.weights_cache.clone() })
     }
 
     /// What the scheduler is told; the facade adds what only a loaded model knows.
@@ -448,16 +615,56 @@ impl TinyServeConfig {
         }
     }
 
+    /// Whether sealed pages hold codes, which cannot be taken apart.
+    pub(crate) fn keeps_codes(&self) -> bool {
+        matches!(self.kv_cache_dtype, KvCacheDtype::Int8 | KvCacheDtype::Int4)
+    }
+
+    fn entropy_exit(&self) -> EntropyExit {
+        EntropyExit {
+            signal: self.entropy_signal.into(),
+            threshold: self.entropy_threshold,
+            min_tokens: self.min_tokens_before_exit,
+            patience: self.entropy_patience,
+        }
+    }
+
+    fn token_pruning(&self) -> TokenPruning {
+        TokenPruning {
+            ratio: self.pruning_ratio,
+            min_tokens: self.min_tokens_after_pruning,
+            sink_tokens: self.sink_pages.saturating_mul(self.page_size),
+            recent_tokens: self.recent_pages.saturating_mul(self.page_size),
+        }
+    }
+
+    /// Registers the built-in plugins, those that are not enabled switched off.
+    pub(crate) fn register_plugins(&self, plugins: &PluginManager) -> Result<(), TinyServeError> {
+        plugins.register(EntropyExit::NAME, self.entropy_exit())?;
+        plugins.register(TokenPruning::NAME, self.token_pruning())?;
+        for (name, enabled) in [
+            (EntropyExit::NAME, self.enable_entropy_early_exit),
+            (TokenPruning::NAME, self.enable_token_pruning),
+        ] {
+            if !enabled {
+                plugins.disable(name)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The policy that these settings describe.
     #[must_use]
     pub fn selection_policy(&self) -> SelectionPolicy {
+        let approximate = self.approximate_attention.0;
         let min_context = match self.attention {
+            _ if approximate.is_some() => 0,
             AttentionMode::Sparse => 0,
             AttentionMode::Auto | AttentionMode::Dense => SelectionPolicy::default().min_context,
         };
         let ratio = self.top_p_pages.map_or(Budget::Ratio(self.selection_ratio), Budget::TopP);
         SelectionPolicy {
-            scorer: self.scorer.0,
+            scorer: approximate.unwrap_or(self.scorer.0),
             budget: self.token_budget.map_or(ratio, Budget::Tokens),
             sink_pages: self.sink_pages,
             recent_pages: self.recent_pages,
@@ -536,6 +743,18 @@ mod tests {
     }
 
     #[test]
+    fn devices_have_names_and_numbers() {
+        let of = |text: &str| Device::try_from(text.to_owned());
+        assert_eq!(of("cuda"), Ok(Device::Cuda(0)));
+        for device in [Device::Auto, Device::Cpu, Device::Cuda(3)] {
+            assert_eq!(of(&String::from(device)), Ok(device));
+        }
+        for wrong in ["gpu", "cuda:", "cuda:x", "cuda:-1", ""] {
+            assert!(of(wrong).unwrap_err().contains("cuda:N"), "{wrong}");
+        }
+    }
+
+    #[test]
     fn mistakes_are_named() {
         let dir = tempfile::tempdir().unwrap();
         let cases = [
@@ -556,6 +775,7 @@ mod tests {
             ("j.toml", "target_memory_gb = 0.0", "target_memory_gb is 0"),
             ("k.toml", "target_memory_gb = inf", "target_memory_gb is inf"),
             ("i.toml", "weights = \"int3\"", "int3"),
+            ("o.toml", "weights_cache = \"here\"", "weights_cache is here"),
             ("f.toml", "kv_cache_dtype = \"int3\"", "int3"),
             ("g.json", "{", "EOF"),
             ("h.yaml", "", ".json or .toml"),

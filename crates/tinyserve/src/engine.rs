@@ -5,21 +5,24 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tinyserve_kernels::{Cpu, CpuOptions};
+use tinyserve_kernels::{Backend, Cpu, CpuOptions, Cuda, DType};
 use tinyserve_kv::{PageSelector, PrefixIndex, PrefixOptions};
 use tinyserve_model::{
-    ChatTemplate, Checkpoint, KvCache, MemoryPlan, Model, ModelConfig, ModelError, Perplexity,
-    PerplexityWindow, Tokenizer, perplexity_windows,
+    CacheOutcome, ChatTemplate, Checkpoint, KvCache, LoadOptions, MemoryPlan, Model, ModelConfig,
+    ModelError, Perplexity, PerplexityWindow, Tokenizer, perplexity_windows,
 };
+use tinyserve_plugins::{Plugin, PluginManager};
 use tinyserve_sched::{
     AttentionChoice, Engine, EngineConfig, Event, EventStream, ModelRunner, Request, SessionInfo,
     Summary, Token,
 };
 
+use crate::request::stop_reason;
+
 use crate::{
-    AttentionMode, FinishReason, KvUsage, PlannedMemory, Prompt, RopeFrequencyDtype, Stats,
-    StreamEvent, Timings, TinyServeConfig, TinyServeError, TinyServeRequest, TinyServeResponse,
-    Weights,
+    AttentionMode, Device, FinishReason, KvUsage, Measured, Optimized, PlannedMemory, Prompt,
+    RopeFrequencyDtype, Stats, StreamEvent, Timings, TinyServeConfig, TinyServeError,
+    TinyServeRequest, TinyServeResponse, Weights,
 };
 
 /// A loaded model that answers requests, many at once.
@@ -43,8 +46,12 @@ pub struct TinyServe {
     /// Names what keys and values depend on beside tokens and layout.
     identity: String,
     weight_bytes: usize,
+    weights_cache: Option<CacheOutcome>,
+    /// Element type of the stored weights.
+    stored: DType,
     load: Duration,
     backend_name: String,
+    plugins: PluginManager,
     engine: Engine,
 }
 
@@ -60,6 +67,7 @@ pub struct TinyServeBuilder {
     config: TinyServeConfig,
     selector: Option<Arc<dyn PageSelector>>,
     checkpoint: Option<Checkpoint>,
+    plugins: PluginManager,
     cpu: CpuOptions,
 }
 
@@ -134,6 +142,20 @@ impl TinyServeBuilder {
         self
     }
 
+    /// Plugins of your own; the built-in ones are registered beside them.
+    #[must_use]
+    pub fn plugins(mut self, plugins: PluginManager) -> Self {
+        self.plugins = plugins;
+        self
+    }
+
+    /// Folder in which quantised weights are kept from one start to the next.
+    #[must_use]
+    pub fn weights_cache(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.config.weights_cache = Some(folder.into());
+        self
+    }
+
     /// A checkpoint that is open already, in place of the one that `model` names.
     #[must_use]
     pub fn checkpoint(mut self, checkpoint: Checkpoint) -> Self {
@@ -155,11 +177,23 @@ impl TinyServeBuilder {
     /// As [`Self::build`].
     pub fn build_with_progress(
         self,
-        mut progress: impl FnMut(usize, usize),
+        progress: impl FnMut(usize, usize),
     ) -> Result<TinyServe, TinyServeError> {
         let start = Instant::now();
         let config = self.config;
         config.check()?;
+        // Opened before anything is read: a device that is not there is told at once.
+        let cuda = match config.device {
+            Device::Cuda(number) => Some(Cuda::new(number)?),
+            Device::Auto | Device::Cpu => None,
+        };
+        if cuda.is_some() && config.replicas > 1 {
+            return Err(TinyServeError::Setting {
+                field: "replicas",
+                found: config.replicas.to_string(),
+                expected: "1 on a CUDA device".to_owned(),
+            });
+        }
         let replicas = config.replicas;
         let threads = config.threads.or_else(|| {
             let all = std::thread::available_parallelism().map_or(1, usize::from);
@@ -170,9 +204,10 @@ impl TinyServeBuilder {
             .map(|_| Cpu::new(CpuOptions { threads, ..self.cpu }))
             .collect::<Result<Vec<_>, _>>()?;
         let (path, threads) = (backends[0].path(), backends[0].threads());
-        let backend_name = match replicas {
-            1 => format!("CPU, {path}, {threads} threads"),
-            _ => format!("CPU, {path}, {replicas} replicas of {threads} threads"),
+        let backend_name = match (&cuda, replicas) {
+            (Some(cuda), _) => format!("cuda:{}, {}", cuda.device().ordinal, cuda.device().name),
+            (None, 1) => format!("CPU, {path}, {threads} threads"),
+            (None, _) => format!("CPU, {path}, {replicas} replicas of {threads} threads"),
         };
         let mut checkpoint = match self.checkpoint {
             Some(checkpoint) => checkpoint,
@@ -181,12 +216,11 @@ impl TinyServeBuilder {
         if config.rope_frequency_dtype == RopeFrequencyDtype::Weights {
             checkpoint.round_rope_frequencies();
         }
-        let weights = config.weights.resolve(checkpoint.dtype())?;
+        let weights = config.load_options(checkpoint.dtype())?;
         // Only text needs a tokenizer: a checkpoint without one still serves token ids.
         let tokenizer = checkpoint.tokenizer().map_err(|error| error.to_string());
         let chat_template = checkpoint.chat_template();
         let memory = PlannedMemory::new(&config, &checkpoint, threads)?;
-        let MemoryPlan { layout, pages, .. } = memory.plan;
         // What keys and values depend on beside tokens and layout.
         let identity = format!(
             "{} {} {:?}",
@@ -194,34 +228,32 @@ impl TinyServeBuilder {
             config.weights.name(checkpoint.dtype()),
             config.rope_frequency_dtype
         );
-        let policy = config.eviction_policy.resolve(&checkpoint);
-        let prefixes = PrefixOptions { identity: &identity, layout, policy, max_pages: pages };
-        let mut weight_bytes = 0;
-        let mut runners = Vec::with_capacity(replicas);
-        for (index, backend) in backends.into_iter().enumerate() {
-            let model = Model::load_as(backend, &checkpoint, weights, |done, total| {
-                progress(index * total + done, replicas * total);
-            })?;
-            weight_bytes += model.weight_bytes();
-            let mut cache = KvCache::new(model.backend(), layout, pages)?;
-            if config.enable_prefix_caching {
-                cache = cache.with_prefix_index(PrefixIndex::new(prefixes));
-            }
-            runners.push(ModelRunner::new(model, cache));
-        }
+        let loading = Loading {
+            config: &config,
+            checkpoint: &checkpoint,
+            weights,
+            plan: memory.plan,
+            identity: &identity,
+        };
         let attention = match (config.attention, self.selector) {
             (_, Some(selector)) => AttentionChoice::Custom(selector),
             (AttentionMode::Dense, None) => AttentionChoice::Dense,
             (_, None) => AttentionChoice::Policy(config.selection_policy()),
         };
+        let plugins = self.plugins;
+        config.register_plugins(&plugins)?;
         let scheduling = EngineConfig {
+            plugins: plugins.clone(),
             max_sequence_length: memory.max_sequence_length,
             attention,
             eos: checkpoint.config().eos.clone(),
             tokenizer: tokenizer.as_ref().ok().cloned(),
             ..config.scheduling()
         };
-        let engine = Engine::start_replicas("tinyserve-engine", runners, &scheduling)?;
+        let (engine, weight_bytes, weights_cache) = match cuda {
+            Some(cuda) => loading.start(vec![cuda], &scheduling, progress)?,
+            None => loading.start(backends, &scheduling, progress)?,
+        };
         Ok(TinyServe {
             model: checkpoint.config().clone(),
             tokenizer,
@@ -229,11 +261,57 @@ impl TinyServeBuilder {
             memory,
             identity,
             weight_bytes,
+            weights_cache,
+            stored: checkpoint.dtype(),
             load: start.elapsed(),
             backend_name,
+            plugins,
             engine,
             config,
         })
+    }
+}
+
+/// What models are loaded from, whatever the device.
+struct Loading<'a> {
+    config: &'a TinyServeConfig,
+    checkpoint: &'a Checkpoint,
+    weights: LoadOptions,
+    plan: MemoryPlan,
+    identity: &'a str,
+}
+
+impl Loading<'_> {
+    /// Loads the model onto each of `backends` and starts their engine; gives the bytes of all
+    /// weights, and what became of their cache, too.
+    fn start<B: Backend + 'static>(
+        &self,
+        backends: Vec<B>,
+        scheduling: &EngineConfig,
+        mut progress: impl FnMut(usize, usize),
+    ) -> Result<(Engine, usize, Option<CacheOutcome>), TinyServeError> {
+        let Self { config, checkpoint, weights, plan, identity } = self;
+        let MemoryPlan { layout, pages, .. } = *plan;
+        let policy = config.eviction_policy.resolve(checkpoint);
+        let prefixes = PrefixOptions { identity, layout, policy, max_pages: pages };
+        let replicas = backends.len();
+        let (mut weight_bytes, mut weights_cache) = (0, None);
+        let mut runners = Vec::with_capacity(replicas);
+        for (index, backend) in backends.into_iter().enumerate() {
+            let model = Model::load_with(backend, checkpoint, weights, |done, total| {
+                progress(index * total + done, replicas * total);
+            })?;
+            weight_bytes += model.weight_bytes();
+            // The first one may have quantised and written what the others use.
+            weights_cache = weights_cache.or_else(|| model.weights_cache().cloned());
+            let mut cache = KvCache::new(model.backend(), layout, pages)?;
+            if config.enable_prefix_caching {
+                cache = cache.with_prefix_index(PrefixIndex::new(prefixes));
+            }
+            runners.push(ModelRunner::new(model, cache));
+        }
+        let engine = Engine::start_replicas("tinyserve-engine", runners, scheduling)?;
+        Ok((engine, weight_bytes, weights_cache))
     }
 }
 
@@ -274,6 +352,12 @@ impl TinyServe {
         &self.backend_name
     }
 
+    /// What became of the cache of weights, where one was asked for.
+    #[must_use]
+    pub fn weights_cache(&self) -> Option<&CacheOutcome> {
+        self.weights_cache.as_ref()
+    }
+
     /// How long loading took.
     #[must_use]
     pub fn load_time(&self) -> Duration {
@@ -303,6 +387,24 @@ impl TinyServe {
     #[must_use]
     pub fn engine(&self) -> &Engine {
         &self.engine
+    }
+
+    /// The plugins: registers more, switches them, tells what they did.
+    #[must_use]
+    pub fn plugins(&self) -> &PluginManager {
+        &self.plugins
+    }
+
+    /// Registers a plugin, enabled, for requests from now on.
+    ///
+    /// # Errors
+    /// When there is one of this name.
+    pub fn register_plugin(
+        &self,
+        name: impl Into<String>,
+        plugin: impl Plugin + 'static,
+    ) -> Result<(), TinyServeError> {
+        Ok(self.plugins.register(name, plugin)?)
     }
 
     /// Answers a request.
@@ -337,6 +439,7 @@ impl TinyServe {
                 Event::Token(token) => (answer.push(token), None),
                 Event::Finished(finished) => {
                     let reason = FinishReason::from(&finished);
+                    answer.stop_reason = finished.stop_reason.clone().and_then(stop_reason);
                     (answer.rest(&finished.summary), Some((reason, finished.summary)))
                 }
                 Event::Aborted(summary) => {
@@ -382,6 +485,7 @@ impl TinyServe {
             ignore_eos: request.ignore_eos,
             priority: request.priority,
             session: request.session_id,
+            plugins: request.plugins,
             ..Request::new(prompt)
         })?)
     }
@@ -514,6 +618,21 @@ impl TinyServe {
         }
     }
 
+    /// One step towards the targets of the settings: a changed copy of them, with reasons. What
+    /// `measured` leaves out is taken from the counters.
+    #[must_use]
+    pub fn get_optimized_config(&self, measured: Measured) -> Optimized {
+        let stats = self.engine.stats();
+        let per_token = stats.tpot.mean().map(|seconds| seconds * 1e3);
+        let pages = (stats.pages_used + stats.pages_idle) as f64;
+        let pages = pages * self.engine.limits().bytes_per_page as f64;
+        let measured = Measured {
+            latency_ms: measured.latency_ms.or(per_token),
+            memory_gb: measured.memory_gb.or(Some((self.weight_bytes as f64 + pages) / 1e9)),
+        };
+        self.config.optimized(measured, self.stored)
+    }
+
     fn response(
         &self,
         answer: Answer,
@@ -534,6 +653,7 @@ impl TinyServe {
             prompt_tokens: usage.prompt_tokens,
             cached_tokens: usage.cached_tokens,
             finish_reason,
+            stop_reason: answer.stop_reason,
             latency_ms: milliseconds(timings.e2e),
             memory_usage_gb: (self.weight_bytes + bytes_resident) as f64 / 1e9,
             // No measurement means that no step left a page out, so nothing was missed.
@@ -553,6 +673,8 @@ impl TinyServe {
                 bytes_dense: stats.bytes_dense,
                 bytes_read_ratio: stats.bytes_ratio(),
                 recall: stats.recall(),
+                pruned_tokens: summary.kv.pruned_tokens,
+                pruned_bytes: summary.kv.pruned_bytes,
             },
         }
     }
@@ -570,6 +692,7 @@ struct Answer {
     text: String,
     tokens: Vec<u32>,
     logprobs: Vec<f32>,
+    stop_reason: Option<String>,
 }
 
 impl Answer {

@@ -6,6 +6,7 @@ use thiserror::Error;
 use tinyserve_kernels::KernelError;
 use tinyserve_kv::KvError;
 use tinyserve_model::ModelError;
+use tinyserve_plugins::PluginError;
 use tinyserve_sched::{AdmissionError, Failure};
 
 /// Why TinyServe refused or failed.
@@ -47,12 +48,26 @@ pub enum TinyServeError {
     /// The cache.
     #[error(transparent)]
     Kv(#[from] KvError),
+    /// A plugin could not be registered or switched.
+    #[error(transparent)]
+    Plugin(PluginError),
     /// The scheduler does not take the request.
     #[error(transparent)]
     Admission(AdmissionError),
     /// The request failed; no other is affected.
     #[error(transparent)]
     Failed(#[from] Failure),
+}
+
+impl From<PluginError> for TinyServeError {
+    fn from(error: PluginError) -> Self {
+        match error {
+            PluginError::Invalid { what, found, expected } => {
+                Self::Setting { field: what, found, expected }
+            }
+            error => Self::Plugin(error),
+        }
+    }
 }
 
 impl From<AdmissionError> for TinyServeError {

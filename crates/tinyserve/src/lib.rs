@@ -5,15 +5,17 @@ mod config;
 mod engine;
 mod error;
 pub mod memory;
+mod optimize;
 mod plan;
 mod request;
 
 pub use config::{
-    AttentionMode, Device, EvictionName, GroupReduceName, KvCacheDtype, RopeFrequencyDtype,
-    ScorerName, TinyServeConfig, Weights,
+    ApproximateAttention, AttentionMode, Device, EntropySignalName, EvictionName, GroupReduceName,
+    KvCacheDtype, RopeFrequencyDtype, ScorerName, TinyServeConfig, Weights,
 };
 pub use engine::{TinyServe, TinyServeBuilder};
 pub use error::TinyServeError;
+pub use optimize::{Measured, Optimized};
 pub use plan::PlannedMemory;
 pub use request::{
     FinishReason, KvUsage, Prompt, Stats, StreamEvent, Timings, TinyServeRequest, TinyServeResponse,
@@ -25,5 +27,7 @@ pub use tinyserve_kernels as kernels;
 pub use tinyserve_kv as kv;
 /// Checkpoints, tokenizers, the forward pass, sampling.
 pub use tinyserve_model as model;
+/// What can be hooked into the decoding of a request.
+pub use tinyserve_plugins as plugins;
 /// The scheduler: the engine that requests run on, its events, sessions and counters.
 pub use tinyserve_sched as sched;

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 use tinyserve_model::SamplingParams;
-use tinyserve_sched::Finished;
+use tinyserve_sched::{Finished, StopReason};
 
 /// A prompt as text or as token ids.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,6 +49,8 @@ pub struct TinyServeRequest {
     /// The session that the request belongs to: its pages stay for the session's next request, which
     /// computes only what is new.
     pub session_id: Option<String>,
+    /// Plugins that this request uses, or does not, whatever the engine does.
+    pub plugins: Vec<(String, bool)>,
     /// The caller's name for the request; one is made up when it is empty.
     pub request_id: String,
 }
@@ -65,6 +67,7 @@ impl TinyServeRequest {
             ignore_eos: false,
             priority: 0,
             session_id: None,
+            plugins: Vec::new(),
             request_id: String::new(),
         }
     }
@@ -125,6 +128,13 @@ impl TinyServeRequest {
         self
     }
 
+    /// Uses a plugin for this request, or does not, whatever the engine does.
+    #[must_use]
+    pub fn plugin(mut self, name: impl Into<String>, enabled: bool) -> Self {
+        self.plugins.push((name.into(), enabled));
+        self
+    }
+
     /// Names the request.
     #[must_use]
     pub fn request_id(mut self, request_id: impl Into<String>) -> Self {
@@ -136,7 +146,7 @@ impl TinyServeRequest {
 /// Why a request ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum FinishReason {
-    /// A stop token or a stop text.
+    /// A stop token, a stop text or a plugin.
     Stop,
     /// The token limit or the context's end.
     Length,
@@ -162,6 +172,16 @@ impl From<&Finished> for FinishReason {
             tinyserve_sched::FinishReason::Stop => Self::Stop,
             tinyserve_sched::FinishReason::Length => Self::Length,
         }
+    }
+}
+
+/// What stopped an answer, in a word; see [`TinyServeResponse::stop_reason`].
+pub(crate) fn stop_reason(reason: StopReason) -> Option<String> {
+    match reason {
+        StopReason::EndOfSequence(_) => None,
+        StopReason::Token(id) => Some(id.to_string()),
+        StopReason::Text(text) => Some(text),
+        StopReason::Plugin { reason, .. } => Some(reason),
     }
 }
 
@@ -224,6 +244,10 @@ pub struct KvUsage {
     /// Share of the dense attention mass that the selected pages held, measured on sampled steps;
     /// null when no step selected.
     pub recall: Option<f64>,
+    /// Tokens that plugins removed from its cache.
+    pub pruned_tokens: u64,
+    /// Bytes of the pages that it gave back then.
+    pub pruned_bytes: u64,
 }
 
 /// A finished request.
@@ -243,6 +267,9 @@ pub struct TinyServeResponse {
     pub cached_tokens: usize,
     /// Why it ended.
     pub finish_reason: FinishReason,
+    /// What stopped it: a stop text, a stop token's number, or a plugin's reason. `None` for an
+    /// end-of-sequence token, and when nothing stopped it.
+    pub stop_reason: Option<String>,
     /// Milliseconds from submission to the last token.
     pub latency_ms: f64,
     /// Weights and the request's pages, in units of 10⁹ bytes.

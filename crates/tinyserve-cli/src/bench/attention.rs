@@ -1,61 +1,62 @@
 //! `tinyserve bench attention`: one attention step alone, sparse beside dense.
 
-use std::fmt::Write;
-use std::time::Instant;
+mod cache;
+mod table;
 
-use anyhow::{Result, anyhow};
-use clap::{Args, ValueEnum};
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, anyhow};
+use clap::Args;
 use serde::Serialize;
-use tinyserve::kernels::{
-    AppendKvArgs, AttendArgs, AttendSequence, AttendStats, Attention, Backend, Cpu, CpuOptions,
-    CpuPath, DType, Heads,
-};
-use tinyserve::kv::{
-    Budget, HostPages, KvError, KvLayout, KvShape, PagePool, PageTable, SelectionPolicy, Slot,
-};
-use tinyserve::model::SyntheticNormal;
+use tinyserve::kernels::{AttendStats, Attention, Cpu, CpuOptions, CpuPath, DType};
+use tinyserve::kv::{Budget, SelectionPolicy};
 use tinyserve::{KvCacheDtype, TinyServeError};
 
 use super::bandwidth::read_bandwidth;
 use super::latency::Format;
-use super::report::table;
+use super::report;
 use super::statistics::{deviation, mean, median};
-use crate::exit::{Usage, out_of_range};
-use crate::units::percent;
-use crate::{memory, output, units, values};
+use crate::exit::{Quiet, Usage, out_of_range};
+use crate::interrupt::Interrupt;
+use crate::progress::Progress;
+use crate::{output, values};
 
-/// Keys and values of all layers together are at least this large, so that they come from memory
-/// and not from a cache.
-const LEAST_BYTES: usize = 384 << 20;
-/// Tokens that are written at a time.
-const FILL_TOKENS: usize = 256;
+use cache::{Bench, Placement, Setup};
+use table::{crossovers, lines, markdown};
 
 #[derive(Debug, Args)]
 pub(crate) struct AttentionArgs {
     /// Query heads.
     #[arg(long, value_name = "N", default_value = "32", value_parser = values::size)]
     q_heads: usize,
-    /// Key/value heads, a divisor of the query heads.
-    #[arg(long, value_name = "N", default_value = "4", value_parser = values::size)]
-    kv_heads: usize,
+    /// Key/value heads, divisors of the query heads.
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "4",
+          value_parser = values::size)]
+    kv_heads: Vec<usize>,
     /// Channels of one head.
     #[arg(long, value_name = "N", default_value = "64", value_parser = values::size)]
     head_dim: usize,
     /// Tokens of each sequence in the cache.
-    #[arg(long, value_name = "N", default_value = "32k", value_parser = values::size)]
-    tokens: usize,
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "32k",
+          value_parser = values::size)]
+    tokens: Vec<usize>,
     /// Sequences, which grew side by side and attend in one step.
     #[arg(long, value_name = "N", default_value = "1", value_parser = values::size)]
     sequences: usize,
     /// Where the pages of sequences that grow side by side lie.
     #[arg(long, value_name = "WHERE", default_value = "groups")]
     placement: Placement,
-    /// Tokens of one page.
-    #[arg(long, value_name = "TOKENS", default_value = "16", value_parser = values::size)]
-    page_size: usize,
-    /// Element type of keys and values: f32, f16 or bf16.
-    #[arg(long, value_name = "DTYPE", default_value = "f16", value_parser = values::kv_cache_dtype)]
-    kv_cache_dtype: KvCacheDtype,
+    /// Tokens of one page [default: 16].
+    #[arg(long, value_name = "TOKENS,…", value_delimiter = ',', value_parser = values::size)]
+    page_size: Vec<usize>,
+    /// Pages of each sequence, instead of the size of one.
+    #[arg(long, value_name = "N", conflicts_with = "page_size", value_parser = values::size)]
+    num_pages: Option<usize>,
+    /// How keys and values are stored: f32, f16, bf16, int8 or int4.
+    #[arg(long, value_name = "DTYPE,…", value_delimiter = ',', default_value = "f16",
+          value_parser = values::kv_cache_dtype)]
+    kv_cache_dtype: Vec<KvCacheDtype>,
     /// Shares of the pages to read; each takes turns with dense attention.
     #[arg(
         long,
@@ -65,9 +66,15 @@ pub(crate) struct AttentionArgs {
         allow_negative_numbers = true
     )]
     ratios: Vec<f64>,
-    /// Counted runs, after one that is not counted.
+    /// Counted runs.
     #[arg(short, long, value_name = "N", default_value = "9", value_parser = values::size)]
     repetitions: usize,
+    /// Runs before them that are not counted.
+    #[arg(long, value_name = "N", default_value = "1", value_parser = values::size)]
+    warm_ups: usize,
+    /// Draws the speed-up over dense attention against the tokens in the cache into an .svg file.
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
     /// What to print.
     #[arg(short, long, value_name = "FORMAT", default_value = "md")]
     output: Format,
@@ -78,45 +85,6 @@ pub(crate) struct AttentionArgs {
     /// [default: the best there is].
     #[arg(long, value_name = "PATH", env = "TINYSERVE_CPU", value_parser = values::cpu_path)]
     cpu: Option<CpuPath>,
-}
-
-/// Where the pages of sequences lie that take turns to grow.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "lowercase")]
-enum Placement {
-    /// In whole groups of neighbours, as the pool hands them out.
-    Groups,
-    /// In turn, each page beside another sequence's, as a pool without groups would.
-    Alternating,
-}
-
-impl Placement {
-    /// The tables of `sequences` sequences of `pages` pages each, and room for nothing else.
-    fn grow(
-        self,
-        sequences: usize,
-        (tokens, page_size): (usize, usize),
-        pages: usize,
-    ) -> Result<Vec<PageTable>, KvError> {
-        let mut pool = PagePool::new(pages)?;
-        let mut tables: Vec<_> = (0..sequences).map(|_| PageTable::new(page_size)).collect();
-        let mut taken = Vec::new();
-        if self == Self::Alternating {
-            while let Ok(page) = pool.allocate() {
-                taken.push(page);
-            }
-        }
-        let mut next = taken.into_iter();
-        for first in (0..tokens).step_by(page_size) {
-            for table in &mut tables {
-                // The only free page is the one that the table gets.
-                next.next().map(|page| pool.release(page));
-                // Nobody shares these pages, so there is none to copy.
-                let _ = table.extend(&mut pool, page_size.min(tokens - first))?;
-            }
-        }
-        Ok(tables)
-    }
 }
 
 /// One way to attend, and its measurements.
@@ -136,9 +104,16 @@ struct Row {
     n_layers: usize,
     attention: &'static str,
     selection_ratio: Option<f64>,
+    avg_attention_time_ms: f64,
+    /// Tokens in the cache over the average time.
+    throughput_tokens_per_ms: f64,
     avg_ns: f64,
     stddev_ns: f64,
     median_ns: f64,
+    /// Scoring boxes, turning scores into lists, and reading the pages, in a run of its own.
+    score_ns: f64,
+    select_ns: f64,
+    attend_ns: f64,
     /// Bytes of keys, values and boxes that one step reads.
     bytes_per_step: f64,
     gb_s: f64,
@@ -155,22 +130,12 @@ struct Row {
     byte_ceiling: f64,
 }
 
-/// A cache of several layers, filled, and a query.
-struct Bench {
-    backend: Cpu,
-    heads: Heads,
-    layers: usize,
-    pages: HostPages,
-    tables: Vec<PageTable>,
-    tokens: usize,
-}
+/// Tokens of one page unless asked for.
+const PAGE_SIZE: usize = 16;
 
-/// Measures and prints.
+/// Measures every combination and prints.
 pub(crate) fn attention(args: &AttentionArgs) -> Result<()> {
     check(args)?;
-    let options = CpuOptions { threads: args.threads, path: args.cpu };
-    let backend = Cpu::new(options).map_err(TinyServeError::from)?;
-    let (threads, path) = (backend.threads(), backend.path().name());
     let mut modes = vec![None];
     for &ratio in &args.ratios {
         let policy = SelectionPolicy {
@@ -182,88 +147,166 @@ pub(crate) fn attention(args: &AttentionArgs) -> Result<()> {
         policy.check().map_err(|_| out_of_range("--ratios", ratio, "above 0 and at most 1"))?;
         modes.push(Some(policy));
     }
-    let bench = Bench::new(backend, args)?;
+    let setups = setups(args);
+    let mut bandwidth = None;
+    let mut rows = Vec::new();
+    let interrupt = Interrupt::listen()?;
+    let mut progress = Progress::new("caches");
+    for (done, &setup) in setups.iter().enumerate() {
+        progress.update(done, setups.len());
+        rows.extend(measure(args, setup, &modes, &mut bandwidth)?);
+        if interrupt.pressed() {
+            break;
+        }
+    }
+    progress.finish();
+    match args.output {
+        Format::Md => output::text(&format!("{}{}", markdown(&rows), crossovers(&rows)))?,
+        Format::Csv => output::text(&report::table(&rows)?)?,
+        Format::Json => output::json(&rows)?,
+    }
+    if let Some(file) = &args.plot {
+        let title = "Speed-up of an attention step over dense attention";
+        let svg =
+            tinyserve_lab::lines(title, ("tokens in the cache", "times as fast"), &lines(&rows));
+        let svg = svg.map_err(|error| anyhow!("{error}"))?;
+        fs::write(file, svg).with_context(|| format!("{} cannot be written", file.display()))?;
+    }
+    if interrupt.pressed() { Err(Quiet::Interrupted.into()) } else { Ok(()) }
+}
+
+fn setups(args: &AttentionArgs) -> Vec<Setup> {
+    let mut setups = Vec::new();
+    for &kv_cache_dtype in &args.kv_cache_dtype {
+        for &kv_heads in &args.kv_heads {
+            for &tokens in &args.tokens {
+                let sizes = match args.num_pages {
+                    Some(pages) => vec![tokens.div_ceil(pages)],
+                    None if args.page_size.is_empty() => vec![PAGE_SIZE],
+                    None => args.page_size.clone(),
+                };
+                setups.extend(sizes.into_iter().map(|page_size| Setup {
+                    q_heads: args.q_heads,
+                    kv_heads,
+                    head_dim: args.head_dim,
+                    tokens,
+                    sequences: args.sequences,
+                    placement: args.placement,
+                    page_size,
+                    kv_cache_dtype,
+                }));
+            }
+        }
+    }
+    setups
+}
+
+/// Dense attention and each policy over one cache, in turns.
+fn measure(
+    args: &AttentionArgs,
+    setup: Setup,
+    modes: &[Option<SelectionPolicy>],
+    bandwidth: &mut Option<f64>,
+) -> Result<Vec<Row>> {
+    let options = CpuOptions { threads: args.threads, path: args.cpu };
+    let backend = Cpu::new(options).map_err(TinyServeError::from)?;
+    let (threads, path) = (backend.threads(), backend.path().name());
+    let bench = Bench::new(backend, &setup)?;
     let mut samples = vec![Vec::new(); modes.len()];
     let mut stats = vec![AttendStats::default(); modes.len()];
-    for run in 0..=args.repetitions {
+    for run in 0..args.warm_ups + args.repetitions {
         for (i, mode) in modes.iter().enumerate() {
             let (seconds, of_run) =
                 bench.run(mode.as_ref().map_or(Attention::Dense, Attention::Policy))?;
-            // The first run warms up.
-            if run > 0 {
+            if run >= args.warm_ups {
                 samples[i].push(1e9 * seconds / bench.layers as f64);
             }
             stats[i] = of_run;
         }
     }
     let layers = bench.layers;
-    let fma = bench.backend.measure_fma();
-    let element = bench.pages.layout().shape().format.element_bytes();
-    let operations = 2.0 * bench.heads.group() as f64 / element as f64;
-    drop(bench);
-    let bandwidth = read_bandwidth(threads);
-    let (dense, dense_bytes) = (median(&samples[0]), stats[0].bytes_read as f64);
-    let rows: Vec<_> = modes
-        .iter()
-        .zip(samples.iter().zip(&stats))
-        .map(|(mode, (samples, stats))| {
-            let (time, bytes) = (median(samples), stats.bytes_read as f64 / layers as f64);
-            let ratio = mode.as_ref().and_then(|policy| match policy.budget {
-                Budget::Ratio(ratio) => Some(ratio),
-                Budget::Tokens(_) | Budget::TopP(_) => None,
-            });
-            Row {
-                q_heads: args.q_heads,
-                kv_heads: args.kv_heads,
-                head_dim: args.head_dim,
-                n_tokens: args.tokens,
-                n_sequences: args.sequences,
-                placement: args.placement,
-                page_size: args.page_size,
-                kv_cache_dtype: args.kv_cache_dtype.resolve(DType::F16).name(),
-                n_threads: threads,
-                cpu_path: path,
-                n_layers: layers,
-                attention: if ratio.is_some() { "sparse" } else { "dense" },
-                selection_ratio: ratio,
-                avg_ns: mean(samples),
-                stddev_ns: deviation(samples),
-                median_ns: time,
-                bytes_per_step: bytes,
-                gb_s: bytes / time,
-                read_bandwidth_gb_s: bandwidth / 1e9,
-                roofline_fraction: 1e9 * bytes / time / bandwidth,
-                fma_fraction: fma.map(|fma| 1e9 * bytes * operations / time / fma),
-                fma_gflop_s: fma.map(|fma| fma / 1e9),
-                speedup: dense / time,
-                byte_ceiling: dense_bytes / stats.bytes_read as f64,
-            }
-        })
-        .collect();
-    match args.output {
-        Format::Md => output::text(&markdown(&rows)),
-        Format::Csv => output::text(&table(&rows)?),
-        Format::Json => output::json(&rows),
+    bench.backend.time_selection(true);
+    let mut splits = Vec::new();
+    for mode in modes {
+        bench.backend.take_selection_times();
+        let (seconds, _) = bench.run(mode.as_ref().map_or(Attention::Dense, Attention::Policy))?;
+        let times = bench.backend.take_selection_times();
+        let per_layer = |seconds: f64| 1e9 * seconds / layers as f64;
+        let [score, select] = [times.score, times.select].map(|time| per_layer(time.as_secs_f64()));
+        splits.push((score, select, per_layer(seconds) - score - select));
     }
+    let fma = bench.backend.measure_fma();
+    // A multiply and an add for each query head, for each element of a page's keys and values.
+    let operations = (4 * bench.heads.group() * bench.pages.layout().head_elements()) as f64;
+    drop(bench);
+    let bandwidth = *bandwidth.get_or_insert_with(|| read_bandwidth(threads));
+    let (dense, dense_bytes) = (median(&samples[0]), stats[0].bytes_read as f64);
+    let rows = modes.iter().enumerate().map(|(i, mode)| {
+        let (samples, stats, split) = (&samples[i], &stats[i], splits[i]);
+        let (time, bytes) = (median(samples), stats.bytes_read as f64 / layers as f64);
+        let ratio = mode.as_ref().and_then(|policy| match policy.budget {
+            Budget::Ratio(ratio) => Some(ratio),
+            Budget::Tokens(_) | Budget::TopP(_) => None,
+        });
+        Row {
+            q_heads: setup.q_heads,
+            kv_heads: setup.kv_heads,
+            head_dim: setup.head_dim,
+            n_tokens: setup.tokens,
+            n_sequences: setup.sequences,
+            placement: setup.placement,
+            page_size: setup.page_size,
+            kv_cache_dtype: setup.kv_cache_dtype.resolve(DType::F16).name(),
+            n_threads: threads,
+            cpu_path: path,
+            n_layers: layers,
+            attention: if ratio.is_some() { "sparse" } else { "dense" },
+            selection_ratio: ratio,
+            avg_attention_time_ms: mean(samples) / 1e6,
+            throughput_tokens_per_ms: 1e6 * setup.tokens as f64 / mean(samples),
+            avg_ns: mean(samples),
+            stddev_ns: deviation(samples),
+            median_ns: time,
+            score_ns: split.0,
+            select_ns: split.1,
+            attend_ns: split.2,
+            bytes_per_step: bytes,
+            gb_s: bytes / time,
+            read_bandwidth_gb_s: bandwidth / 1e9,
+            roofline_fraction: 1e9 * bytes / time / bandwidth,
+            fma_fraction: fma.map(|fma| {
+                let pages = stats.pages_read as f64 / layers as f64;
+                1e9 * pages * operations / time / fma
+            }),
+            fma_gflop_s: fma.map(|fma| fma / 1e9),
+            speedup: dense / time,
+            byte_ceiling: dense_bytes / stats.bytes_read as f64,
+        }
+    });
+    Ok(rows.collect())
 }
 
 fn check(args: &AttentionArgs) -> Result<()> {
-    for (flag, value) in [
+    let lists = [
+        ("--kv-heads", &args.kv_heads),
+        ("--tokens", &args.tokens),
+        ("--page-size", &args.page_size),
+    ];
+    let lists = lists.into_iter().flat_map(|(flag, list)| list.iter().map(move |&n| (flag, n)));
+    let single = [
         ("--q-heads", args.q_heads),
-        ("--kv-heads", args.kv_heads),
         ("--head-dim", args.head_dim),
-        ("--tokens", args.tokens),
         ("--sequences", args.sequences),
-        ("--page-size", args.page_size),
         ("--repetitions", args.repetitions),
-    ] {
+        ("--num-pages", args.num_pages.unwrap_or(1)),
+    ];
+    for (flag, value) in single.into_iter().chain(lists) {
         if value == 0 {
             return Err(out_of_range(flag, 0, "at least 1"));
         }
     }
-    if !args.q_heads.is_multiple_of(args.kv_heads) {
-        let (heads, kv_heads) = (args.q_heads, args.kv_heads);
-        let sentence = format!("--kv-heads is {kv_heads}, expected a divisor of {heads}");
+    for kv_heads in args.kv_heads.iter().filter(|&&n| !args.q_heads.is_multiple_of(n)) {
+        let sentence = format!("--kv-heads is {kv_heads}, expected a divisor of {}", args.q_heads);
         return Err(Usage(sentence).into());
     }
     if args.placement == Placement::Alternating && args.sequences == 1 {
@@ -272,134 +315,10 @@ fn check(args: &AttentionArgs) -> Result<()> {
     if args.cpu == Some(CpuPath::Scalar) && args.threads.is_some_and(|threads| threads > 1) {
         return Err(out_of_range("--threads", args.threads.unwrap_or(0), "1 with --cpu scalar"));
     }
-    Ok(())
-}
-
-impl Bench {
-    fn new(backend: Cpu, args: &AttentionArgs) -> Result<Self> {
-        let shape = |layers| KvShape {
-            layers,
-            kv_heads: args.kv_heads,
-            head_dim: args.head_dim,
-            page_size: args.page_size,
-            format: args.kv_cache_dtype.resolve(DType::F16),
-        };
-        let layout = |layers| KvLayout::new(shape(layers)).map_err(TinyServeError::from);
-        let tokens = args.tokens.saturating_mul(args.sequences);
-        let of_one = layout(1)?.bytes_per_token().saturating_mul(tokens);
-        let layers = LEAST_BYTES.div_ceil(of_one);
-        let layout = layout(layers)?;
-        let count = layout.pages_for(args.tokens).saturating_mul(args.sequences);
-        let needed = layout.bytes_per_page().saturating_mul(count) as u64;
-        if let Some(available) = memory::available().filter(|&available| needed > available) {
-            let [needed, available] = [needed, available].map(units::bytes);
-            return Err(anyhow!(
-                "--tokens {} needs {needed}, expected at most the {available} that this machine \
-                 has available",
-                args.tokens,
-            ));
+    match &args.plot {
+        Some(file) if file.extension().is_none_or(|extension| extension != "svg") => {
+            Err(out_of_range("--plot", file.display(), "a file that ends in .svg"))
         }
-        let heads =
-            Heads { q_heads: args.q_heads, kv_heads: args.kv_heads, head_dim: args.head_dim };
-        let mut pages = backend.allocate_pages(layout, count).map_err(TinyServeError::from)?;
-        let size = (args.tokens, args.page_size);
-        let tables =
-            args.placement.grow(args.sequences, size, count).map_err(TinyServeError::from)?;
-        let mut random = SyntheticNormal::new(0, "keys and values");
-        let mut qkv = backend.tensor(heads.qkv_width());
-        for table in &tables {
-            for first in (0..args.tokens).step_by(FILL_TOKENS) {
-                let rows = FILL_TOKENS.min(args.tokens - first);
-                backend.upload(&random_rows(heads, rows, &mut random), &mut qkv);
-                let slots: Vec<Slot> = (first..first + rows).map(|i| table.slot(i)).collect();
-                for layer in 0..layers {
-                    let (qkv, slots, pages) = (&qkv, slots.as_slice(), &mut pages);
-                    backend.append_kv(AppendKvArgs { layer, heads, qkv, slots, pages });
-                }
-            }
-        }
-        Ok(Self { backend, heads, layers, pages, tables, tokens: args.tokens })
+        _ => Ok(()),
     }
-
-    /// Seconds of one step through all layers, and what it read.
-    fn run(&self, attention: Attention<'_>) -> Result<(f64, AttendStats)> {
-        let mut random = SyntheticNormal::new(0, "queries");
-        let mut qkv = self.backend.tensor(self.heads.qkv_width());
-        let rows = self.tables.len();
-        self.backend.upload(&random_rows(self.heads, rows, &mut random), &mut qkv);
-        let mut out = self.backend.tensor(self.heads.q_columns().len());
-        let tables = self.tables.iter().enumerate();
-        let sequences: Vec<_> = tables
-            .map(|(row, table)| AttendSequence {
-                rows: row..row + 1,
-                first_position: self.tokens - 1,
-                pages: table.pages(),
-                attention,
-            })
-            .collect();
-        let mut stats = AttendStats::default();
-        let start = Instant::now();
-        for layer in 0..self.layers {
-            let args = AttendArgs {
-                layer,
-                heads: self.heads,
-                qkv: &qkv,
-                scale: (self.heads.head_dim as f32).sqrt().recip(),
-                sequences: &sequences,
-                pages: &self.pages,
-                measure_recall: false,
-                sequence_stats: None,
-                observe: None,
-                out: &mut out,
-            };
-            stats.add(&self.backend.attend(args).map_err(TinyServeError::from)?);
-        }
-        Ok((start.elapsed().as_secs_f64(), stats))
-    }
-}
-
-fn random_rows(heads: Heads, rows: usize, random: &mut SyntheticNormal) -> Vec<f32> {
-    (0..rows * heads.qkv_width()).map(|_| random.sample()).collect()
-}
-
-/// How many there are, and where their pages lie.
-fn sequences(row: &Row) -> String {
-    match (row.n_sequences, row.placement) {
-        (1, _) => "1".to_owned(),
-        (n, Placement::Groups) => format!("{n} in groups"),
-        (n, Placement::Alternating) => format!("{n} alternating"),
-    }
-}
-
-fn markdown(rows: &[Row]) -> String {
-    let mut text = "| heads | head dim | tokens | sequences | page | kv | threads | attention | µs | GB/s \
-                    | of bandwidth | of FMA | speed-up | byte ceiling |\n\
-                    | --- | ---: | ---: | --- | ---: | --- | ---: | --- | ---: | ---: | ---: | ---: \
-                    | ---: | ---: |\n"
-        .to_owned();
-    for row in rows {
-        let ratio = row.selection_ratio.map_or(String::new(), |ratio| format!(" {ratio}"));
-        let _ = writeln!(
-            text,
-            "| {}/{} | {} | {} | {} | {} | {} | {} | {}{ratio} | {:.1} ± {:.1} | {:.1} | {} | {} \
-             | {:.2} | {:.2} |",
-            row.q_heads,
-            row.kv_heads,
-            row.head_dim,
-            row.n_tokens,
-            sequences(row),
-            row.page_size,
-            row.kv_cache_dtype,
-            row.n_threads,
-            row.attention,
-            row.median_ns / 1e3,
-            row.stddev_ns / 1e3,
-            row.gb_s,
-            percent(row.roofline_fraction),
-            row.fma_fraction.map_or("—".to_owned(), percent),
-            row.speedup,
-            row.byte_ceiling,
-        );
-    }
-    text
 }

@@ -4,7 +4,7 @@ use anyhow::{Result, anyhow};
 use clap::{Args, ValueEnum};
 use tinyserve::kernels::{Attention, Profiled};
 use tinyserve::kv::{Budget, PageTable, SelectionPolicy};
-use tinyserve::model::{Checkpoint, KvCache, Model};
+use tinyserve::model::{Checkpoint, KvCache, LargestStep, MemoryPlan, Model};
 use tinyserve::{AttentionMode, TinyServeConfig, TinyServeError};
 
 use super::bandwidth::read_bandwidth;
@@ -231,7 +231,7 @@ pub(super) fn load(
     fill: DepthFill,
 ) -> Result<(Runner, Setup)> {
     let backend = forward.device.backend(config)?;
-    let weights = config.weights.resolve(checkpoint.dtype())?;
+    let weights = config.load_options(checkpoint.dtype())?;
     let mut setup = Setup {
         model: name,
         model_size: 0,
@@ -244,6 +244,7 @@ pub(super) fn load(
         page_size: config.page_size,
         depth_fill: fill.name(),
         kv_bytes: 0,
+        planned_bytes: 0,
         streamed_bytes: 0,
     };
     let device = format!("CPU, {}, {} threads", backend.path(), backend.threads());
@@ -253,14 +254,22 @@ pub(super) fn load(
     let build = || {
         let format = config.kv_cache_dtype.resolve(checkpoint.dtype());
         let layout = checkpoint.config().kv_layout(config.page_size, format)?;
-        let backend = Profiled::new(backend);
-        let model = Model::load_as(backend, checkpoint, weights, |done, total| {
-            progress.update(done, total);
-        })?;
-        setup.model_size = model.weight_bytes() as u64;
-        setup.streamed_bytes = model.streamed_bytes() as u64;
         // A page more for each sequence: its copy of the depth's open page.
         let pages = sequences * (layout.pages_for(longest) + 1);
+        let (tokens, threads) = (config.attention_chunk_size, backend.threads());
+        let largest = LargestStep { tokens, logits: sequences, threads };
+        // Made in memory, the stored weights are there already; the plan counts them itself.
+        let made = if checkpoint.is_in_memory() { checkpoint.weight_bytes() as u64 } else { 0 };
+        let process = memory::resident().unwrap_or(0).saturating_sub(made);
+        let plan = MemoryPlan::new(checkpoint, weights.format, layout, largest, pages);
+        setup.planned_bytes = plan.process_bytes(process).total_bytes();
+        let backend = Profiled::new(backend);
+        let model = Model::load_with(backend, checkpoint, &weights, |done, total| {
+            progress.update(done, total);
+        })?;
+        forward.device.tell_of_cache(model.weights_cache());
+        setup.model_size = model.weight_bytes() as u64;
+        setup.streamed_bytes = model.streamed_bytes() as u64;
         setup.kv_bytes = (pages * layout.bytes_per_page()) as u64;
         let cache = KvCache::new(model.backend(), layout, pages)?;
         Ok::<_, TinyServeError>(Runner::new(model, cache, config.attention_chunk_size))

@@ -4,6 +4,7 @@ mod attention;
 mod bandwidth;
 mod latency;
 mod load;
+mod memory;
 mod report;
 mod runner;
 mod serve;
@@ -15,6 +16,7 @@ mod trace;
 
 pub(crate) use attention::{AttentionArgs, attention};
 pub(crate) use latency::{Format, LatencyArgs, latency};
+pub(crate) use memory::{MemoryArgs, memory};
 pub(crate) use serve::{ServeArgs, serve};
 pub(crate) use session::{SessionArgs, session};
 pub(crate) use throughput::{ThroughputArgs, throughput};

@@ -27,6 +27,8 @@ pub(super) struct Setup {
     pub(super) depth_fill: &'static str,
     /// Bytes of the whole cache, which are committed as they are written.
     pub(super) kv_bytes: u64,
+    /// Most bytes that the plan of weights, activations, cache and program has resident.
+    pub(super) planned_bytes: u64,
     /// Bytes of weights that every step reads.
     #[serde(skip)]
     pub(super) streamed_bytes: u64,
@@ -287,6 +289,7 @@ mod tests {
             page_size: 16,
             depth_fill: "synthetic",
             kv_bytes: 1 << 30,
+            planned_bytes: 0,
             streamed_bytes: 1_000_000,
         };
         let stats = AttendStats { bytes_read: 100, bytes_dense: 400, ..AttendStats::default() };

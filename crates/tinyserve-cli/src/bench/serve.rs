@@ -114,6 +114,9 @@ pub(crate) fn serve(args: &ServeArgs, sources: Sources) -> Result<()> {
     let mut progress = Progress::new("requests");
     let load = replay(engine.engine(), arrivals, most, |done, total| progress.update(done, total))?;
     progress.finish();
+    for advice in engine.engine().stats().suggestions() {
+        eprintln!("{}: {} {} ({})", advice.fact, advice.knob, advice.change, advice.effect);
+    }
     let figures = Figures::of(&load);
     if args.json { output::json(&figures) } else { output::text(&figures.block()) }
 }

@@ -246,15 +246,16 @@ impl<B: Backend> Lab<B> {
         }
         config.sequence_limit(checkpoint.config().max_positions)?;
         let format = config.kv_cache_dtype.resolve(checkpoint.dtype());
-        let weights = config.weights.resolve(checkpoint.dtype())?;
+        let weights = config.load_options(checkpoint.dtype())?;
         let backend = forward.device.backend(&config)?;
         let name = format!("CPU, {}, {} threads", backend.path(), backend.threads());
         let mut progress = Progress::new("loading");
-        let model = Model::load_as(wrap(backend), &checkpoint, weights, |done, total| {
+        let model = Model::load_with(wrap(backend), &checkpoint, &weights, |done, total| {
             progress.update(done, total);
         })
         .map_err(TinyServeError::from)?;
         progress.finish();
+        forward.device.tell_of_cache(model.weights_cache());
         forward.device.tell(&config, &name);
         Ok(Self { config, checkpoint, model, format })
     }

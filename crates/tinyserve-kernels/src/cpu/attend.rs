@@ -5,7 +5,10 @@
 //! one a part of it; then the parts are merged. The parts depend on nothing but the list, so that
 //! neither the batch nor the number of threads shows in the result.
 
+mod codes;
+mod count;
 mod observe;
+mod products;
 mod softmax;
 mod tile;
 
@@ -13,8 +16,9 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError, RwLock};
 
-use tinyserve_kv::{HostPages, KvElement, PageId, ScoreCost, with_element};
+use tinyserve_kv::{HostPages, KvElement, KvLayout, PageId, with_element};
 
+use super::clock::Clock;
 use super::columns::Columns;
 use super::path::CpuPath;
 use super::select::{Choice, Chosen, choose};
@@ -76,6 +80,7 @@ struct Pages {
 /// What every unit of a call needs.
 pub(super) struct Context<'a> {
     pub(super) path: CpuPath,
+    pub(super) clock: &'a Clock,
     pub(super) layer: usize,
     pub(super) heads: Heads,
     pub(super) pages: &'a HostPages,
@@ -150,6 +155,7 @@ pub(super) fn attend(cpu: &Cpu, args: AttendArgs<'_, Cpu>) -> Result<AttendStats
     };
     let context = Context {
         path,
+        clock: &cpu.clock,
         layer,
         heads,
         pages,
@@ -167,7 +173,7 @@ pub(super) fn attend(cpu: &Cpu, args: AttendArgs<'_, Cpu>) -> Result<AttendStats
         .iter()
         .enumerate()
         .flat_map(|(index, sequence)| {
-            tiles(sequence, layer, pages.layout().page_size()).map(move |tile| (index, tile))
+            tiles(sequence, layer, pages.layout()).map(move |tile| (index, tile))
         })
         .flat_map(|(sequence, (rows, selects))| {
             let skipped = rows.start - sequences[sequence].rows.start;
@@ -197,11 +203,15 @@ pub(super) fn attend(cpu: &Cpu, args: AttendArgs<'_, Cpu>) -> Result<AttendStats
 
 /// Splits the rows of a sequence into tiles: up to [`ROW_TILE`] rows that read everything, or one
 /// row that selects; gives the rows, and whether they select.
+///
+/// Where pages hold codes, the rows of a tile lie in the same page: it is the one that they read as
+/// it was appended.
 fn tiles<'a>(
     sequence: &'a AttendSequence<'a>,
     layer: usize,
-    page_size: usize,
+    layout: &KvLayout,
 ) -> impl Iterator<Item = (Range<usize>, bool)> + 'a {
+    let (page_size, quantised) = (layout.page_size(), layout.shape().format.is_quantised());
     let Range { start: first, end } = sequence.rows;
     let selects = move |row: usize| match sequence.attention {
         Attention::Dense => false,
@@ -211,12 +221,15 @@ fn tiles<'a>(
         }
         Attention::Custom(_) => true,
     };
+    let begins_page =
+        move |row: usize| (sequence.first_position + row - first).is_multiple_of(page_size);
     let mut next = first;
     std::iter::from_fn(move || {
         let start = next;
         next += usize::from(start < end);
         let alone = start < end && selects(start);
-        while next < end && next - start < ROW_TILE && !alone && !selects(next) {
+        let joins = |row: usize| !(alone || selects(row) || quantised && begins_page(row));
+        while next < end && next - start < ROW_TILE && joins(next) {
             next += 1;
         }
         (start < next).then_some((start..next, alone))
@@ -257,6 +270,7 @@ impl Context<'_> {
             cpu.scratch[thread].lock().unwrap_or_else(PoisonError::into_inner)
         };
         let nobody_selects = units.iter().all(|unit| !unit.selects);
+        let choosing = if nobody_selects { None } else { self.clock.start() };
         each(units.len(), nobody_selects, &|thread, index| {
             let mut chosen = pages[index].write().unwrap_or_else(PoisonError::into_inner);
             let choice = &mut scratch(thread).choice;
@@ -264,6 +278,7 @@ impl Context<'_> {
                 self.choose::<E>(&units[index], choice, &mut chosen);
             });
         });
+        self.clock.chose(choosing);
         // In the order of the units, so that neither sums nor errors depend on who was faster.
         items.clear();
         let (part, mut first) = (part_pages(self.pages.layout().page_size()), 0);
@@ -471,47 +486,6 @@ impl Context<'_> {
                 }
             }
         }
-    }
-
-    fn count(&self, unit: &Unit, list: PageList<'_>, chosen: Chosen) -> AttendStats {
-        let layout = self.pages.layout();
-        let (size, head_bytes) = (layout.page_size(), 2 * layout.token_head_bytes());
-        let mut stats = AttendStats::default();
-        for i in 0..unit.rows.len() {
-            let tokens = unit.first_visible + i;
-            let pages = layout.pages_for(tokens);
-            let (seen, read) = match list {
-                // What a later row of the tile sees is not counted for this one.
-                PageList::All(_) => (pages, tokens),
-                PageList::These(list) => {
-                    // Only the sequence's last page may be partial.
-                    let last = list.last().is_some_and(|&last| last as usize + 1 == pages);
-                    let missing = if last { pages * size - tokens } else { 0 };
-                    (list.len(), list.len() * size - missing)
-                }
-            };
-            // A box is a minimum and a maximum: as many bytes as one token's key and value. Of a
-            // query alone, a kernel reads one of the two in each channel.
-            let boxes = match self.sequences[unit.sequence].attention {
-                _ if chosen == Chosen::Everything => 0,
-                Attention::Policy(policy) if policy.has_kernels() && self.heads.group() == 1 => {
-                    pages * head_bytes / 2
-                }
-                Attention::Policy(policy) => policy.scorer.bytes_read(&ScoreCost {
-                    pages,
-                    budget: seen,
-                    page_size: size,
-                    head_dim: self.heads.head_dim,
-                    vector_bytes: layout.token_head_bytes(),
-                }),
-                _ => pages * head_bytes,
-            };
-            stats.pages_read += seen as u64;
-            stats.pages_total += pages as u64;
-            stats.bytes_read += (read * head_bytes + boxes) as u64;
-            stats.bytes_dense += (tokens * head_bytes) as u64;
-        }
-        stats
     }
 }
 

@@ -5,21 +5,21 @@ use std::ops::Range;
 
 /// A borrowed output `[rows, width]` that threads write disjoint parts of.
 #[derive(Clone, Copy)]
-pub(super) struct Columns<'a> {
-    out: *mut f32,
+pub(super) struct Columns<'a, T = f32> {
+    out: *mut T,
     rows: usize,
     width: usize,
-    borrow: PhantomData<&'a mut [f32]>,
+    borrow: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: it stands for an exclusive borrow of plain numbers, and every use of `slice` promises
+// SAFETY: it stands for an exclusive borrow, and every use of `slice` and `rows` promises
 // that what threads write does not overlap.
-unsafe impl Send for Columns<'_> {}
+unsafe impl<T: Send> Send for Columns<'_, T> {}
 // SAFETY: as above.
-unsafe impl Sync for Columns<'_> {}
+unsafe impl<T: Send> Sync for Columns<'_, T> {}
 
-impl<'a> Columns<'a> {
-    pub(super) fn new(out: &'a mut [f32], width: usize) -> Self {
+impl<'a, T> Columns<'a, T> {
+    pub(super) fn new(out: &'a mut [T], width: usize) -> Self {
         Self { rows: out.len() / width, out: out.as_mut_ptr(), width, borrow: PhantomData }
     }
 
@@ -29,7 +29,7 @@ impl<'a> Columns<'a> {
     /// No two slices that are alive at the same time overlap.
     #[inline(always)]
     #[expect(clippy::mut_from_ref, reason = "the caller promises that slices do not overlap")]
-    pub(super) unsafe fn slice(&self, row: usize, range: Range<usize>) -> &mut [f32] {
+    pub(super) unsafe fn slice(&self, row: usize, range: Range<usize>) -> &mut [T] {
         assert!(row < self.rows && range.start <= range.end && range.end <= self.width);
         // SAFETY: the range lies in row `row` of an exclusive borrow of rows × width numbers, and
         // the caller promises that no other slice overlaps it.
@@ -37,6 +37,24 @@ impl<'a> Columns<'a> {
             std::slice::from_raw_parts_mut(
                 self.out.add(row * self.width + range.start),
                 range.len(),
+            )
+        }
+    }
+
+    /// All columns of rows `range`.
+    ///
+    /// # Safety
+    /// As [`Self::slice`].
+    #[inline(always)]
+    #[expect(clippy::mut_from_ref, reason = "the caller promises that slices do not overlap")]
+    pub(super) unsafe fn rows(&self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.rows);
+        // SAFETY: the rows lie in an exclusive borrow of rows × width elements, and the caller
+        // promises that no other slice overlaps them.
+        unsafe {
+            std::slice::from_raw_parts_mut(
+                self.out.add(range.start * self.width),
+                range.len() * self.width,
             )
         }
     }

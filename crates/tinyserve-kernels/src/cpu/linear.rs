@@ -1,16 +1,26 @@
 //! Matrix products over weights as they are stored.
 //!
 //! Every element of the output is summed in one order, whatever the number of rows: a batch gives
-//! each sequence bit for bit what it gets alone.
+//! each sequence bit for bit what it gets alone. In each block of [`BLOCK_INPUTS`] inputs a vector
+//! adds up the products of every so-manieth input; its elements are added up as a tree, and the
+//! blocks in order.
+
+mod panel;
 
 use std::ops::Range;
+use std::sync::PoisonError;
 
 use super::Cpu;
 use super::columns::Columns;
 use super::simd::{Element, Kernel, Simd, dispatch};
 use super::tensor::{CpuMatrix, CpuTensor, Elements};
 use crate::Store;
+pub(super) use panel::PanelScratch;
+use panel::{PANEL_ROWS, Panel};
 
+/// Inputs whose products are added up before the next ones: what six rows of them take stays in
+/// the first-level cache.
+const BLOCK_INPUTS: usize = 1024;
 /// Multiply-adds below which waking other threads costs more than it saves.
 const SERIAL_WORK: usize = 64 * 1024;
 /// Outputs of a strip are a multiple of this, so that strips end at whole vectors.
@@ -19,10 +29,10 @@ const STRIP: usize = 64;
 const STRIPS_PER_THREAD: usize = 4;
 /// Bytes of a weight row from which on one row after the other is faster than several at a time.
 const STREAM_BYTES: usize = 1024;
+/// How far ahead of the products memory is asked for weights.
+const AHEAD_BYTES: usize = 4096;
 /// Sums that are stored together.
 const STREAM_OUTPUTS: usize = 16;
-/// Bytes of input rows that are reused from the second-level cache while weights stream past.
-const ROW_BLOCK_BYTES: usize = 384 * 1024;
 
 /// `out = x·Wᵀ + b`, all parts side by side.
 pub(super) fn linear(
@@ -35,9 +45,20 @@ pub(super) fn linear(
     let (path, threads) = (cpu.path(), cpu.threads());
     let (rows, inputs, width) = (x.rows(), x.columns(), out.columns());
     let columns = Columns::new(out.values_mut(), width);
-    let run = |part: &CpuMatrix, start: usize, strip: Range<usize>| {
+    let run = |thread: usize, part: &CpuMatrix, start: usize, strip: Range<usize>| {
         let (x, add) = (x.values(), store == Store::Add);
         let args = StripArgs { x, rows, part, strip, start, columns, add };
+        if rows >= PANEL_ROWS {
+            // Never waited for: each thread has its own.
+            let mut scratch = cpu.panels[thread].lock().unwrap_or_else(PoisonError::into_inner);
+            let scratch = &mut *scratch;
+            match part.elements() {
+                Elements::F32(w) => dispatch(path, Panel { args, w, scratch }),
+                Elements::F16(w) => dispatch(path, Panel { args, w, scratch }),
+                Elements::Bf16(w) => dispatch(path, Panel { args, w, scratch }),
+            }
+            return;
+        }
         match part.elements() {
             Elements::F32(w) => dispatch(path, OutIn { args, w }),
             Elements::F16(w) => dispatch(path, OutIn { args, w }),
@@ -47,7 +68,7 @@ pub(super) fn linear(
     if threads == 1 || rows * inputs * width < SERIAL_WORK {
         let mut start = 0;
         for part in parts {
-            run(part, start, 0..part.outputs);
+            run(0, part, start, 0..part.outputs);
             start += part.outputs;
         }
         return;
@@ -55,13 +76,13 @@ pub(super) fn linear(
     // Several strips per thread, so that a thread that is held up does not hold up all.
     let target = width.div_ceil(threads * STRIPS_PER_THREAD).next_multiple_of(STRIP);
     let strips = parts.iter().map(|part| part.outputs.div_ceil(target)).sum();
-    cpu.pool.run(strips, &|_, mut strip| {
+    cpu.pool.run(strips, &|thread, mut strip| {
         let mut start = 0;
         for part in parts {
             let of_part = part.outputs.div_ceil(target);
             if strip < of_part {
                 let outputs = strip * target..((strip + 1) * target).min(part.outputs);
-                return run(part, start, outputs);
+                return run(thread, part, start, outputs);
             }
             strip -= of_part;
             start += part.outputs;
@@ -96,7 +117,7 @@ impl StripArgs<'_> {
     }
 }
 
-/// `[out, in]`: dot products of weight rows with input rows, each in one vector accumulator.
+/// `[out, in]`, few rows: dot products of weight rows with input rows.
 struct OutIn<'a, E> {
     args: StripArgs<'a>,
     w: &'a [E],
@@ -108,29 +129,24 @@ impl<E: Element> Kernel for OutIn<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let inputs = self.args.part.inputs;
-        let block = (ROW_BLOCK_BYTES / (4 * inputs)).max(8);
-        for first in (0..self.args.rows).step_by(block) {
-            let rows = first..(first + block).min(self.args.rows);
-            let mut output = self.args.strip.start;
-            if rows.len() == 1 && inputs * size_of::<E>() >= STREAM_BYTES {
-                self.stream(simd, rows.start);
-                continue;
+        if self.args.rows == 1 && inputs * size_of::<E>() >= STREAM_BYTES {
+            return self.stream(simd);
+        }
+        let mut output = self.args.strip.start;
+        if self.args.rows == 1 {
+            // Eight weight rows at once: their sums hide each other's latency.
+            while output + 8 <= self.args.strip.end {
+                self.tile::<S, 1, 8>(simd, 0, output);
+                output += 8;
             }
-            if rows.len() == 1 {
-                // Eight weight rows at once: their sums hide each other's latency.
-                while output + 8 <= self.args.strip.end {
-                    self.tile::<S, 1, 8>(simd, rows.start, output);
-                    output += 8;
-                }
-            }
-            while output + 4 <= self.args.strip.end {
-                self.row_tiles::<S, 4>(simd, rows.clone(), output);
-                output += 4;
-            }
-            while output < self.args.strip.end {
-                self.row_tiles::<S, 1>(simd, rows.clone(), output);
-                output += 1;
-            }
+        }
+        while output + 4 <= self.args.strip.end {
+            self.row_tiles::<S, 4>(simd, output);
+            output += 4;
+        }
+        while output < self.args.strip.end {
+            self.row_tiles::<S, 1>(simd, output);
+            output += 1;
         }
     }
 }
@@ -139,44 +155,37 @@ impl<E: Element> OutIn<'_, E> {
     /// One input row, weight row after weight row: memory is read fastest as one stream, and the
     /// processor begins the next sum before the last one is done.
     #[inline(always)]
-    fn stream<S: Simd>(&self, simd: S, row: usize) {
+    fn stream<S: Simd>(&self, simd: S) {
         let inputs = self.args.part.inputs;
-        let x = &self.args.x[row * inputs..(row + 1) * inputs];
-        let whole = inputs - inputs % S::LANES;
-        let tail = simd.load_tail(&x[whole..]);
+        let x = &self.args.x[..inputs];
         let mut sums = [0.0; STREAM_OUTPUTS];
         for first in self.args.strip.clone().step_by(STREAM_OUTPUTS) {
             let outputs = STREAM_OUTPUTS.min(self.args.strip.end - first);
             let w = &self.w[first * inputs..(first + outputs) * inputs];
             for (w, out) in w.chunks_exact(inputs).zip(&mut sums) {
-                let mut sum = simd.splat(0.0);
-                let vectors = w[..whole].chunks_exact(S::LANES);
-                for (w, x) in vectors.zip(x[..whole].chunks_exact(S::LANES)) {
-                    sum = simd.mul_add(E::load(simd, w), simd.load(x), sum);
+                *out = 0.0;
+                for (w, x) in w.chunks(BLOCK_INPUTS).zip(x.chunks(BLOCK_INPUTS)) {
+                    *out += dot(simd, w, x);
                 }
-                if whole < inputs {
-                    sum = simd.mul_add(simd.load_tail(&w[whole..]), tail, sum);
-                }
-                *out = simd.sum(sum);
             }
-            self.args.finish(row, first, &sums[..outputs]);
+            self.args.finish(0, first, &sums[..outputs]);
         }
     }
 
     #[inline(always)]
-    fn row_tiles<S: Simd, const O: usize>(&self, simd: S, rows: Range<usize>, output: usize) {
-        let mut row = rows.start;
+    fn row_tiles<S: Simd, const O: usize>(&self, simd: S, output: usize) {
+        let (mut row, end) = (0, self.args.rows);
         if S::LANES == 16 {
-            while row + 6 <= rows.end {
+            while row + 6 <= end {
                 self.tile::<S, 6, O>(simd, row, output);
                 row += 6;
             }
         }
-        while row + 3 <= rows.end {
+        while row + 3 <= end {
             self.tile::<S, 3, O>(simd, row, output);
             row += 3;
         }
-        match rows.end - row {
+        match end - row {
             2 => self.tile::<S, 2, O>(simd, row, output),
             1 => self.tile::<S, 1, O>(simd, row, output),
             _ => {}
@@ -190,31 +199,70 @@ impl<E: Element> OutIn<'_, E> {
             std::array::from_fn(|o| &self.w[(output + o) * inputs..(output + o + 1) * inputs]);
         let x: [&[f32]; R] =
             std::array::from_fn(|r| &self.args.x[(row + r) * inputs..(row + r + 1) * inputs]);
-        let mut sums = [[simd.splat(0.0); O]; R];
-        let whole = inputs - inputs % S::LANES;
-        let mut i = 0;
-        while i < whole {
-            let w: [S::V; O] = std::array::from_fn(|o| E::load(simd, &w[o][i..i + S::LANES]));
-            for r in 0..R {
-                let x = simd.load(&x[r][i..i + S::LANES]);
-                for o in 0..O {
-                    sums[r][o] = simd.mul_add(w[o], x, sums[r][o]);
-                }
-            }
-            i += S::LANES;
-        }
-        if whole < inputs {
-            for r in 0..R {
-                let x = simd.load_tail(&x[r][whole..]);
-                for o in 0..O {
-                    let w = simd.load_tail(&w[o][whole..]);
-                    sums[r][o] = simd.mul_add(w, x, sums[r][o]);
+        let mut totals = [[0.0; O]; R];
+        for start in (0..inputs).step_by(BLOCK_INPUTS) {
+            let block = start..(start + BLOCK_INPUTS).min(inputs);
+            let w: [&[E]; O] = std::array::from_fn(|o| &w[o][block.clone()]);
+            let x: [&[f32]; R] = std::array::from_fn(|r| &x[r][block.clone()]);
+            let sums = block_sums(simd, &w, &x);
+            for (totals, sums) in totals.iter_mut().zip(sums) {
+                for (total, sum) in totals.iter_mut().zip(sums) {
+                    *total += simd.sum(sum);
                 }
             }
         }
-        for (r, sums) in sums.iter().enumerate() {
-            let sums: [f32; O] = std::array::from_fn(|o| simd.sum(sums[o]));
-            self.args.finish(row + r, output, &sums);
+        for (r, totals) in totals.iter().enumerate() {
+            self.args.finish(row + r, output, totals);
         }
     }
+}
+
+/// The sum of one block's products.
+#[inline(always)]
+fn dot<S: Simd, E: Element>(simd: S, w: &[E], x: &[f32]) -> f32 {
+    let whole = x.len() - x.len() % S::LANES;
+    let mut sum = simd.splat(0.0);
+    let vectors = w[..whole].chunks_exact(S::LANES);
+    for (w, x) in vectors.zip(x[..whole].chunks_exact(S::LANES)) {
+        // Files are mapped in small pages, at whose ends the processor's own prefetching stops.
+        simd.prefetch(w.as_ptr().cast::<u8>().wrapping_add(AHEAD_BYTES));
+        sum = simd.mul_add(E::load(simd, w), simd.load(x), sum);
+    }
+    if whole < x.len() {
+        sum = simd.mul_add(simd.load_tail(&w[whole..]), simd.load_tail(&x[whole..]), sum);
+    }
+    simd.sum(sum)
+}
+
+/// As [`dot`], for `O` weight rows and `R` input rows at once, not added up across lanes yet.
+#[inline(always)]
+fn block_sums<S: Simd, E: Element, const R: usize, const O: usize>(
+    simd: S,
+    w: &[&[E]; O],
+    x: &[&[f32]; R],
+) -> [[S::V; O]; R] {
+    let inputs = x[0].len();
+    let mut sums = [[simd.splat(0.0); O]; R];
+    let whole = inputs - inputs % S::LANES;
+    let mut i = 0;
+    while i < whole {
+        let w: [S::V; O] = std::array::from_fn(|o| E::load(simd, &w[o][i..i + S::LANES]));
+        for r in 0..R {
+            let x = simd.load(&x[r][i..i + S::LANES]);
+            for o in 0..O {
+                sums[r][o] = simd.mul_add(w[o], x, sums[r][o]);
+            }
+        }
+        i += S::LANES;
+    }
+    if whole < inputs {
+        for r in 0..R {
+            let x = simd.load_tail(&x[r][whole..]);
+            for o in 0..O {
+                let w = simd.load_tail(&w[o][whole..]);
+                sums[r][o] = simd.mul_add(w, x, sums[r][o]);
+            }
+        }
+    }
+    sums
 }

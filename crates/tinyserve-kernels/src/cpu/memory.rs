@@ -1,4 +1,6 @@
-//! Memory for weights that are packed or turned while they are loaded.
+//! Memory for weights that are packed or turned while they are loaded, and for activations.
+
+use std::ops::{Deref, DerefMut};
 
 use memmap2::MmapMut;
 
@@ -22,4 +24,37 @@ pub(super) fn zeroed(bytes: usize) -> Result<MmapMut, KernelError> {
         let _ = map.advise(memmap2::Advice::HugePage);
     }
     Ok(map)
+}
+
+/// Numbers whose first one begins a cache line: a vector that crosses lines is read twice.
+#[derive(Debug, Default)]
+pub(super) struct Aligned {
+    lines: Vec<Line>,
+    len: usize,
+}
+
+#[derive(Debug, Clone, Copy, bytemuck::Zeroable, bytemuck::Pod)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+impl Aligned {
+    /// Makes it `len` long; what new places hold is not defined.
+    pub(super) fn resize(&mut self, len: usize) {
+        self.lines.resize(len.div_ceil(16), Line([0.0; 16]));
+        self.len = len;
+    }
+}
+
+impl Deref for Aligned {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &bytemuck::cast_slice(&self.lines)[..self.len]
+    }
+}
+
+impl DerefMut for Aligned {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
+    }
 }

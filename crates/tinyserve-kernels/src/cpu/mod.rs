@@ -2,6 +2,7 @@
 
 mod activate;
 mod attend;
+mod clock;
 mod columns;
 mod embed;
 mod linear;
@@ -18,10 +19,13 @@ mod simd;
 mod tensor;
 mod turned;
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
-use tinyserve_kv::{HostPages, KvLayout, PageCopy, PageId, TokenMove};
+use tinyserve_kv::{
+    HostPages, KvFormat, KvLayout, NewToken, PageCopy, PageId, PagePool, TokenMove,
+};
 
+pub use clock::SelectionTimes;
 pub(crate) use packed::{CodeBits, GROUP, Packed, packed_bytes};
 pub use path::CpuPath;
 pub(crate) use quantised::RowGroup;
@@ -32,10 +36,12 @@ pub(crate) use tensor::{CpuWeights, vector};
 use crate::reference;
 use crate::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
-    KernelError, LinearArgs, LinearSpec, MatrixLayout, NormArgs, RotaryAnglesArgs, RotaryArgs,
-    Store,
+    KernelError, LinearArgs, LinearImage, LinearSpec, MatrixLayout, NormArgs, RotaryAnglesArgs,
+    RotaryArgs, Store,
 };
 use activate::Activate;
+use clock::Clock;
+use columns::Columns;
 use embed::Embed;
 use norm::Norm;
 use pool::Pool;
@@ -61,8 +67,12 @@ pub struct Cpu {
     scratch: Vec<Mutex<attend::Scratch>>,
     /// What a call of attention lays out for its threads.
     plan: Mutex<attend::Plan>,
+    /// Buffers of products of many rows, one for each thread.
+    panels: Vec<Mutex<linear::PanelScratch>>,
     /// Input rows of the running product over quantised weights; grows, and is kept.
     quantised: Mutex<Vec<RowGroup>>,
+    /// Times the choice of pages, when asked to.
+    clock: Clock,
 }
 
 /// Most threads that can be asked for: beyond it a number is a typing mistake.
@@ -97,8 +107,9 @@ impl Cpu {
             expected: format!("as many as the system starts ({error})"),
         })?;
         let scratch = (0..threads).map(|_| Mutex::default()).collect();
+        let panels = (0..threads).map(|_| Mutex::default()).collect();
         let (plan, quantised) = Default::default();
-        Ok(Self { pool, path, scratch, plan, quantised })
+        Ok(Self { pool, path, scratch, plan, panels, quantised, clock: Clock::default() })
     }
 
     /// The scalar reference, on the thread that calls it: what other backends are held to.
@@ -109,7 +120,9 @@ impl Cpu {
             path: CpuPath::Scalar,
             scratch: vec![Mutex::default()],
             plan: Mutex::default(),
+            panels: Vec::new(),
             quantised: Mutex::default(),
+            clock: Clock::default(),
         }
     }
 
@@ -125,6 +138,17 @@ impl Cpu {
         self.path
     }
 
+    /// Starts or stops timing the choice of pages.
+    pub fn time_selection(&self, on: bool) {
+        self.clock.switch(on);
+    }
+
+    /// What choosing pages took since the last call, while it was timed. Policies without kernels
+    /// are counted as scoring.
+    pub fn take_selection_times(&self) -> SelectionTimes {
+        self.clock.take()
+    }
+
     /// Runs `f` on pairs of input and output rows, on several threads when there is much to do.
     fn rows(
         &self,
@@ -138,13 +162,13 @@ impl Cpu {
             f(x, out);
             return;
         }
-        let rows = rows.div_ceil(4 * self.threads());
-        let chunks: Vec<_> =
-            x.chunks(rows * columns).zip(out.chunks_mut(rows * width)).map(Mutex::new).collect();
-        self.pool.run(chunks.len(), &|_, i| {
-            // Never waited for: each chunk is taken once.
-            let (x, out) = &mut *chunks[i].lock().unwrap_or_else(PoisonError::into_inner);
-            f(x, out);
+        let at_once = rows.div_ceil(4 * self.threads());
+        let columns_of = Columns::new(out, width);
+        self.pool.run(rows.div_ceil(at_once), &|_, i| {
+            let rows = i * at_once..((i + 1) * at_once).min(rows);
+            let x = &x[rows.start * columns..rows.end * columns];
+            // SAFETY: each item has rows of its own.
+            f(x, unsafe { columns_of.rows(rows) });
         });
     }
 }
@@ -171,12 +195,37 @@ impl Backend for Cpu {
         linear.bytes()
     }
 
+    fn image_layout(&self) -> Option<&'static str> {
+        Some(packed::IMAGE_LAYOUT)
+    }
+
+    fn linear_image(&self, linear: &CpuLinear) -> Option<LinearImage> {
+        match &linear.weights {
+            CpuWeights::Packed(packed) => Some(packed.image()),
+            CpuWeights::Stored { .. } => None,
+        }
+    }
+
+    fn load_linear_image(&self, image: LinearImage) -> Result<CpuLinear, KernelError> {
+        let packed = Packed::from_image(image)?;
+        let (inputs, outputs) = (packed.inputs, packed.outputs);
+        Ok(CpuLinear { weights: CpuWeights::Packed(packed), inputs, outputs })
+    }
+
     fn allocate_pages(&self, layout: KvLayout, pages: usize) -> Result<HostPages, KernelError> {
         Ok(HostPages::new(layout, pages)?)
     }
 
+    fn kv_formats(&self) -> &'static [KvFormat] {
+        &KvFormat::ALL
+    }
+
     fn copy_page(&self, pages: &mut HostPages, copy: PageCopy) {
         pages.copy(copy);
+    }
+
+    fn forget_free_pages(&self, pages: &mut HostPages, pool: &PagePool) {
+        pages.forget_free(pool);
     }
 
     fn download_page(
@@ -200,6 +249,15 @@ impl Backend for Cpu {
     }
 
     fn move_tokens(&self, pages: &mut HostPages, moves: &[TokenMove]) -> Result<(), KernelError> {
+        let format = pages.layout().shape().format;
+        if format.is_quantised() {
+            return Err(KernelError::Invalid {
+                what: "kv_cache_dtype",
+                found: format.to_string(),
+                expected: "f32, f16 or bf16 where tokens are pruned: codes of a page share its box"
+                    .to_owned(),
+            });
+        }
         pages.move_tokens(moves);
         Ok(())
     }
@@ -327,9 +385,12 @@ impl Backend for Cpu {
         assert_eq!(qkv.columns(), heads.qkv_width(), "width of queries, keys and values");
         assert_eq!(qkv.rows(), slots.len(), "one slot per row");
         // One thread: rounding a chunk's keys takes less than a thousandth of projecting them.
-        for (row, &slot) in qkv.values().chunks_exact(heads.qkv_width()).zip(slots) {
-            pages.append(layer, slot, &row[heads.k_columns()], &row[heads.v_columns()]);
-        }
+        let rows = qkv.values().chunks_exact(heads.qkv_width()).zip(slots);
+        let tokens = rows.map(|(row, &slot)| {
+            let (keys, values) = (&row[heads.k_columns()], &row[heads.v_columns()]);
+            NewToken { slot, keys, values }
+        });
+        pages.append_tokens(layer, tokens);
     }
 
     fn attend(&self, args: AttendArgs<'_, Self>) -> Result<AttendStats, KernelError> {

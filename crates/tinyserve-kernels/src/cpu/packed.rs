@@ -12,15 +12,18 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use bytes::Bytes;
 use half::f16;
-use memmap2::MmapMut;
 
 use super::Cpu;
 use super::memory::zeroed;
 use super::path::CpuPath;
 use super::simd::{Kernel, Simd, dispatch};
 use super::tensor::{CpuMatrix, Elements};
-use crate::{KernelError, MatrixLayout, WeightFormat};
+use crate::{KernelError, LinearImage, MatrixLayout, WeightFormat};
+
+/// Names the layout above and the search for scales: another name means other bytes.
+pub(crate) const IMAGE_LAYOUT: &str = "blocks-of-16-groups-of-32/1";
 
 /// Inputs that share a scale.
 pub(crate) const GROUP: usize = 32;
@@ -72,7 +75,7 @@ pub(crate) struct Packed {
     pub(crate) inputs: usize,
     pub(crate) outputs: usize,
     /// Records `[blocks, groups]`.
-    records: MmapMut,
+    records: Bytes,
     /// `[blocks·16]`; zeros where there is no bias.
     pub(crate) bias: Vec<f32>,
 }
@@ -111,7 +114,48 @@ impl Packed {
             }
         });
         drop(chunks);
-        Ok(Self { bits, inputs, outputs, records, bias })
+        Ok(Self { bits, inputs, outputs, records: Bytes::from_owner(records), bias })
+    }
+
+    /// What [`Self::image`] gave, in the memory where it lies.
+    pub(crate) fn from_image(image: LinearImage) -> Result<Self, KernelError> {
+        let LinearImage { format, inputs, outputs, weights, bias } = image;
+        let bits = match format {
+            WeightFormat::Int8 => CodeBits::Eight,
+            WeightFormat::Int4 => CodeBits::Four,
+            WeightFormat::Stored => {
+                return Err(KernelError::Invalid {
+                    what: "image of a linear layer",
+                    found: "stored weights".to_owned(),
+                    expected: "quantised ones".to_owned(),
+                });
+            }
+        };
+        let (blocks, groups) = (outputs.div_ceil(BLOCK), inputs.div_ceil(GROUP));
+        let bytes = groups.saturating_mul(bits.record_bytes()).saturating_mul(blocks);
+        if inputs == 0 || outputs == 0 || weights.len() != bytes || bias.len() != blocks * BLOCK {
+            return Err(KernelError::Invalid {
+                what: "image of a linear layer",
+                found: format!("{} bytes and {} biases", weights.len(), bias.len()),
+                expected: format!("what [{outputs}, {inputs}] takes as {format:?}"),
+            });
+        }
+        Ok(Self { bits, inputs, outputs, records: weights, bias })
+    }
+
+    /// Its content, shared with it.
+    pub(crate) fn image(&self) -> LinearImage {
+        let bytes = self.blocks() * self.groups() * self.bits.record_bytes();
+        LinearImage {
+            format: match self.bits {
+                CodeBits::Eight => WeightFormat::Int8,
+                CodeBits::Four => WeightFormat::Int4,
+            },
+            inputs: self.inputs,
+            outputs: self.outputs,
+            weights: self.records.slice(..bytes),
+            bias: self.bias.clone(),
+        }
     }
 
     /// Groups of inputs, the last one filled up with zeros.
@@ -278,7 +322,18 @@ fn write_lane(bits: CodeBits, x: &[f32; GROUP], lane: usize, codes: &mut [u8], h
 fn quantise_int8(x: &[f32; GROUP]) -> ([u8; GROUP], f16) {
     let scale = f16::from_f32(largest(x) / 127.0);
     let inverse = if scale.to_f32() == 0.0 { 0.0 } else { scale.to_f32().recip() };
-    (x.map(|x| ((x * inverse).round_ties_even().clamp(-127.0, 127.0) + 128.0) as u8), scale)
+    let mut codes = [0; GROUP];
+    for (code, x) in codes.iter_mut().zip(x) {
+        *code = (nearest_whole((x * inverse).clamp(-127.0, 127.0)) + 128.0) as u8;
+    }
+    (codes, scale)
+}
+
+/// The nearest whole number to a small one, without a call: adding 1.5·2²³ leaves no room for
+/// fractions.
+#[inline(always)]
+fn nearest_whole(x: f32) -> f32 {
+    (x + 12_582_912.0) - 12_582_912.0
 }
 
 /// The largest magnitude; NaN if there is one, because its bits are above every number's.
@@ -326,7 +381,10 @@ fn quantise_int4(x: &[f32; GROUP]) -> ([u8; GROUP], f16, f16) {
         let error = sum(&errors, |x| x);
         if error < least {
             least = error;
-            best = (codes.map(|code| code as u8), scale, minimum);
+            for (best, code) in best.0.iter_mut().zip(codes) {
+                *best = code as u8;
+            }
+            (best.1, best.2) = (scale, minimum);
         }
     }
     best
@@ -336,7 +394,11 @@ fn quantise_int4(x: &[f32; GROUP]) -> ([u8; GROUP], f16, f16) {
 #[inline(always)]
 fn nearest(x: &[f32; GROUP], scale: f32, minimum: f32) -> [f32; GROUP] {
     let inverse = if scale == 0.0 { 0.0 } else { scale.recip() };
-    x.map(|x| ((x - minimum) * inverse).round_ties_even().clamp(0.0, 15.0))
+    let mut codes = [0.0; GROUP];
+    for (code, x) in codes.iter_mut().zip(x) {
+        *code = nearest_whole(((x - minimum) * inverse).clamp(0.0, 15.0));
+    }
+    codes
 }
 
 /// A sum in an order that vectors of any width keep.

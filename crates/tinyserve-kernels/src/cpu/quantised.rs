@@ -5,7 +5,7 @@
 //! rows beside it nor on which thread computes it.
 
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::PoisonError;
 
 use bytemuck::Zeroable;
 
@@ -18,8 +18,13 @@ use crate::Store;
 
 /// Multiply-adds below which waking other threads costs more than it saves.
 const SERIAL_WORK: usize = 128 * 1024;
-/// Blocks of outputs that one row is multiplied with at a time; strips are multiples of it.
-const ROW_BLOCKS: usize = 4;
+/// Rows up to which one block after the other is read, as one stream of memory, for which a batch
+/// of decode steps waits. More rows wait for products, of which two blocks have more in flight.
+const STREAM_ROWS: usize = 16;
+/// Bytes that memory gives at a time.
+const LINE_BYTES: usize = 64;
+/// Lines of the largest record.
+const LINES: usize = CodeBits::Eight.record_bytes().div_ceil(LINE_BYTES);
 /// Bytes of quantised rows that are reused from the second-level cache while weights stream past.
 const ROWS_BYTES: usize = 512 * 1024;
 
@@ -42,8 +47,12 @@ impl RowGroup {
         let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
         // Adding 1.5·2²³ leaves the nearest whole number in the lowest bits. What is not finite
         // leaves anything there, and a scale that makes it not finite again.
-        let codes = x.map(|x| (x * inverse + 12_582_912.0).to_bits() as i8);
-        let sum: i32 = codes.iter().map(|&code| i32::from(code)).sum();
+        let (mut codes, mut sum) = ([0; GROUP], 0);
+        // A loop, not `map`: that is too large for the compiler to inline it.
+        for (code, x) in codes.iter_mut().zip(x) {
+            *code = (x * inverse + 12_582_912.0).to_bits() as i8;
+            sum += i32::from(*code);
+        }
         let scale = if largest.is_finite() { largest / 127.0 } else { f32::NAN };
         Self { codes, scale, start: -128 * sum, sum: scale * sum as f32 }
     }
@@ -91,12 +100,13 @@ pub(super) fn linear(cpu: &Cpu, x: &CpuTensor, packed: &Packed, store: Store, ou
     if cpu.threads() == 1 || x.len() < SERIAL_ELEMENTS {
         dispatch(path, QuantiseRows { x, inputs, out: quantised });
     } else {
-        let rows = rows.div_ceil(4 * cpu.threads());
-        let chunks = x.chunks(rows * inputs).zip(quantised.chunks_mut(rows * groups));
-        let chunks: Vec<_> = chunks.map(Mutex::new).collect();
-        cpu.pool.run(chunks.len(), &|_, i| {
-            // Never waited for: each chunk is taken once.
-            let (x, out) = &mut *chunks[i].lock().unwrap_or_else(PoisonError::into_inner);
+        let at_once = rows.div_ceil(4 * cpu.threads());
+        let groups_of = Columns::new(&mut *quantised, groups);
+        cpu.pool.run(rows.div_ceil(at_once), &|_, i| {
+            let rows = i * at_once..((i + 1) * at_once).min(rows);
+            let x = &x[rows.start * inputs..rows.end * inputs];
+            // SAFETY: each item has rows of its own.
+            let out = unsafe { groups_of.rows(rows) };
             dispatch(path, QuantiseRows { x, inputs, out });
         });
     }
@@ -109,7 +119,7 @@ pub(super) fn linear(cpu: &Cpu, x: &CpuTensor, packed: &Packed, store: Store, ou
         return run(0..blocks);
     }
     // Several strips per thread, so that a thread that is held up does not hold up all.
-    let strip = blocks.div_ceil(4 * cpu.threads()).next_multiple_of(ROW_BLOCKS);
+    let strip = blocks.div_ceil(4 * cpu.threads()).next_multiple_of(2);
     cpu.pool.run(blocks.div_ceil(strip), &|_, i| {
         run(i * strip..((i + 1) * strip).min(blocks));
     });
@@ -143,27 +153,24 @@ impl Product<'_> {
     #[inline(always)]
     fn rows<S: Simd, const FOUR: bool>(&self, simd: S) {
         let row_bytes = self.packed.groups() * size_of::<RowGroup>();
-        let at_once = (ROWS_BYTES / row_bytes).max(6);
+        let at_once = (ROWS_BYTES / row_bytes).max(STREAM_ROWS);
         for first in (0..self.rows).step_by(at_once) {
             let rows = first..(first + at_once).min(self.rows);
             let mut block = self.blocks.start;
-            if rows.len() == 1 {
-                // One row has few sums in flight: more blocks hide their latency.
-                while block + ROW_BLOCKS <= self.blocks.end {
-                    self.tile::<S, FOUR, 1, ROW_BLOCKS>(simd, rows.start, block);
-                    block += ROW_BLOCKS;
+            if rows.len() > STREAM_ROWS {
+                while block + 2 <= self.blocks.end {
+                    self.blocks::<S, FOUR, 2>(simd, rows.clone(), block);
+                    block += 2;
                 }
             }
-            while block + 2 <= self.blocks.end {
-                self.blocks::<S, FOUR, 2>(simd, rows.clone(), block);
-                block += 2;
-            }
-            if block < self.blocks.end {
-                self.blocks::<S, FOUR, 1>(simd, rows, block);
+            while block < self.blocks.end {
+                self.stream::<S, FOUR>(simd, rows.clone(), block);
+                block += 1;
             }
         }
     }
 
+    /// Two blocks for many rows.
     #[inline(always)]
     fn blocks<S: Simd, const FOUR: bool, const O: usize>(
         &self,
@@ -174,26 +181,53 @@ impl Product<'_> {
         let mut row = rows.start;
         if S::LANES == 16 {
             while row + 6 <= rows.end {
-                self.tile::<S, FOUR, 6, O>(simd, row, block);
+                self.tile::<S, FOUR, 6, O>(simd, row, block, None);
                 row += 6;
             }
         }
         while row + 2 <= rows.end {
-            self.tile::<S, FOUR, 2, O>(simd, row, block);
+            self.tile::<S, FOUR, 2, O>(simd, row, block, None);
             row += 2;
         }
         if row < rows.end {
-            self.tile::<S, FOUR, 1, O>(simd, row, block);
+            self.tile::<S, FOUR, 1, O>(simd, row, block, None);
         }
     }
 
-    /// Rows `row..row + R` times blocks `block..block + O`.
+    /// One block for few rows, in as few passes as registers allow: each asks for its share of
+    /// the next block, so that memory works while the rows are multiplied.
+    #[inline(always)]
+    fn stream<S: Simd, const FOUR: bool>(&self, simd: S, rows: Range<usize>, block: usize) {
+        let most = if S::LANES == 16 { 8 } else { 2 };
+        let passes = rows.len().div_ceil(most);
+        let share = (block + 1 < self.blocks.end).then(|| LINES.div_ceil(passes));
+        let mut row = rows.start;
+        for pass in 0..passes {
+            let lines = share.map(|share| pass * share..((pass + 1) * share).min(LINES));
+            let n = (rows.end - row).div_ceil(passes - pass);
+            match n {
+                8 => self.tile::<S, FOUR, 8, 1>(simd, row, block, lines),
+                7 => self.tile::<S, FOUR, 7, 1>(simd, row, block, lines),
+                6 => self.tile::<S, FOUR, 6, 1>(simd, row, block, lines),
+                5 => self.tile::<S, FOUR, 5, 1>(simd, row, block, lines),
+                4 => self.tile::<S, FOUR, 4, 1>(simd, row, block, lines),
+                3 => self.tile::<S, FOUR, 3, 1>(simd, row, block, lines),
+                2 => self.tile::<S, FOUR, 2, 1>(simd, row, block, lines),
+                _ => self.tile::<S, FOUR, 1, 1>(simd, row, block, lines),
+            }
+            row += n;
+        }
+    }
+
+    /// Rows `row..row + R` times blocks `block..block + O`. Asks for `lines` of each record of the
+    /// block that follows.
     #[inline(always)]
     fn tile<S: Simd, const FOUR: bool, const R: usize, const O: usize>(
         &self,
         simd: S,
         row: usize,
         block: usize,
+        lines: Option<Range<usize>>,
     ) {
         let bits = if FOUR { CodeBits::Four } else { CodeBits::Eight };
         let (groups, bytes) = (self.packed.groups(), bits.record_bytes());
@@ -203,6 +237,12 @@ impl Product<'_> {
             std::array::from_fn(|r| &self.x[(row + r) * groups..(row + r + 1) * groups]);
         let mut sums = [[simd.block_zero(); O]; R];
         for group in 0..groups {
+            if let Some(lines) = &lines {
+                let next = w[O - 1].as_ptr().wrapping_add((groups + group) * bytes);
+                for line in lines.start..lines.end.min(bytes.div_ceil(LINE_BYTES)) {
+                    simd.prefetch(next.wrapping_add(line * LINE_BYTES));
+                }
+            }
             let records: [&[u8]; O] =
                 std::array::from_fn(|o| &w[o][group * bytes..(group + 1) * bytes]);
             let x: [&RowGroup; R] = std::array::from_fn(|r| &x[r][group]);
@@ -212,8 +252,8 @@ impl Product<'_> {
                 for quad in 0..4 {
                     let codes: [S::Codes; O] =
                         std::array::from_fn(|o| simd.codes(&records[o][quad * QUAD_BYTES..]));
-                    let low = codes.map(|codes| simd.low_halves(codes));
-                    let high = codes.map(|codes| simd.high_halves(codes));
+                    let low: [S::Codes; O] = std::array::from_fn(|o| simd.low_halves(codes[o]));
+                    let high: [S::Codes; O] = std::array::from_fn(|o| simd.high_halves(codes[o]));
                     for r in 0..R {
                         for (quad, codes) in [(quad, &low), (quad + 4, &high)] {
                             let x = quad_of(x[r], quad);
@@ -275,6 +315,67 @@ impl Product<'_> {
 /// Four codes of a row, as one number.
 #[inline(always)]
 fn quad_of(x: &RowGroup, quad: usize) -> i32 {
-    let [a, b, c, d] = [0, 1, 2, 3].map(|i| x.codes[4 * quad + i] as u8);
-    i32::from_le_bytes([a, b, c, d])
+    let quads: &[i32; GROUP / 4] = bytemuck::cast_ref(&x.codes);
+    i32::from_le(quads[quad])
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use half::f16;
+
+    use super::super::simd::avx512;
+    use super::*;
+    use crate::{
+        Backend, CpuOptions, CpuPath, DType, HostTensor, LinearPart, LinearSpec, MatrixLayout,
+        WeightFormat,
+    };
+
+    /// Integers are summed exactly, so that both ways to multiply them give the same bits.
+    #[test]
+    fn without_vnni_the_numbers_are_the_same() {
+        if !CpuPath::Avx512.is_available() {
+            return;
+        }
+        let options = CpuOptions { threads: Some(1), path: Some(CpuPath::Avx512) };
+        let cpu = Cpu::new(options).unwrap();
+        let (inputs, outputs, rows) = (300, 70, 19);
+        let numbers = |n: usize, step: usize| -> Vec<f32> {
+            (0..n).map(|i| ((i * step) % 1999) as f32 / 999.0 - 1.0).collect()
+        };
+        let bytes: Vec<u8> = numbers(inputs * outputs, 7919)
+            .iter()
+            .flat_map(|&x| f16::from_f32(x).to_le_bytes())
+            .collect();
+        for format in [WeightFormat::Int8, WeightFormat::Int4] {
+            let weight = HostTensor::new("w", bytes.clone().into(), DType::F16, &[outputs, inputs]);
+            let parts = vec![LinearPart { weight: weight.unwrap(), bias: None }];
+            let spec = LinearSpec { parts, layout: MatrixLayout::OutIn, format };
+            let linear = cpu.load_linear(spec).unwrap();
+            let super::super::tensor::CpuWeights::Packed(packed) = &linear.weights else {
+                unreachable!("quantised weights")
+            };
+            let groups = packed.groups();
+            let mut x = vec![RowGroup::zeroed(); rows * groups];
+            let values = numbers(rows * inputs, 104_729);
+            dispatch(CpuPath::Avx512, QuantiseRows { x: &values, inputs, out: &mut x });
+            // One row, a batch in two passes, and enough for pairs of blocks.
+            for rows in [1, 5, 16, rows] {
+                let product = |out: &mut [f32], vnni: bool| {
+                    let columns = Columns::new(out, outputs);
+                    let (x, blocks) = (&x[..rows * groups], 0..packed.blocks());
+                    let product = Product { packed, x, rows, blocks, columns, add: false };
+                    if vnni {
+                        dispatch(CpuPath::Avx512, product);
+                    } else {
+                        avx512::run_without_vnni(product);
+                    }
+                };
+                let mut found = [vec![0.0; rows * outputs], vec![1.0; rows * outputs]];
+                product(&mut found[0], true);
+                product(&mut found[1], false);
+                assert_eq!(found[0], found[1], "{format:?}, {rows} rows");
+                assert!(found[0].iter().any(|&x| x != 0.0));
+            }
+        }
+    }
 }

@@ -66,9 +66,13 @@ pub(super) fn choose<E: KvElement + Element>(
             } else {
                 let element = PhantomData::<E>;
                 let score = score::Scores { context, table, kv_head, queries, scores, element };
+                let start = context.clock.start();
                 dispatch(context.path, score);
+                context.clock.scored(start);
                 let best = best::Best { scores: &choice.scores, budget, sink, recent, list };
+                let start = context.clock.start();
                 dispatch(context.path, best);
+                context.clock.listed(start);
             }
             Ok(Chosen::Listed)
         }
@@ -110,7 +114,10 @@ fn on_host(
         boxes: &choice.boxes,
         keys: Some(&keys),
     });
-    custom(selector, &input, list)
+    let start = context.clock.start();
+    let chosen = custom(selector, &input, list);
+    context.clock.scored(start);
+    chosen
 }
 
 fn custom(

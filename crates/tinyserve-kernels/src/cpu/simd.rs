@@ -7,7 +7,7 @@ use super::path::CpuPath;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
-mod avx512;
+pub(in crate::cpu) mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
@@ -45,6 +45,11 @@ pub(crate) trait Simd: Copy {
     fn scale_by_power(self, x: Self::V, n: Self::V) -> Self::V;
     /// The sum of all elements.
     fn sum(self, x: Self::V) -> f32;
+    /// [`Self::sum`] of each vector, to the last bit.
+    #[inline(always)]
+    fn sums<const N: usize>(self, x: &[Self::V; N]) -> [f32; N] {
+        std::array::from_fn(|i| self.sum(x[i]))
+    }
     /// The largest element.
     fn highest(self, x: Self::V) -> f32;
     /// Asks for the cache line at `address`, which need not be one that may be read.

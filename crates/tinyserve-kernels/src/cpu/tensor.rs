@@ -3,6 +3,7 @@
 use half::{bf16, f16};
 
 use super::Cpu;
+use super::memory::Aligned;
 use super::packed::Packed;
 use super::path::CpuPath;
 use super::turned::turned;
@@ -11,13 +12,13 @@ use crate::{DType, HostTensor, KernelError, LinearSpec, MatrixLayout, WeightForm
 /// Activations `[rows, columns]`, f32, row-major.
 #[derive(Debug)]
 pub struct CpuTensor {
-    values: Vec<f32>,
+    values: Aligned,
     columns: usize,
 }
 
 impl CpuTensor {
     pub(crate) fn new(columns: usize) -> Self {
-        Self { values: Vec::new(), columns }
+        Self { values: Aligned::default(), columns }
     }
 
     /// Elements of a row.
@@ -44,7 +45,7 @@ impl CpuTensor {
 
     /// Makes it `rows` long; what new rows hold is not defined.
     pub(crate) fn resize(&mut self, rows: usize) {
-        self.values.resize(rows * self.columns, 0.0);
+        self.values.resize(rows * self.columns);
     }
 }
 

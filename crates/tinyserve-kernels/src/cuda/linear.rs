@@ -65,7 +65,7 @@ pub(super) fn load(
                     let to = weight.at(first * inputs * dtype.size());
                     match layout {
                         MatrixLayout::OutIn => {
-                            weight.copy_from(device, first * inputs * dtype.size(), &stored)?
+                            weight.copy_from(device, first * inputs * dtype.size(), &stored)?;
                         }
                         MatrixLayout::InOut => {
                             turn(device, &stored, to, (inputs, part.outputs), dtype)?;

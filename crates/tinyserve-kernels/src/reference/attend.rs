@@ -24,20 +24,52 @@ impl AttendRow<'_> {
         (self.tokens - (index * size).min(self.tokens)).min(size)
     }
 
+    /// Whether the row reads codes of page `index`: it sees the page that it is in itself as it was
+    /// appended, whether later rows of the same step have filled it or not.
+    fn reads_codes(&self, index: usize) -> bool {
+        let layout = self.pages.layout();
+        layout.shape().format.is_quantised() && index != (self.tokens - 1) / layout.page_size()
+    }
+
+    /// Calls `each` with the key and the value, `[head_dim]`, of every token of page `index` that the
+    /// row sees.
+    fn tokens_of<E: KvElement>(&self, index: usize, mut each: impl FnMut(&[f64], &[f64])) {
+        let (page, dim) = (self.table[index], self.query.len());
+        let (mut key, mut value) = (vec![0.0; dim], vec![0.0; dim]);
+        if self.reads_codes(index) {
+            let codes = self.pages.code_page(self.layer, page, self.kv_head);
+            let corners = self.pages.page_box::<E>(self.layer, page, self.kv_head);
+            let corners: Vec<(f32, f32)> =
+                corners.min().map(E::to_f32).zip(corners.max().map(E::to_f32)).collect();
+            for offset in 0..self.visible(index) {
+                for (channel, &corners) in corners.iter().enumerate() {
+                    key[channel] = f64::from(codes.key(offset, channel, corners));
+                    value[channel] = f64::from(codes.value(offset, channel));
+                }
+                each(&key, &value);
+            }
+            return;
+        }
+        let head = self.pages.head::<E>(self.layer, page, self.kv_head);
+        let values = head.values.chunks_exact(dim);
+        for (offset, values) in values.take(self.visible(index)).enumerate() {
+            for (wide, x) in key.iter_mut().zip(head.key(offset)) {
+                *wide = f64::from(x.to_f32());
+            }
+            for (wide, x) in value.iter_mut().zip(values) {
+                *wide = f64::from(x.to_f32());
+            }
+            each(&key, &value);
+        }
+    }
+
     fn scores<E: KvElement>(&self, list: &[u32]) -> Vec<f64> {
         let mut scores = Vec::new();
         for &index in list {
-            let page = self.table[index as usize];
-            let head = self.pages.head::<E>(self.layer, page, self.kv_head);
-            for key in (0..self.visible(index as usize)).map(|token| head.key(token)) {
-                let dot: f64 = self
-                    .query
-                    .iter()
-                    .zip(key)
-                    .map(|(&q, k)| f64::from(q) * f64::from(k.to_f32()))
-                    .sum();
+            self.tokens_of::<E>(index as usize, |key, _| {
+                let dot: f64 = self.query.iter().zip(key).map(|(&q, k)| f64::from(q) * k).sum();
                 scores.push(dot * f64::from(self.scale));
-            }
+            });
         }
         scores
     }
@@ -51,15 +83,12 @@ pub(crate) fn attend_row<E: KvElement>(row: &AttendRow<'_>, list: &[u32], out: &
     let mut sums = vec![0.0; out.len()];
     let mut scores = scores.into_iter();
     for &index in list {
-        let page = row.table[index as usize];
-        let values = row.pages.head::<E>(row.layer, page, row.kv_head).values;
-        let visible = row.visible(index as usize);
-        for (value, score) in values.chunks_exact(out.len()).take(visible).zip(&mut scores) {
-            let weight = (score - peak).exp() / total;
+        row.tokens_of::<E>(index as usize, |_, value| {
+            let weight = (scores.next().unwrap_or(f64::NAN) - peak).exp() / total;
             for (sum, v) in sums.iter_mut().zip(value) {
-                *sum += weight * f64::from(v.to_f32());
+                *sum += weight * v;
             }
-        }
+        });
     }
     for (out, sum) in out.iter_mut().zip(sums) {
         *out = sum as f32;

@@ -7,8 +7,7 @@ use tinyserve_kernels::{
     CpuPath, Heads, KernelError,
 };
 use tinyserve_kv::{
-    HostPages, KvElement, KvFormat, KvLayout, KvShape, PageId, PagePool, PageTable, Slot,
-    with_element,
+    HostPages, KvElement, KvFormat, KvLayout, KvShape, PagePool, PageTable, Slot, with_element,
 };
 
 /// The layer that is written and read, of two.
@@ -92,11 +91,22 @@ impl Cache {
 
     /// Appends the tokens of sequence `index` from `first` on; `qkv` is `[tokens, qkv_width]`.
     pub(crate) fn append(&mut self, cpu: &Cpu, index: usize, first: usize, qkv: &[f32]) {
+        self.append_batch(cpu, &[(index, first)], &[qkv]);
+    }
+
+    /// Appends tokens of several sequences in one step, as [`Self::append`] does of one.
+    pub(crate) fn append_batch(&mut self, cpu: &Cpu, places: &[(usize, usize)], qkv: &[&[f32]]) {
         let width = self.heads.qkv_width();
-        let slots: Vec<Slot> =
-            (first..first + qkv.len() / width).map(|t| self.tables[index].slot(t)).collect();
+        let slots: Vec<Slot> = places
+            .iter()
+            .zip(qkv)
+            .flat_map(|(&(index, first), qkv)| {
+                let table = &self.tables[index];
+                (first..first + qkv.len() / width).map(|token| table.slot(token))
+            })
+            .collect();
         let mut tensor = cpu.tensor(width);
-        cpu.upload(qkv, &mut tensor);
+        cpu.upload(&qkv.concat(), &mut tensor);
         cpu.append_kv(AppendKvArgs {
             layer: LAYER,
             heads: self.heads,
@@ -154,46 +164,54 @@ impl Cache {
         (self.heads.head_dim as f32).sqrt().recip()
     }
 
-    /// Key and value of one token, widened.
-    fn token(&self, page: PageId, offset: usize, kv_head: usize) -> (Vec<f64>, Vec<f64>) {
-        let dim = self.heads.head_dim;
+    /// Key and value of one token, widened, as a row sees it that sees `tokens` tokens: those of the
+    /// row's own page as they were appended, others as codes where the format has them.
+    fn token(
+        &self,
+        (index, tokens, kv_head): (usize, usize, usize),
+        token: usize,
+    ) -> (Vec<f64>, Vec<f64>) {
+        let (dim, size) = (self.heads.head_dim, self.pages.layout().page_size());
+        let Slot { page, offset } = self.tables[index].slot(token);
+        let own = token / size == (tokens - 1) / size;
         with_element!(self.pages.layout().shape().format, E => {
-            let head = self.pages.head::<E>(LAYER, page, kv_head);
             let widen = |x: E| f64::from(KvElement::to_f32(x));
+            if self.pages.layout().shape().format.is_quantised() && !own {
+                let codes = self.pages.code_page(LAYER, page, kv_head);
+                let corners = self.pages.page_box::<E>(LAYER, page, kv_head);
+                let corners = corners.min().map(KvElement::to_f32)
+                    .zip(corners.max().map(KvElement::to_f32));
+                let key = corners.enumerate().map(|(c, corners)| codes.key(offset, c, corners));
+                let value = (0..dim).map(|c| codes.value(offset, c));
+                return (key.map(f64::from).collect(), value.map(f64::from).collect());
+            }
+            let head = self.pages.head::<E>(LAYER, page, kv_head);
             let value = &head.values[offset * dim..(offset + 1) * dim];
             (head.key(offset).map(widen).collect(), value.iter().map(|&x| widen(x)).collect())
         })
     }
 
     /// Scaled scores of one query and the first `tokens` tokens of sequence `index`, as stored.
-    pub(crate) fn logits(
-        &self,
-        (index, tokens, kv_head): (usize, usize, usize),
-        query: &[f32],
-    ) -> Vec<f32> {
+    pub(crate) fn logits(&self, place: (usize, usize, usize), query: &[f32]) -> Vec<f32> {
         let score = |token: usize| {
-            let Slot { page, offset } = self.tables[index].slot(token);
-            let (key, _) = self.token(page, offset, kv_head);
+            let (key, _) = self.token(place, token);
             let dot: f64 = query.iter().zip(key).map(|(&q, k)| f64::from(q) * k).sum();
             (dot * f64::from(self.scale())) as f32
         };
-        (0..tokens).map(score).collect()
+        (0..place.1).map(score).collect()
     }
 
     /// Dense attention of one query over the first `tokens` tokens of sequence `index`, masked to
     /// those that `reads` names.
     pub(crate) fn masked(
         &self,
-        (index, tokens, kv_head): (usize, usize, usize),
+        place: (usize, usize, usize),
         query: &[f32],
         reads: impl Fn(usize) -> bool,
     ) -> Vec<f64> {
-        let read: Vec<(Vec<f64>, Vec<f64>)> = (0..tokens)
+        let read: Vec<(Vec<f64>, Vec<f64>)> = (0..place.1)
             .filter(|&token| reads(token))
-            .map(|token| {
-                let Slot { page, offset } = self.tables[index].slot(token);
-                self.token(page, offset, kv_head)
-            })
+            .map(|token| self.token(place, token))
             .collect();
         let scores: Vec<f64> = read
             .iter()

@@ -1,19 +1,27 @@
 //! What the tests of stored pages share: shapes, and a widened view of a page.
+#![allow(dead_code, reason = "each test binary uses its own part")]
 
 mod numbers;
 
 pub(crate) use numbers::Numbers;
 use proptest::prelude::*;
+use tinyserve_kv::half::f16;
 use tinyserve_kv::{HostPages, KvElement, KvFormat, KvLayout, KvShape, PageId, with_element};
 
-/// Layouts of every format, with odd head sizes and pages of 1 to 64 tokens.
+/// Layouts of every format without codes, with odd head sizes and pages of 1 to 64 tokens.
 pub(crate) fn layouts() -> impl Strategy<Value = KvLayout> {
+    layouts_of(&KvFormat::FLOATS)
+}
+
+/// Layouts of `formats`.
+pub(crate) fn layouts_of(formats: &'static [KvFormat]) -> impl Strategy<Value = KvLayout> {
     let head_dims = prop_oneof![1usize..=20, Just(24usize), Just(33), Just(64)];
     let page_sizes = prop_oneof![1usize..=64, Just(1usize), Just(16)];
-    (1usize..=2, 1usize..=3, head_dims, page_sizes, prop::sample::select(&KvFormat::ALL[..]))
-        .prop_map(|(layers, kv_heads, head_dim, page_size, format)| {
+    (1usize..=2, 1usize..=3, head_dims, page_sizes, prop::sample::select(formats)).prop_map(
+        |(layers, kv_heads, head_dim, page_size, format)| {
             KvLayout::new(KvShape { layers, kv_heads, head_dim, page_size, format }).unwrap()
-        })
+        },
+    )
 }
 
 /// `x` as `format` stores it, widened.
@@ -49,4 +57,20 @@ pub(crate) fn read(pages: &HostPages, layer: usize, page: PageId, kv_head: usize
             max: corners.max().map(KvElement::to_f32).collect(),
         }
     })
+}
+
+/// Reads one head of one sealed page of codes.
+pub(crate) fn read_codes(pages: &HostPages, layer: usize, page: PageId, kv_head: usize) -> Head {
+    let (dim, size) = (pages.layout().shape().head_dim, pages.layout().page_size());
+    let (codes, corners) =
+        (pages.code_page(layer, page, kv_head), pages.page_box::<f16>(layer, page, kv_head));
+    let min: Vec<f32> = corners.min().map(KvElement::to_f32).collect();
+    let max: Vec<f32> = corners.max().map(KvElement::to_f32).collect();
+    let places = || (0..size).flat_map(|token| (0..dim).map(move |channel| (token, channel)));
+    Head {
+        keys: places().map(|(t, c)| codes.key(t, c, (min[c], max[c]))).collect(),
+        values: places().map(|(t, c)| codes.value(t, c)).collect(),
+        min,
+        max,
+    }
 }

@@ -122,8 +122,9 @@ impl Runner for Toy {
         Ok(())
     }
 
-    fn truncate(&mut self, table: &mut PageTable, tokens: usize) {
+    fn truncate(&mut self, table: &mut PageTable, tokens: usize) -> usize {
         table.truncate(&mut self.pool, tokens);
+        table.len()
     }
 
     fn release(&mut self, table: PageTable) {

@@ -145,6 +145,23 @@ impl<'a> State<'a> {
         }
     }
 
+    /// `out = out·shift + block` for channels `at..` of `query`; those beyond the last are garbage.
+    #[inline(always)]
+    pub(super) fn add_block<S: Simd>(
+        &mut self,
+        simd: S,
+        query: usize,
+        at: usize,
+        shift: f32,
+        block: &[f32; 16],
+    ) {
+        let shift = simd.splat(shift);
+        let out = &mut self.out[query * self.shape.stride + at..][..block.len()];
+        for (out, block) in out.chunks_exact_mut(S::LANES).zip(block.chunks_exact(S::LANES)) {
+            simd.store(simd.mul_add(simd.load(out), shift, simd.load(block)), out);
+        }
+    }
+
     /// Turns the scores of the first `tokens` tokens of a chunk into weights, and adds them up;
     /// gives the factor that earlier weights shrink by.
     #[inline(always)]

@@ -9,9 +9,10 @@ use std::sync::{Mutex, PoisonError};
 
 use tinyserve_kv::{HeadPage, KvElement};
 
+use super::codes::CodeScratch;
 use super::observe::Records;
 use super::softmax::{self, Shape, State};
-use super::{Context, Unit};
+use super::{Context, Unit, products};
 use crate::cpu::simd::{Element, Kernel, Simd};
 
 /// Tokens of a chunk, when its pages are small enough: one softmax update for all of them.
@@ -66,21 +67,23 @@ impl PageList<'_> {
 #[derive(Debug, Default)]
 pub(super) struct TileScratch {
     /// Queries in blocks of [`softmax::block`] queries, each `[head_dim, block]`.
-    queries: Vec<f32>,
+    pub(super) queries: Vec<f32>,
     /// One page of keys, widened `[head_dim, page_size]`, padded to whole vectors.
-    page: Vec<f32>,
+    pub(super) page: Vec<f32>,
     /// A chunk of keys whose pages are not whole vectors `[head_dim, chunk]`.
-    keys: Vec<f32>,
+    pub(super) keys: Vec<f32>,
     /// Scores, then weights `[queries, chunk]`.
-    weights: Vec<f32>,
+    pub(super) weights: Vec<f32>,
     /// What the current chunk's peak makes of earlier sums, per query.
-    shifts: Vec<f32>,
+    pub(super) shifts: Vec<f32>,
     /// The softmax of the current part.
-    part: Vec<f32>,
+    pub(super) part: Vec<f32>,
     /// The softmax of all parts before it.
-    total: Vec<f32>,
+    pub(super) total: Vec<f32>,
     /// The [`Records`] of the tile's list, when mass is asked for.
-    records: Vec<f32>,
+    pub(super) records: Vec<f32>,
+    /// What pages of codes need.
+    pub(super) codes: CodeScratch,
 }
 
 /// Where a tile leaves what it computed.
@@ -111,11 +114,16 @@ impl<E: KvElement + Element> Kernel for Tile<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
         let (context, unit) = (self.context, self.unit);
-        let size = context.pages.layout().page_size();
+        let (size, codes) = (context.pages.layout().page_size(), context.pages.layout().codes());
         let shape = context.shape(unit.rows.len());
-        let chunk = (chunk_pages(size) * size).next_multiple_of(S::LANES);
+        let mut chunk = (chunk_pages(size) * size).next_multiple_of(S::LANES);
         let mut scratch = std::mem::take(self.scratch);
         scratch.load_queries(context, unit);
+        if codes.is_some() {
+            // Scores are written in whole blocks, wherever their page ends.
+            chunk = (chunk + products::BLOCK).next_multiple_of(products::BLOCK);
+            scratch.codes.load_queries((0..shape.queries).map(|query| self.query(query)));
+        }
         scratch.weights.resize(shape.queries * chunk, 0.0);
         scratch.shifts.resize(shape.queries, 0.0);
         let (chunk_pages, part_pages) = (chunk_pages(size), part_pages(size));
@@ -130,8 +138,12 @@ impl<E: KvElement + Element> Kernel for Tile<'_, E> {
             while first < end {
                 let pages = first..(first + chunk_pages).min(end);
                 first = pages.end;
-                let chunk_index = (pages.start - self.range.start) / chunk_pages;
-                self.add_chunk(simd, pages, (shape, chunk), (records, chunk_index), &mut scratch);
+                let records = (records, (pages.start - self.range.start) / chunk_pages);
+                let (shape, scratch) = ((shape, chunk), &mut scratch);
+                match codes {
+                    Some(codes) => self.add_code_chunk(simd, pages, shape, records, codes, scratch),
+                    None => self.add_chunk(simd, pages, shape, records, scratch),
+                }
             }
             match &mut self.target {
                 Target::Part(part) => {
@@ -183,7 +195,7 @@ impl TileScratch {
 
 impl<E: KvElement + Element> Tile<'_, E> {
     #[inline(always)]
-    fn page(&self, i: usize) -> HeadPage<'_, E> {
+    pub(super) fn page(&self, i: usize) -> HeadPage<'_, E> {
         let page = self.unit.table(self.context)[self.list.get(i)];
         self.context.pages.head::<E>(self.context.layer, page, self.unit.kv_head)
     }
@@ -203,10 +215,17 @@ impl<E: KvElement + Element> Tile<'_, E> {
     /// Asks for the page that the arithmetic reaches in a while. One row is through with a page
     /// before the processor guesses where the next one is; a tile of many rows is not.
     #[inline(always)]
-    fn prefetch<S: Simd>(&self, simd: S, i: usize) {
-        let bytes = 2 * self.context.pages.layout().head_elements() * size_of::<E>();
+    pub(super) fn prefetch<S: Simd>(&self, simd: S, i: usize) {
+        let layout = self.context.pages.layout();
+        let bytes = layout.head_bytes();
         let ahead = i + (PREFETCH_BYTES / bytes).min(PREFETCH_PAGES);
         if self.unit.rows.len() > 1 || ahead == i || ahead >= self.range.end {
+            return;
+        }
+        if layout.codes().is_some() {
+            for line in self.code_page(ahead).bytes().chunks(LINE_BYTES) {
+                simd.prefetch(line.as_ptr());
+            }
             return;
         }
         let page = self.page(ahead);
@@ -328,7 +347,7 @@ impl<E: KvElement + Element> Tile<'_, E> {
 
     /// Puts the keys of pages that are not whole vectors side by side: `[head_dim, chunk]`.
     #[inline(always)]
-    fn gather<S: Simd>(
+    pub(super) fn gather<S: Simd>(
         &self,
         simd: S,
         pages: std::ops::Range<usize>,

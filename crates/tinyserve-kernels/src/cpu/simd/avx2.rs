@@ -147,11 +147,18 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn low_halves(self, codes: [__m256i; 2]) -> [__m256i; 2] {
-        codes.map(|codes| intrinsic!(_mm256_and_si256(codes, _mm256_set1_epi8(15))))
+        // Not `map`, which is too large for the compiler to inline it.
+        intrinsic!([
+            _mm256_and_si256(codes[0], _mm256_set1_epi8(15)),
+            _mm256_and_si256(codes[1], _mm256_set1_epi8(15)),
+        ])
     }
     #[inline(always)]
     fn high_halves(self, codes: [__m256i; 2]) -> [__m256i; 2] {
-        self.low_halves(codes.map(|codes| intrinsic!(_mm256_srli_epi16::<4>(codes))))
+        self.low_halves(intrinsic!([
+            _mm256_srli_epi16::<4>(codes[0]),
+            _mm256_srli_epi16::<4>(codes[1]),
+        ]))
     }
     #[inline(always)]
     fn counts(self, x: i32) -> [__m256i; 2] {

@@ -13,6 +13,17 @@ pub(super) struct Avx512<const VNNI: bool> {
 }
 
 pub(super) fn run<K: Kernel>(kernel: K) -> K::Output {
+    let vnni = K::INTEGERS && is_x86_feature_detected!("avx512vnni");
+    run_with(kernel, vnni)
+}
+
+/// As on a processor that has no VNNI.
+#[cfg(test)]
+pub(in super::super) fn run_without_vnni<K: Kernel>(kernel: K) -> K::Output {
+    run_with(kernel, false)
+}
+
+fn run_with<K: Kernel>(kernel: K, vnni: bool) -> K::Output {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
     fn compiled<K: Kernel>(kernel: K, simd: Avx512<false>) -> K::Output {
         kernel.run(simd)
@@ -22,8 +33,8 @@ pub(super) fn run<K: Kernel>(kernel: K) -> K::Output {
         kernel.run(simd)
     }
     assert!(super::CpuPath::Avx512.is_available(), "this processor has no AVX-512");
-    if K::INTEGERS && is_x86_feature_detected!("avx512vnni") {
-        // SAFETY: the processor has the features, as the two lines above made sure.
+    if vnni {
+        // SAFETY: the processor has the features, as the assertion and the caller made sure.
         return unsafe { with_vnni(kernel, Avx512 { _only_made_after_detection: () }) };
     }
     // SAFETY: the processor has the features, as the assertion above made sure.
@@ -126,6 +137,32 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
         })
+    }
+    #[inline(always)]
+    fn sums<const N: usize>(self, x: &[__m512; N]) -> [f32; N] {
+        let &[a, b, c, d] = x.as_slice() else {
+            return std::array::from_fn(|i| self.sum(x[i]));
+        };
+        // The tree of `sum`, for four vectors at once: halves, quarters, pairs, one.
+        let mut sums = [0.0; 16];
+        let four = intrinsic!({
+            let halves = |a, b| {
+                let (low, high) =
+                    (_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
+                _mm512_add_ps(low, high)
+            };
+            let (ab, cd) = (halves(a, b), halves(c, d));
+            let four = _mm512_add_ps(
+                _mm512_shuffle_f32x4::<0x88>(ab, cd),
+                _mm512_shuffle_f32x4::<0xdd>(ab, cd),
+            );
+            let two = _mm512_add_ps(four, _mm512_permute_ps::<0x4e>(four));
+            let one = _mm512_add_ps(two, _mm512_permute_ps::<0xb1>(two));
+            // Every fourth element, side by side.
+            _mm512_maskz_compress_ps(0x1111, one)
+        });
+        self.store(four, &mut sums);
+        std::array::from_fn(|i| sums[i])
     }
     #[inline(always)]
     fn highest(self, x: __m512) -> f32 {
