@@ -143,7 +143,7 @@ impl HostPages {
         } else {
             let bytes = self.layout.head_range(page.index(), kv_head);
             let first = self.layer_bytes() * layer;
-            bytemuck::cast_slice(&self.pages.elements::<u8>(first + bytes.start..first + bytes.end))
+            bytemuck::cast_slice(self.pages.elements::<u8>(first + bytes.start..first + bytes.end))
         };
         let (keys, values) = both.split_at(length);
         HeadPage { keys, values, page_size: self.layout.page_size() }

@@ -305,7 +305,7 @@ fn check(args: &AttentionArgs) -> Result<()> {
             return Err(out_of_range(flag, 0, "at least 1"));
         }
     }
-    for kv_heads in args.kv_heads.iter().filter(|&&n| !args.q_heads.is_multiple_of(n)) {
+    if let Some(kv_heads) = args.kv_heads.iter().find(|&&n| !args.q_heads.is_multiple_of(n)) {
         let sentence = format!("--kv-heads is {kv_heads}, expected a divisor of {}", args.q_heads);
         return Err(Usage(sentence).into());
     }

@@ -206,14 +206,14 @@ impl Product<'_> {
             let lines = share.map(|share| pass * share..((pass + 1) * share).min(LINES));
             let n = (rows.end - row).div_ceil(passes - pass);
             match n {
-                8 => self.tile::<S, FOUR, 8, 1>(simd, row, block, lines),
-                7 => self.tile::<S, FOUR, 7, 1>(simd, row, block, lines),
-                6 => self.tile::<S, FOUR, 6, 1>(simd, row, block, lines),
-                5 => self.tile::<S, FOUR, 5, 1>(simd, row, block, lines),
-                4 => self.tile::<S, FOUR, 4, 1>(simd, row, block, lines),
-                3 => self.tile::<S, FOUR, 3, 1>(simd, row, block, lines),
-                2 => self.tile::<S, FOUR, 2, 1>(simd, row, block, lines),
-                _ => self.tile::<S, FOUR, 1, 1>(simd, row, block, lines),
+                8 => self.tile::<S, FOUR, 8, 1>(simd, row, block, lines.as_ref()),
+                7 => self.tile::<S, FOUR, 7, 1>(simd, row, block, lines.as_ref()),
+                6 => self.tile::<S, FOUR, 6, 1>(simd, row, block, lines.as_ref()),
+                5 => self.tile::<S, FOUR, 5, 1>(simd, row, block, lines.as_ref()),
+                4 => self.tile::<S, FOUR, 4, 1>(simd, row, block, lines.as_ref()),
+                3 => self.tile::<S, FOUR, 3, 1>(simd, row, block, lines.as_ref()),
+                2 => self.tile::<S, FOUR, 2, 1>(simd, row, block, lines.as_ref()),
+                _ => self.tile::<S, FOUR, 1, 1>(simd, row, block, lines.as_ref()),
             }
             row += n;
         }
@@ -227,7 +227,7 @@ impl Product<'_> {
         simd: S,
         row: usize,
         block: usize,
-        lines: Option<Range<usize>>,
+        lines: Option<&Range<usize>>,
     ) {
         let bits = if FOUR { CodeBits::Four } else { CodeBits::Eight };
         let (groups, bytes) = (self.packed.groups(), bits.record_bytes());
@@ -237,7 +237,7 @@ impl Product<'_> {
             std::array::from_fn(|r| &self.x[(row + r) * groups..(row + r + 1) * groups]);
         let mut sums = [[simd.block_zero(); O]; R];
         for group in 0..groups {
-            if let Some(lines) = &lines {
+            if let Some(lines) = lines {
                 let next = w[O - 1].as_ptr().wrapping_add((groups + group) * bytes);
                 for line in lines.start..lines.end.min(bytes.div_ceil(LINE_BYTES)) {
                     simd.prefetch(next.wrapping_add(line * LINE_BYTES));
