@@ -19,6 +19,8 @@ const REPLACEMENT: char = '\u{FFFD}';
 #[derive(Debug, Clone)]
 pub struct IncrementalDecoder {
     tokenizer: Tokenizer,
+    /// Whether special tokens add nothing to the text.
+    skip_special: bool,
     /// Tokens whose text is shown already.
     context: Vec<u32>,
     context_text: String,
@@ -27,21 +29,32 @@ pub struct IncrementalDecoder {
 }
 
 impl IncrementalDecoder {
-    /// A decoder for what follows `prompt`.
+    /// A decoder for what follows `prompt`, in whose text special tokens are left out.
     #[must_use]
     pub fn new(tokenizer: &Tokenizer, prompt: &[u32]) -> Self {
+        Self::after(tokenizer, prompt, true)
+    }
+
+    /// A decoder for what follows `prompt`, in whose text special tokens are spelt out.
+    #[must_use]
+    pub fn with_special(tokenizer: &Tokenizer, prompt: &[u32]) -> Self {
+        Self::after(tokenizer, prompt, false)
+    }
+
+    fn after(tokenizer: &Tokenizer, prompt: &[u32], skip_special: bool) -> Self {
         let tokenizer = tokenizer.clone();
-        let text: Vec<_> = prompt.iter().copied().filter(|&id| is_text(&tokenizer, id)).collect();
+        let is_text = |&id: &u32| !(skip_special && tokenizer.is_special(id));
+        let text: Vec<_> = prompt.iter().copied().filter(is_text).collect();
         let mut length = CONTEXT;
         loop {
             let context = &text[text.len().saturating_sub(length)..];
             // A decoder that fails here fails again, and is heard, at the first token.
-            let context_text = tokenizer.decode(context, true).unwrap_or_default();
+            let context_text = tokenizer.decode(context, skip_special).unwrap_or_default();
             // A window that starts inside a character or decodes to nothing shows too little.
             let unclear = context_text.is_empty() || context_text.contains(REPLACEMENT);
             if context.len() == text.len() || !unclear {
                 let context = context.to_vec();
-                return Self { tokenizer, context, context_text, held: Vec::new() };
+                return Self { tokenizer, skip_special, context, context_text, held: Vec::new() };
             }
             length *= 2;
         }
@@ -52,7 +65,7 @@ impl IncrementalDecoder {
     /// # Errors
     /// When the tokenizer's decoder fails.
     pub fn push(&mut self, id: u32) -> Result<String, ModelError> {
-        if !is_text(&self.tokenizer, id) {
+        if self.skip_special && self.tokenizer.is_special(id) {
             return Ok(String::new());
         }
         self.held.push(id);
@@ -62,7 +75,7 @@ impl IncrementalDecoder {
             return Ok(String::new());
         }
         self.context = std::mem::take(&mut self.held);
-        self.context_text = self.tokenizer.decode(&self.context, true)?;
+        self.context_text = self.tokenizer.decode(&self.context, self.skip_special)?;
         Ok(text)
     }
 
@@ -76,26 +89,21 @@ impl IncrementalDecoder {
         }
         let text = self.held_text()?;
         self.context = std::mem::take(&mut self.held);
-        self.context_text = self.tokenizer.decode(&self.context, true)?;
+        self.context_text = self.tokenizer.decode(&self.context, self.skip_special)?;
         Ok(text)
     }
 
     /// What the held tokens add to the text of the context.
     fn held_text(&self) -> Result<String, ModelError> {
         let all = [self.context.as_slice(), &self.held].concat();
-        let text = self.tokenizer.decode(&all, true)?;
+        let text = self.tokenizer.decode(&all, self.skip_special)?;
         // The held tokens may complete a character that the context ends with.
         let complete = self.context_text.trim_end_matches(REPLACEMENT);
         let added = text.strip_prefix(&self.context_text).or_else(|| text.strip_prefix(complete));
         match added {
             Some(added) => Ok(added.to_owned()),
             // They changed text that is shown already: they stand alone.
-            None => self.tokenizer.decode(&self.held, true),
+            None => self.tokenizer.decode(&self.held, self.skip_special),
         }
     }
-}
-
-/// Whether a token adds to the text at all.
-fn is_text(tokenizer: &Tokenizer, id: u32) -> bool {
-    !tokenizer.is_special(id)
 }

@@ -147,6 +147,15 @@ fn special_tokens_show_nothing_and_change_nothing() {
 }
 
 #[test]
+fn special_tokens_are_spelt_out_when_asked() {
+    let tokenizer = &TOKENIZERS.iter().find(|named| named.name == "mistral").unwrap().tokenizer;
+    let ids = tokenizer.encode("a word", false).unwrap();
+    let mut decoder = IncrementalDecoder::with_special(tokenizer, &ids);
+    assert_eq!(decoder.push(2).unwrap(), "</s>");
+    assert_eq!(decoder.push(ids[0]).unwrap().trim_start(), "a");
+}
+
+#[test]
 fn endless_broken_bytes_are_shown_and_do_not_pile_up() {
     let tokenizer = &TOKENIZERS.iter().find(|named| named.name == "mistral").unwrap().tokenizer;
     let byte = tokenizer.token_to_id("<0xFF>").unwrap();

@@ -67,6 +67,8 @@ pub struct Request {
     pub stop: Vec<String>,
     /// Whether the stop text that was found belongs to the answer.
     pub include_stop: bool,
+    /// Whether special tokens are left out of the text.
+    pub skip_special_tokens: bool,
     /// Tokens that end the answer, beside the model's end-of-sequence tokens.
     pub stop_tokens: Vec<u32>,
     /// Whether to go on after an end-of-sequence token.
@@ -101,6 +103,7 @@ impl Request {
             logit_bias: Vec::new(),
             stop: Vec::new(),
             include_stop: false,
+            skip_special_tokens: true,
             stop_tokens: Vec::new(),
             ignore_eos: false,
             top_logprobs: 0,

@@ -102,8 +102,7 @@ impl Intake {
         let sampler = Sampler::new(request.sampling).map_err(model)?;
         let sampler = sampler.with_bias(request.logit_bias).map_err(model)?;
         let tokenizer = self.config.tokenizer.as_ref();
-        let text =
-            TextStream::new(tokenizer, &request.prompt, (&request.stop, request.include_stop));
+        let text = TextStream::new(tokenizer, &request);
         let choices = request.plugins.iter().map(|(name, enabled)| (name.as_str(), *enabled));
         let place = self.queue(request.prompt.len())?;
         let id = RequestId(self.config.next_id.fetch_add(1, Ordering::Relaxed));

@@ -2,6 +2,8 @@
 
 use tinyserve_model::{IncrementalDecoder, ModelError, StopMatcher, Tokenizer};
 
+use crate::Request;
+
 /// Tokens in, text out; finds stop texts across token borders.
 #[derive(Debug, Clone)]
 pub(crate) struct TextStream {
@@ -10,14 +12,15 @@ pub(crate) struct TextStream {
 }
 
 impl TextStream {
-    pub(crate) fn new(
-        tokenizer: Option<&Tokenizer>,
-        prompt: &[u32],
-        (stops, include_stop): (&[String], bool),
-    ) -> Self {
+    pub(crate) fn new(tokenizer: Option<&Tokenizer>, request: &Request) -> Self {
+        let decoder = if request.skip_special_tokens {
+            IncrementalDecoder::new
+        } else {
+            IncrementalDecoder::with_special
+        };
         Self {
-            decoder: tokenizer.map(|tokenizer| IncrementalDecoder::new(tokenizer, prompt)),
-            stops: StopMatcher::new(stops).showing(include_stop),
+            decoder: tokenizer.map(|tokenizer| decoder(tokenizer, &request.prompt)),
+            stops: StopMatcher::new(&request.stop).showing(request.include_stop),
         }
     }
 

@@ -211,7 +211,7 @@ pub(super) fn markdown(rows: &[Row]) -> String {
 }
 
 /// Columns of CSV: every field that is neither a list nor an object.
-const COLUMNS: [&str; 27] = [
+const COLUMNS: [&str; 28] = [
     "model",
     "model_size",
     "model_n_params",
@@ -224,6 +224,7 @@ const COLUMNS: [&str; 27] = [
     "page_size",
     "depth_fill",
     "kv_bytes",
+    "planned_bytes",
     "attention",
     "selection_ratio",
     "n_prompt",
