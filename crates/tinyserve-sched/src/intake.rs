@@ -99,10 +99,9 @@ impl Intake {
             }
             error => setting("sampling", error, "settings that the sampler takes"),
         };
+        let text = TextStream::new(self.config.tokenizer.as_ref(), &request);
         let sampler = Sampler::new(request.sampling).map_err(model)?;
         let sampler = sampler.with_bias(request.logit_bias).map_err(model)?;
-        let tokenizer = self.config.tokenizer.as_ref();
-        let text = TextStream::new(tokenizer, &request);
         let choices = request.plugins.iter().map(|(name, enabled)| (name.as_str(), *enabled));
         let place = self.queue(request.prompt.len())?;
         let id = RequestId(self.config.next_id.fetch_add(1, Ordering::Relaxed));
