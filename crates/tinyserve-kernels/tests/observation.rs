@@ -98,9 +98,11 @@ proptest! {
             .collect();
         for cpu in backends(1) {
             let mut cache = Cache::new(heads, layout, &sizes);
-            for (index, qkv) in qkv.iter().enumerate() {
-                cache.append(&cpu, index, 0, qkv);
-            }
+            // In one step: a row sees its own page as it was appended, and pages that a step fills
+            // are kept so until the next one appends.
+            let places: Vec<_> = (0..qkv.len()).map(|index| (index, 0)).collect();
+            let appended: Vec<_> = qkv.iter().map(Vec::as_slice).collect();
+            cache.append_batch(&cpu, &places, &appended);
             let told = observe(&cpu, &cache, &sequences, Attention::Dense);
             let (mut row, mut first) = (0, 0);
             for (index, (tokens, rows, counted)) in sequences.iter().enumerate() {
