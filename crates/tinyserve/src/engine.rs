@@ -1,28 +1,25 @@
 //! The engine: a model, its cache and its tokenizer behind one handle.
 
+mod builder;
+
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use tinyserve_kernels::{Backend, Cpu, CpuOptions, Cuda, DType};
-use tinyserve_kv::{PageSelector, PrefixIndex, PrefixOptions};
+use tinyserve_kernels::DType;
 use tinyserve_model::{
-    CacheOutcome, ChatTemplate, Checkpoint, KvCache, LoadOptions, MemoryPlan, Model, ModelConfig,
-    ModelError, Perplexity, PerplexityWindow, Tokenizer, perplexity_windows,
+    CacheOutcome, ChatTemplate, ModelConfig, ModelError, Perplexity, PerplexityWindow, Tokenizer,
+    perplexity_windows,
 };
 use tinyserve_plugins::{Plugin, PluginManager};
-use tinyserve_sched::{
-    AttentionChoice, Engine, EngineConfig, Event, EventStream, ModelRunner, Request, SessionInfo,
-    Summary, Token,
-};
+use tinyserve_sched::{Engine, Event, EventStream, Request, SessionInfo, Summary, Token};
+
+pub use builder::TinyServeBuilder;
 
 use crate::request::stop_reason;
-
 use crate::{
-    AttentionMode, Device, FinishReason, KvUsage, Measured, Optimized, PlannedMemory, Prompt,
-    RopeFrequencyDtype, Stats, StreamEvent, Timings, TinyServeConfig, TinyServeError,
-    TinyServeRequest, TinyServeResponse, Weights,
+    FinishReason, KvUsage, Measured, Optimized, PlannedMemory, Prompt, Stats, StreamEvent, Timings,
+    TinyServeConfig, TinyServeError, TinyServeRequest, TinyServeResponse,
 };
 
 /// A loaded model that answers requests, many at once.
@@ -58,260 +55,6 @@ pub struct TinyServe {
 impl std::fmt::Debug for TinyServe {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("TinyServe").field("config", &self.config).finish_non_exhaustive()
-    }
-}
-
-/// Collects settings and builds a [`TinyServe`].
-#[derive(Default)]
-pub struct TinyServeBuilder {
-    config: TinyServeConfig,
-    selector: Option<Arc<dyn PageSelector>>,
-    checkpoint: Option<Checkpoint>,
-    plugins: PluginManager,
-    cpu: CpuOptions,
-}
-
-impl TinyServeBuilder {
-    /// Replaces all settings.
-    #[must_use]
-    pub fn config(mut self, config: TinyServeConfig) -> Self {
-        self.config = config;
-        self
-    }
-
-    /// A folder in Hugging Face layout, or `builtin:stories260k`.
-    #[must_use]
-    pub fn model(mut self, model: impl Into<String>) -> Self {
-        self.config.model = model.into();
-        self
-    }
-
-    /// Tokens of one page.
-    #[must_use]
-    pub fn page_size(mut self, page_size: usize) -> Self {
-        self.config.page_size = page_size;
-        self
-    }
-
-    /// When decode steps select pages.
-    #[must_use]
-    pub fn attention(mut self, attention: AttentionMode) -> Self {
-        self.config.attention = attention;
-        self
-    }
-
-    /// Share of the pages that a selecting step reads.
-    #[must_use]
-    pub fn selection_ratio(mut self, ratio: f64) -> Self {
-        self.config.selection_ratio = ratio;
-        self
-    }
-
-    /// Tokens that a selecting step reads, instead of a share.
-    #[must_use]
-    pub fn token_budget(mut self, tokens: usize) -> Self {
-        self.config.token_budget = Some(tokens);
-        self
-    }
-
-    /// Threads of the CPU.
-    #[must_use]
-    pub fn threads(mut self, threads: usize) -> Self {
-        self.config.threads = Some(threads);
-        self
-    }
-
-    /// How weights are kept in memory.
-    #[must_use]
-    pub fn weights(mut self, weights: Weights) -> Self {
-        self.config.weights = weights;
-        self
-    }
-
-    /// Which of the CPU's instruction sets to use, instead of the best.
-    #[must_use]
-    pub fn cpu_path(mut self, path: tinyserve_kernels::CpuPath) -> Self {
-        self.cpu.path = Some(path);
-        self
-    }
-
-    /// A page selector of your own in place of the policy that the settings describe.
-    #[must_use]
-    pub fn selector(mut self, selector: Arc<dyn PageSelector>) -> Self {
-        self.selector = Some(selector);
-        self
-    }
-
-    /// Plugins of your own; the built-in ones are registered beside them.
-    #[must_use]
-    pub fn plugins(mut self, plugins: PluginManager) -> Self {
-        self.plugins = plugins;
-        self
-    }
-
-    /// Folder in which quantised weights are kept from one start to the next.
-    #[must_use]
-    pub fn weights_cache(mut self, folder: impl Into<PathBuf>) -> Self {
-        self.config.weights_cache = Some(folder.into());
-        self
-    }
-
-    /// A checkpoint that is open already, in place of the one that `model` names.
-    #[must_use]
-    pub fn checkpoint(mut self, checkpoint: Checkpoint) -> Self {
-        self.checkpoint = Some(checkpoint);
-        self
-    }
-
-    /// Loads the model.
-    ///
-    /// # Errors
-    /// When a setting is out of its range or the checkpoint cannot be used.
-    pub fn build(self) -> Result<TinyServe, TinyServeError> {
-        self.build_with_progress(|_, _| {})
-    }
-
-    /// Loads the model; `progress` is told layers done and layers in all.
-    ///
-    /// # Errors
-    /// As [`Self::build`].
-    pub fn build_with_progress(
-        self,
-        progress: impl FnMut(usize, usize),
-    ) -> Result<TinyServe, TinyServeError> {
-        let start = Instant::now();
-        let config = self.config;
-        config.check()?;
-        // Opened before anything is read: a device that is not there is told at once.
-        let cuda = match config.device {
-            Device::Cuda(number) => Some(Cuda::new(number)?),
-            Device::Auto | Device::Cpu => None,
-        };
-        if cuda.is_some() && config.replicas > 1 {
-            return Err(TinyServeError::Setting {
-                field: "replicas",
-                found: config.replicas.to_string(),
-                expected: "1 on a CUDA device".to_owned(),
-            });
-        }
-        let replicas = config.replicas;
-        let threads = config.threads.or_else(|| {
-            let all = std::thread::available_parallelism().map_or(1, usize::from);
-            (replicas > 1).then_some(all)
-        });
-        let threads = threads.map(|all| (all / replicas).max(1));
-        let backends = (0..replicas)
-            .map(|_| Cpu::new(CpuOptions { threads, ..self.cpu }))
-            .collect::<Result<Vec<_>, _>>()?;
-        let (path, threads) = (backends[0].path(), backends[0].threads());
-        let backend_name = match (&cuda, replicas) {
-            (Some(cuda), _) => format!("cuda:{}, {}", cuda.device().ordinal, cuda.device().name),
-            (None, 1) => format!("CPU, {path}, {threads} threads"),
-            (None, _) => format!("CPU, {path}, {replicas} replicas of {threads} threads"),
-        };
-        let mut checkpoint = match self.checkpoint {
-            Some(checkpoint) => checkpoint,
-            None => Checkpoint::load(&config.model)?,
-        };
-        if config.rope_frequency_dtype == RopeFrequencyDtype::Weights {
-            checkpoint.round_rope_frequencies();
-        }
-        let weights = config.load_options(checkpoint.dtype())?;
-        // Only text needs a tokenizer: a checkpoint without one still serves token ids.
-        let tokenizer = checkpoint.tokenizer().map_err(|error| error.to_string());
-        let chat_template = checkpoint.chat_template();
-        let memory = PlannedMemory::new(&config, &checkpoint, threads)?;
-        // What keys and values depend on beside tokens and layout.
-        let identity = format!(
-            "{} {} {:?}",
-            checkpoint.fingerprint(),
-            config.weights.name(checkpoint.dtype()),
-            config.rope_frequency_dtype
-        );
-        let loading = Loading {
-            config: &config,
-            checkpoint: &checkpoint,
-            weights,
-            plan: memory.plan,
-            identity: &identity,
-        };
-        let attention = match (config.attention, self.selector) {
-            (_, Some(selector)) => AttentionChoice::Custom(selector),
-            (AttentionMode::Dense, None) => AttentionChoice::Dense,
-            (_, None) => AttentionChoice::Policy(config.selection_policy()),
-        };
-        let plugins = self.plugins;
-        config.register_plugins(&plugins)?;
-        let scheduling = EngineConfig {
-            plugins: plugins.clone(),
-            max_sequence_length: memory.max_sequence_length,
-            attention,
-            eos: checkpoint.config().eos.clone(),
-            tokenizer: tokenizer.as_ref().ok().cloned(),
-            ..config.scheduling()
-        };
-        let (engine, weight_bytes, weights_cache) = match cuda {
-            Some(cuda) => loading.start(vec![cuda], &scheduling, progress)?,
-            None => loading.start(backends, &scheduling, progress)?,
-        };
-        Ok(TinyServe {
-            model: checkpoint.config().clone(),
-            tokenizer,
-            chat_template,
-            memory,
-            identity,
-            weight_bytes,
-            weights_cache,
-            stored: checkpoint.dtype(),
-            load: start.elapsed(),
-            backend_name,
-            plugins,
-            engine,
-            config,
-        })
-    }
-}
-
-/// What models are loaded from, whatever the device.
-struct Loading<'a> {
-    config: &'a TinyServeConfig,
-    checkpoint: &'a Checkpoint,
-    weights: LoadOptions,
-    plan: MemoryPlan,
-    identity: &'a str,
-}
-
-impl Loading<'_> {
-    /// Loads the model onto each of `backends` and starts their engine; gives the bytes of all
-    /// weights, and what became of their cache, too.
-    fn start<B: Backend + 'static>(
-        &self,
-        backends: Vec<B>,
-        scheduling: &EngineConfig,
-        mut progress: impl FnMut(usize, usize),
-    ) -> Result<(Engine, usize, Option<CacheOutcome>), TinyServeError> {
-        let Self { config, checkpoint, weights, plan, identity } = self;
-        let MemoryPlan { layout, pages, .. } = *plan;
-        let policy = config.eviction_policy.resolve(checkpoint);
-        let prefixes = PrefixOptions { identity, layout, policy, max_pages: pages };
-        let replicas = backends.len();
-        let (mut weight_bytes, mut weights_cache) = (0, None);
-        let mut runners = Vec::with_capacity(replicas);
-        for (index, backend) in backends.into_iter().enumerate() {
-            let model = Model::load_with(backend, checkpoint, weights, |done, total| {
-                progress(index * total + done, replicas * total);
-            })?;
-            weight_bytes += model.weight_bytes();
-            // The first one may have quantised and written what the others use.
-            weights_cache = weights_cache.or_else(|| model.weights_cache().cloned());
-            let mut cache = KvCache::new(model.backend(), layout, pages)?;
-            if config.enable_prefix_caching {
-                cache = cache.with_prefix_index(PrefixIndex::new(prefixes));
-            }
-            runners.push(ModelRunner::new(model, cache));
-        }
-        let engine = Engine::start_replicas("tinyserve-engine", runners, scheduling)?;
-        Ok((engine, weight_bytes, weights_cache))
     }
 }
 

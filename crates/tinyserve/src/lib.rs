@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod choices;
 mod config;
 mod engine;
 mod error;
@@ -9,10 +10,11 @@ mod optimize;
 mod plan;
 mod request;
 
-pub use config::{
+pub use choices::{
     ApproximateAttention, AttentionMode, Device, EntropySignalName, EvictionName, GroupReduceName,
-    KvCacheDtype, RopeFrequencyDtype, ScorerName, TinyServeConfig, Weights,
+    KvCacheDtype, RopeFrequencyDtype, ScorerName, Weights,
 };
+pub use config::TinyServeConfig;
 pub use engine::{TinyServe, TinyServeBuilder};
 pub use error::TinyServeError;
 pub use optimize::{Measured, Optimized};

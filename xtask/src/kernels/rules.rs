@@ -85,11 +85,12 @@ fn ptx_rules(path: &str, text: &str) -> Vec<String> {
 
 /// Whether `word` stands in `code` by itself.
 fn has_word(code: &str, word: &str) -> bool {
+    let part = |c: char| c.is_alphanumeric() || c == '_';
     code.match_indices(word).any(|(at, _)| {
-        let part = |c: char| c.is_alphanumeric() || c == '_';
         let before = code[..at].chars().next_back().is_some_and(part);
         let after = code[at + word.len()..].chars().next().is_some_and(part);
-        !before && !after
+        // Signs stand by themselves wherever they stand.
+        !word.chars().all(part) || (!before && !after)
     })
 }
 
