@@ -150,12 +150,12 @@ def errors():
 
 @check
 def retries():
-    # The client waits for as long as it is told, and then gets its answer.
-    patient = OpenAI(base_url=f"{address}/v1", api_key="key", max_retries=5, timeout=60)
-    ask = dict(model=MODEL, prompt=PROMPT, max_tokens=400, extra_body={"ignore_eos": True})
+    # The client waits for as long as it is told, and then gets its answer, also from a slow machine.
+    patient = OpenAI(base_url=f"{address}/v1", api_key="key", max_retries=60, timeout=120)
+    ask = dict(model=MODEL, prompt=PROMPT, max_tokens=200, extra_body={"ignore_eos": True})
     with concurrent.futures.ThreadPoolExecutor(48) as pool:
         answers = list(pool.map(lambda _: patient.completions.create(**ask), range(48)))
-    assert all(answer.usage.completion_tokens == 400 for answer in answers)
+    assert all(answer.usage.completion_tokens == 200 for answer in answers)
 
 
 @check
