@@ -3,7 +3,8 @@
 // A block works through its pages in chunks of about 256 tokens: scores of all queries, one online
 // softmax update, weighted sums of the values. Dense attention is the same code over every page. The
 // order of every sum depends on the list alone, never on the batch or on what other queries share the
-// pass. Scores are in units of ln 2, so that a weight is a power of two.
+// pass. Scores are in units of ln 2, so that a weight is a power of two. How pages are read is a `Reader`'s:
+// attend_floats.cuh, attend_codes.cuh.
 #pragma once
 #include "tile.cuh"
 
@@ -34,12 +35,104 @@ struct AttendJob {
   u32 begin, end;
 };
 
+// Pages of a chunk, or a piece of a page that is larger than one, and what the queries have to do with them.
+struct Chunk {
+  // Pages, tokens of each, and where in their pages these begin.
+  int pages, offsets, piece;
+  // Of each page, in shared memory: its id, and the position of its first token.
+  const u32 *page_ids, *positions;
+  // Queries, and their scores, which become weights, by token of the chunk; in shared memory.
+  float (*queries)[ATTEND_MOST_DIM];
+  float (*weights)[ATTEND_TOKENS];
+  // Tokens that each query sees, and that the last row sees.
+  const u32* visible;
+  u32 seen;
+};
+
+// How threads share out the values: `vector` of `vectors` vectors of channels, and every `slices`th token.
+struct Share {
+  int vectors, slices, vector, slice;
+};
+
+// Scores of the tokens of a page of a chunk, whose keys [head_dim, page_size] begin at `keys`, by one warp.
+//
+// With `N` above 1, the page's tokens are a power of two of vectors of `N`.
+template <int N, int Q, class T>
+__device__ __forceinline__ void page_scores(const T* keys, const AttendJob& job, const Chunk& chunk, int page) {
+  int lane = threadIdx.x % WARP, dim = job.shape.head_dim, page_size = job.shape.page_size;
+  u32 position = chunk.positions[page];
+  int at = page * chunk.offsets;
+  if constexpr (N > 1) {
+    // Lanes lie along a row of keys, which are the tokens of a channel, then along the channels.
+    int row = chunk.offsets / N, across = min(row, WARP), down = WARP / across;
+    int column = lane % across, first = lane / across;
+    for (int start = 0; start < row; start += across) {
+      float products[Q][N] = {};
+      int token = (start + column) * N;
+#pragma unroll(Q > 4 ? 1 : Q > 1 ? 2 : 4)
+      for (int channel = first; channel < dim; channel += down) {
+        float k[N];
+        load_wide(keys + size_t(channel) * page_size + token, k);
+        for (int q = 0; q < Q; q++) {
+          float x = chunk.queries[q][channel];
+          for (int n = 0; n < N; n++) {
+            products[q][n] = fmaf(x, k[n], products[q][n]);
+          }
+        }
+      }
+      for (int step = across; step < WARP; step *= 2) {
+#pragma unroll
+        for (int i = 0; i < Q * N; i++) {
+          products[i / N][i % N] += __shfl_xor_sync(ALL_LANES, products[i / N][i % N], step);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < Q * N; i++) {
+        // Every lane of a column has the sum; they take turns in storing.
+        if (first == i % down) {
+          bool sees = position + token + i % N < chunk.visible[i / N];
+          chunk.weights[i / N][at + token + i % N] = sees ? products[i / N][i % N] : -INFINITY;
+        }
+      }
+    }
+  } else {
+    for (int token = lane; token < chunk.offsets; token += WARP) {
+      float products[Q] = {};
+      for (int channel = 0; channel < dim; channel++) {
+        float k = widen(keys[size_t(channel) * page_size + token]);
+        for (int q = 0; q < Q; q++) {
+          products[q] = fmaf(chunk.queries[q][channel], k, products[q]);
+        }
+      }
+      for (int q = 0; q < Q; q++) {
+        bool sees = position + token < chunk.visible[q];
+        chunk.weights[q][at + token] = sees ? products[q] : -INFINITY;
+      }
+    }
+  }
+}
+
+// Adds the value of the token at `position`, number `token` of the chunk, whose channels begin at `from`.
+template <int Q, int N, class T>
+__device__ __forceinline__ void add_value(const T* from, const Chunk& chunk, int token, u32 position,
+                                          float (&total)[Q][N]) {
+  float x[N];
+  load_wide(from, x);
+#pragma unroll
+  for (int q = 0; q < Q; q++) {
+    float weight = chunk.weights[q][token];
+    for (int n = 0; n < N; n++) {
+      // A later row's value is none of an earlier row's, not even times zero.
+      total[q][n] = position < chunk.visible[q] ? fmaf(weight, x[n], total[q][n]) : total[q][n];
+    }
+  }
+}
+
 // Calls `finish(query, channel, sum, state)` for every query of the block and channel, by one thread each.
-// Every thread of the block of `WARPS` warps calls it. `WIDE`: loads of 16 bytes, where page_size is a power
-// of two that fills one, and head_dim a multiple.
-template <class T, bool WIDE, int Q, int WARPS, class Finish>
-__device__ __forceinline__ void attend(const float* qkv, const T* pages, const AttendJob& job, Finish finish) {
-  constexpr int N = WIDE ? Wide<T>::N : 1;
+// Every thread of the block of `WARPS` warps calls it.
+template <class Reader, int Q, int WARPS, class Finish>
+__device__ __forceinline__ void attend(const float* qkv, Reader reader, const AttendJob& job, Finish finish) {
+  constexpr int N = Reader::N;
   constexpr int THREADS = WARPS * WARP;
   // Vectors of channels that a thread adds up.
   constexpr int VECTORS = (ATTEND_MOST_DIM / N + THREADS - 1) / THREADS;
@@ -51,16 +144,15 @@ __device__ __forceinline__ void attend(const float* qkv, const T* pages, const A
   TS_SHARED(u32, page_ids, [ATTEND_TOKENS]);
   TS_SHARED(u32, positions, [ATTEND_TOKENS]);
   TS_SHARED(float, sums, [THREADS * N]);
+  // Tokens that each query sees; none for a query that the tile does not have.
+  TS_SHARED(u32, visible, [Q]);
 
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   int dim = job.shape.head_dim, page_size = job.shape.page_size;
-  // Tokens that each query sees; none for a query that the tile does not have.
-  TS_SHARED(u32, visible, [Q]);
   if (threadIdx.x < Q) {
     int query = job.first_query + threadIdx.x;
     visible[threadIdx.x] = query < job.n_queries ? job.tile.visible + query / job.group : 0;
   }
-  u32 seen = job.tile.visible + job.tile.rows - 1;
   for (int i = threadIdx.x; i < Q * dim; i += THREADS) {
     int query = job.first_query + i / dim;
     float x = 0.f;
@@ -73,10 +165,12 @@ __device__ __forceinline__ void attend(const float* qkv, const T* pages, const A
   }
 
   // Threads share out the channels, and what is left of them the tokens.
-  int vectors = dim / N, slices = vectors < THREADS ? THREADS / vectors : 1;
-  int slice = vectors < THREADS ? int(threadIdx.x) / vectors : 0;
-  int vector = vectors < THREADS ? int(threadIdx.x) % vectors : int(threadIdx.x);
-  float total[Q][VECTORS][N] = {};
+  Share share;
+  share.vectors = dim / N;
+  share.slices = share.vectors < THREADS ? THREADS / share.vectors : 1;
+  share.slice = share.vectors < THREADS ? int(threadIdx.x) / share.vectors : 0;
+  share.vector = share.vectors < THREADS ? int(threadIdx.x) % share.vectors : int(threadIdx.x);
+  float total[VECTORS][Q][N] = {};
   // Query `warp + i·WARPS` is this warp's.
   float largest[OWN_QUERIES], mass[OWN_QUERIES], tilt[OWN_QUERIES];
   for (int i = 0; i < OWN_QUERIES; i++) {
@@ -85,75 +179,33 @@ __device__ __forceinline__ void attend(const float* qkv, const T* pages, const A
     tilt[i] = 0.f;
   }
 
+  Chunk chunk;
+  chunk.page_ids = page_ids;
+  chunk.positions = positions;
+  chunk.queries = queries;
+  chunk.weights = weights;
+  chunk.visible = visible;
+  chunk.seen = job.tile.visible + job.tile.rows - 1;
   // A chunk is whole pages, or a piece of a page that is larger than a chunk.
   u32 at = job.begin;
-  int piece = 0;
+  chunk.piece = 0;
   while (at < job.end) {
-    int n_pages = 1, n_offsets = min(ATTEND_TOKENS, page_size - piece);
+    chunk.pages = 1;
+    chunk.offsets = min(ATTEND_TOKENS, page_size - chunk.piece);
     if (page_size <= ATTEND_TOKENS) {
-      n_pages = int(min(u32(ATTEND_TOKENS / page_size), job.end - at));
-      n_offsets = page_size;
+      chunk.pages = int(min(u32(ATTEND_TOKENS / page_size), job.end - at));
+      chunk.offsets = page_size;
     }
-    int n_tokens = n_pages * n_offsets;
+    int n_tokens = chunk.pages * chunk.offsets;
     __syncthreads();
-    for (int i = threadIdx.x; i < n_pages; i += THREADS) {
+    for (int i = threadIdx.x; i < chunk.pages; i += THREADS) {
       u32 place = job.list ? job.list[at + i] : at + i;
       page_ids[i] = job.table[place];
-      positions[i] = place * page_size + piece;
+      positions[i] = place * page_size + chunk.piece;
     }
     __syncthreads();
 
-    for (int page = warp; page < n_pages; page += WARPS) {
-      const T* keys = pages + keys_at(job.shape, page_ids[page], job.kv_head) + piece;
-      if constexpr (WIDE) {
-        // Lanes lie along a row of keys, which are the tokens of a channel, then along the channels.
-        int row = n_offsets / N, across = min(row, WARP), down = WARP / across;
-        int column = lane % across, first = lane / across;
-        for (int start = 0; start < row; start += across) {
-          float products[Q][N] = {};
-          int token = (start + column) * N;
-#pragma unroll(Q > 4 ? 1 : Q > 1 ? 2 : 4)
-          for (int channel = first; channel < dim; channel += down) {
-            float k[N];
-            load_wide(keys + size_t(channel) * page_size + token, k);
-            for (int q = 0; q < Q; q++) {
-              float x = queries[q][channel];
-              for (int n = 0; n < N; n++) {
-                products[q][n] = fmaf(x, k[n], products[q][n]);
-              }
-            }
-          }
-          for (int step = across; step < WARP; step *= 2) {
-#pragma unroll
-            for (int i = 0; i < Q * N; i++) {
-              products[i / N][i % N] += __shfl_xor_sync(ALL_LANES, products[i / N][i % N], step);
-            }
-          }
-#pragma unroll
-          for (int i = 0; i < Q * N; i++) {
-            // Every lane of a column has the sum; they take turns in storing.
-            if (first == i % down) {
-              bool sees = positions[page] + token + i % N < visible[i / N];
-              weights[i / N][page * n_offsets + token + i % N] = sees ? products[i / N][i % N] : -INFINITY;
-            }
-          }
-        }
-      } else {
-        for (int token = lane; token < n_offsets; token += WARP) {
-          float products[Q] = {};
-          for (int channel = 0; channel < dim; channel++) {
-            float k = widen(keys[size_t(channel) * page_size + token]);
-            for (int q = 0; q < Q; q++) {
-              products[q] = fmaf(queries[q][channel], k, products[q]);
-            }
-          }
-          for (int q = 0; q < Q; q++) {
-            bool sees = positions[page] + token < visible[q];
-            weights[q][page * n_offsets + token] = sees ? products[q] : -INFINITY;
-          }
-        }
-      }
-    }
+    reader.template scores<Q, WARPS>(job, chunk);
     __syncthreads();
 
     for (int i = 0; i < OWN_QUERIES; i++) {
@@ -187,45 +239,22 @@ __device__ __forceinline__ void attend(const float* qkv, const T* pages, const A
 
 #pragma unroll
     for (int v = 0; v < VECTORS; v++) {
-      int column = vector + v * THREADS;
-      if (column < vectors && slice < slices) {
+      int column = share.vector + v * THREADS;
+      if (column < share.vectors && share.slice < share.slices) {
 #pragma unroll
         for (int q = 0; q < Q; q++) {
           float factor = factors[q];
           for (int n = 0; n < N; n++) {
-            total[q][v][n] *= factor;
+            total[v][q][n] *= factor;
           }
         }
-#pragma unroll(Q > 4 ? 1 : 2)
-        for (int token = slice; token < n_tokens; token += slices) {
-          int page = token / n_offsets, offset = token % n_offsets;
-          u32 position = positions[page] + offset;
-          // What lies beyond the sequence may be anything.
-          if (position < seen) {
-            const T* values = pages + values_at(job.shape, page_ids[page], job.kv_head);
-            float x[N];
-            const T* from = values + size_t(piece + offset) * dim + column * N;
-            if constexpr (WIDE) {
-              load_wide(from, x);
-            } else {
-              x[0] = widen(*from);
-            }
-#pragma unroll
-            for (int q = 0; q < Q; q++) {
-              float weight = weights[q][token];
-              for (int n = 0; n < N; n++) {
-                // A later row's value is none of an earlier row's, not even times zero.
-                total[q][v][n] = position < visible[q] ? fmaf(weight, x[n], total[q][v][n]) : total[q][v][n];
-              }
-            }
-          }
-        }
+        reader.template add<Q>(job, chunk, column, share, total[v]);
       }
     }
-    piece += n_offsets;
-    if (page_size <= ATTEND_TOKENS || piece == page_size) {
-      at += n_pages;
-      piece = 0;
+    chunk.piece += chunk.offsets;
+    if (page_size <= ATTEND_TOKENS || chunk.piece == page_size) {
+      at += chunk.pages;
+      chunk.piece = 0;
     }
   }
 
@@ -243,18 +272,18 @@ __device__ __forceinline__ void attend(const float* qkv, const T* pages, const A
     if (job.first_query + q < job.n_queries) {
 #pragma unroll
       for (int v = 0; v < VECTORS; v++) {
-        int column = vector + v * THREADS;
-        if (column < vectors && slice < slices) {
+        int column = share.vector + v * THREADS, width = min(share.vectors, THREADS);
+        if (column < share.vectors && share.slice < share.slices) {
           for (int n = 0; n < N; n++) {
-            sums[(slice * min(vectors, THREADS) + vector) * N + n] = total[q][v][n];
+            sums[(share.slice * width + share.vector) * N + n] = total[v][q][n];
           }
         }
         __syncthreads();
-        int columns = min(dim - v * THREADS * N, min(vectors, THREADS) * N);
+        int columns = min(dim - v * THREADS * N, width * N);
         for (int i = threadIdx.x; i < columns; i += THREADS) {
           float sum = 0.f;
-          for (int s = 0; s < slices; s++) {
-            sum += sums[s * min(vectors, THREADS) * N + i];
+          for (int s = 0; s < share.slices; s++) {
+            sum += sums[s * width * N + i];
           }
           finish(job.first_query + q, v * THREADS * N + i, sum, states[q]);
         }

@@ -3,4 +3,4 @@
 // Must move tokens·head_dim·2·2 bytes per list and KV head, once per Q queries.
 #include "attend_tile.cuh"
 
-ATTEND_QUERIES(attend_f16, __half)
+ATTEND_FLOATS_QUERIES(attend_f16, __half)

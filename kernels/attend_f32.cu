@@ -3,4 +3,4 @@
 // Must move tokens·head_dim·2·4 bytes per list and KV head, once per Q queries.
 #include "attend_tile.cuh"
 
-ATTEND_QUERIES(attend_f32, float)
+ATTEND_FLOATS_QUERIES(attend_f32, float)

@@ -1,6 +1,7 @@
-// Paged attention over the tiles' lists, or over every page: the kernels of one element type.
+// Paged attention over the tiles' lists, or over every page: the kernels of one format.
 //
-// qkv [rows, width] f32, of which the queries [q_heads, head_dim] come first; pages as pages.cuh has them;
+// qkv [rows, width] f32, of which the queries [q_heads, head_dim] come first; pages as pages.cuh and codes.cuh
+// have them, the latter with the boxes and the open pages;
 // out [rows, q_heads·head_dim] f32. A list of a single row is read in parts of `part_pages` pages, one
 // block each, whose results combine.cu merges: parts [parts, kv_heads, group][head_dim + 3] f32.
 // states [rows, q_heads][3] f32 or null: largest score, sum of weights and their tilt, see attend.cuh.
@@ -8,15 +9,16 @@
 // for up to Q queries, which are the query heads of the KV head and, in a prefill, of several rows.
 // Must move tokens·head_dim·2·element bytes per list and KV head, once per Q queries.
 #pragma once
-#include "attend.cuh"
+#include "attend_codes.cuh"
+#include "attend_floats.cuh"
 
 constexpr int ATTEND_WARPS = 4;
 
 // Blocks of a multiprocessor that registers are shared out among: as many as spill nothing.
 #define ATTEND_BLOCKS(WIDE, Q) (!(WIDE) ? 3 : (Q) == 1 ? 5 : (Q) == 4 ? 3 : 2)
 
-template <class T, bool WIDE, int Q>
-__device__ __forceinline__ void attend_tile(const float* qkv, const T* pages, const ts::u32* tables,
+template <class Reader, int Q>
+__device__ __forceinline__ void attend_tile(const float* qkv, Reader reader, const ts::u32* tables,
                                             const ts::Tile* tiles, const ts::u32* lists, const ts::u32* lengths,
                                             float* out, float* parts, float* states, ts::PageShape shape, int group,
                                             int width, float scale, int part_pages) {
@@ -47,7 +49,7 @@ __device__ __forceinline__ void attend_tile(const float* qkv, const T* pages, co
     return;
   }
   int dim = shape.head_dim;
-  ts::attend<T, WIDE, Q, ATTEND_WARPS>(qkv, pages, job, [&](int query, int channel, float sum, const float* state) {
+  ts::attend<Reader, Q, ATTEND_WARPS>(qkv, reader, job, [&](int query, int channel, float sum, const float* state) {
     if (whole) {
       size_t row = job.tile.row + query / group;
       size_t head = row * shape.kv_heads * group + job.kv_head * group + query % group;
@@ -70,16 +72,33 @@ __device__ __forceinline__ void attend_tile(const float* qkv, const T* pages, co
   });
 }
 
-#define ATTEND(name, T, WIDE, Q)                                                                               \
-  extern "C" __global__ void __launch_bounds__(128, ATTEND_BLOCKS(WIDE, Q))                                                            \
-  name(const float* qkv, const T* pages, const ts::u32* tables, const ts::Tile* tiles, const ts::u32* lists,   \
-       const ts::u32* lengths, float* out, float* parts, float* states, ts::PageShape shape, int group,        \
-       int width, float scale, int part_pages) {                                                               \
-    attend_tile<T, WIDE, Q>(qkv, pages, tables, tiles, lists, lengths, out, parts, states, shape, group, width, \
-                            scale, part_pages);                                                                \
+#define ATTEND_FLOATS(name, T, WIDE, Q)                                                                           \
+  extern "C" __global__ void __launch_bounds__(128, ATTEND_BLOCKS(WIDE, Q))                                       \
+  name(const float* qkv, const T* pages, const ts::u32* tables, const ts::Tile* tiles, const ts::u32* lists,      \
+       const ts::u32* lengths, float* out, float* parts, float* states, ts::PageShape shape, int group,           \
+       int width, float scale, int part_pages) {                                                                  \
+    ts::FloatPages<T, WIDE> reader = {pages};                                                                     \
+    attend_tile<ts::FloatPages<T, WIDE>, Q>(qkv, reader, tables, tiles, lists, lengths, out, parts, states, shape, \
+                                            group, width, scale, part_pages);                                     \
   }
-#define ATTEND_QUERIES(name, T)   \
-  ATTEND(name##_1, T, true, 1)    \
-  ATTEND(name##_4, T, true, 4)    \
-  ATTEND(name##_8, T, true, 8)    \
-  ATTEND(name##_any, T, false, 4)
+#define ATTEND_FLOATS_QUERIES(name, T)   \
+  ATTEND_FLOATS(name##_1, T, true, 1)    \
+  ATTEND_FLOATS(name##_4, T, true, 4)    \
+  ATTEND_FLOATS(name##_8, T, true, 8)    \
+  ATTEND_FLOATS(name##_any, T, false, 4)
+
+#define ATTEND_CODES(name, BITS, WIDE, Q)                                                                       \
+  extern "C" __global__ void __launch_bounds__(128, ATTEND_BLOCKS(WIDE, Q))                                     \
+  name(const float* qkv, const ts::u32* pages, const ts::u32* tables, const ts::Tile* tiles,                    \
+       const ts::u32* lists, const ts::u32* lengths, float* out, float* parts, float* states,                   \
+       ts::PageShape shape, int group, int width, float scale, int part_pages, const __half* boxes,             \
+       const __half* open, int heads) {                                                                         \
+    ts::CodePages<BITS, WIDE> reader = {pages, boxes, open, heads, nullptr};                                    \
+    attend_tile<ts::CodePages<BITS, WIDE>, Q>(qkv, reader, tables, tiles, lists, lengths, out, parts, states,   \
+                                              shape, group, width, scale, part_pages);                          \
+  }
+#define ATTEND_CODES_QUERIES(name, BITS)   \
+  ATTEND_CODES(name##_1, BITS, true, 1)    \
+  ATTEND_CODES(name##_4, BITS, true, 4)    \
+  ATTEND_CODES(name##_8, BITS, true, 8)    \
+  ATTEND_CODES(name##_any, BITS, false, 4)

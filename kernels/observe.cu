@@ -7,7 +7,8 @@
 // KV head; out [kv_heads, pages, page_size] f32, replaced or added to. Tokens that were not read have no mass.
 // Grid (pages, kv_heads), block 128: one thread per token, which takes the products again, row by row, in order.
 // Must move tokens·head_dim·element bytes of keys per KV head, once per query out of the caches.
-#include "attend.cuh"
+#include "attend_codes.cuh"
+#include "attend_floats.cuh"
 
 extern "C" __global__ void observe(const float* states, float* lse, float* entropy, int n) {
   int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -34,14 +35,14 @@ __device__ __forceinline__ bool is_listed(const ts::u32* list, ts::u32 n, ts::u3
   return low < n && list[low] == page;
 }
 
-template <class T>
-__device__ __forceinline__ void mass(const float* qkv, const T* pages, const ts::u32* tables, const ts::Tile* tiles,
+template <class Reader>
+__device__ __forceinline__ void mass(const float* qkv, const Reader& reader, const ts::u32* tables, const ts::Tile* tiles,
                                      const ts::u32* lists, const ts::u32* lengths, const float* states, float* out,
                                      ts::PageShape shape, int group, int width, float scale, int n_tiles, ts::u32 begin,
                                      ts::u32 end, int add) {
   int kv_head = blockIdx.y, dim = shape.head_dim;
   ts::u32 page = blockIdx.x;
-  const T* keys = pages + ts::keys_at(shape, tables[tiles[0].table + page], kv_head);
+  ts::u32 id = tables[tiles[0].table + page];
   for (int token = threadIdx.x; token < shape.page_size; token += blockDim.x) {
     ts::u32 position = page * shape.page_size + token;
     float sum = 0.f;
@@ -59,7 +60,7 @@ __device__ __forceinline__ void mass(const float* qkv, const T* pages, const ts:
           const float* query = qkv + size_t(row) * width + size_t(head) * dim;
           float product = 0.f;
           for (int channel = 0; channel < dim; channel++) {
-            float k = ts::widen(keys[size_t(channel) * shape.page_size + token]);
+            float k = reader.key(tile, shape, kv_head, id, page, token, channel);
             product = fmaf(query[channel] * scale, k, product);
           }
           const float* state = states + (size_t(row) * shape.kv_heads * group + head) * ts::ATTEND_STATE;
@@ -72,14 +73,28 @@ __device__ __forceinline__ void mass(const float* qkv, const T* pages, const ts:
   }
 }
 
-#define MASS(name, T)                                                                                              \
+#define MASS_FLOATS(name, T)                                                                                       \
   extern "C" __global__ void name(const float* qkv, const T* pages, const ts::u32* tables, const ts::Tile* tiles,  \
                                   const ts::u32* lists, const ts::u32* lengths, const float* states, float* out,   \
                                   ts::PageShape shape, int group, int width, float scale, int n_tiles, int begin,  \
                                   int end, int add) {                                                              \
-    mass(qkv, pages, tables, tiles, lists, lengths, states, out, shape, group, width, scale, n_tiles, begin, end, \
+    ts::FloatPages<T, false> reader = {pages};                                                                     \
+    mass(qkv, reader, tables, tiles, lists, lengths, states, out, shape, group, width, scale, n_tiles, begin, end, \
          add);                                                                                                     \
   }
-MASS(mass_f32, float)
-MASS(mass_f16, __half)
-MASS(mass_bf16, __nv_bfloat16)
+MASS_FLOATS(mass_f32, float)
+MASS_FLOATS(mass_f16, __half)
+MASS_FLOATS(mass_bf16, __nv_bfloat16)
+
+#define MASS_CODES(name, BITS)                                                                                     \
+  extern "C" __global__ void name(const float* qkv, const ts::u32* pages, const ts::u32* tables,                   \
+                                  const ts::Tile* tiles, const ts::u32* lists, const ts::u32* lengths,             \
+                                  const float* states, float* out, ts::PageShape shape, int group, int width,      \
+                                  float scale, int n_tiles, int begin, int end, int add, const __half* boxes,      \
+                                  const __half* open, int heads) {                                                 \
+    ts::CodePages<BITS, false> reader = {pages, boxes, open, heads, nullptr};                                      \
+    mass(qkv, reader, tables, tiles, lists, lengths, states, out, shape, group, width, scale, n_tiles, begin, end, \
+         add);                                                                                                     \
+  }
+MASS_CODES(mass_int8, 8)
+MASS_CODES(mass_int4, 4)

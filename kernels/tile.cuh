@@ -22,8 +22,8 @@ struct Tile {
   u32 parts;
   // How pages are selected: how many, and how many first and last ones always are.
   u32 budget, sink, recent;
-  // Fills 48 bytes.
-  u32 unused;
+  // Slot of the page that the tile's rows are in themselves, where sealed pages hold codes.
+  u32 open;
 };
 
 constexpr u32 NO_PARTS = 0xffffffffu;

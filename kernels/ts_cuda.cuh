@@ -76,6 +76,16 @@ __device__ __forceinline__ void widen_pair(u32 pair, float& low, float& high, __
   high = __uint_as_float(pair & 0xffff0000u);
 }
 
+// Loads 8 bytes.
+__device__ __forceinline__ void load_wide(const __half* p, float (&x)[4]) {
+  uint2 raw = *reinterpret_cast<const uint2*>(p);
+  widen_pair(raw.x, x[0], x[1], __half());
+  widen_pair(raw.y, x[2], x[3], __half());
+}
+
+// One element, where wider loads do not divide.
+template <class T> __device__ __forceinline__ void load_wide(const T* p, float (&x)[1]) { x[0] = widen(*p); }
+
 template <class T> __device__ __forceinline__ void load_wide(const T* p, float (&x)[8]) {
   uint4 raw = *reinterpret_cast<const uint4*>(p);
   widen_pair(raw.x, x[0], x[1], T());

@@ -188,6 +188,7 @@ EMU_INL __half __float2half(float f) {
   return r;
 }
 EMU_INL __half __ushort_as_half(unsigned short u) { return {u}; }
+EMU_INL unsigned short __half_as_ushort(__half h) { return h.u; }
 EMU_INL __half __float2half_rn(float f) { return __float2half(f); }
 EMU_INL __half emu_d2h(double d) {
   volatile _Float16 h = (_Float16)d;

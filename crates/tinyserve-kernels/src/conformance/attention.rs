@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use tinyserve_kv::{
-    Budget, KvFormat, KvLayout, KvShape, PageCopy, PagePool, PageSelector, PageTable, SelectInput,
-    SelectionPolicy, Slot,
+    Budget, GroupReduce, KvFormat, KvLayout, KvShape, PageCopy, PagePool, PageSelector, PageTable,
+    Scorer, SelectInput, SelectionPolicy, Slot,
 };
 
 use super::input::Numbers;
@@ -54,7 +54,7 @@ pub(super) fn run<B: Backend>(
     reference: &Cpu,
     outcomes: &mut Vec<CaseOutcome>,
 ) -> Result<(), KernelError> {
-    for case in cases(backend.kv_formats()) {
+    for case in cases(backend.kv_formats())? {
         let (found, found_stats, found_told) = attend(backend, &case)?;
         let (expected, expected_stats, expected_told) = attend(reference, &case)?;
         let error = max_error(&found, &expected);
@@ -101,7 +101,9 @@ impl Case {
         let pruned = if *pruned { ", every third pruned" } else { "" };
         let reads = match reads {
             Reads::Everything => String::new(),
-            Reads::Chosen(policy) => format!(" {:?} in layer {layer}", policy.budget),
+            Reads::Chosen(SelectionPolicy { scorer, budget, group_reduce, .. }) => {
+                format!(" {budget:?} by {scorer:?} {group_reduce:?} in layer {layer}")
+            }
             Reads::TwoOfThree => " two of three pages".to_owned(),
         };
         format!(
@@ -111,7 +113,7 @@ impl Case {
     }
 }
 
-fn cases(formats: &[KvFormat]) -> Vec<Case> {
+fn cases(formats: &[KvFormat]) -> Result<Vec<Case>, KernelError> {
     let heads = [
         (1, 1, 1),
         (2, 2, 5),
@@ -163,6 +165,14 @@ fn cases(formats: &[KvFormat]) -> Vec<Case> {
                     cases.push(case(&sequences, Reads::Chosen(policy), 1));
                 }
                 cases.push(case(&[(100, 1)], Reads::Chosen(policy), 0));
+                // What some backends have kernels for, and others ask the host.
+                let scorer = ["mean-std", "cuboid-mean"][usize::from((i + j) % 4 == 3)];
+                let scorer = Scorer::named(scorer)?;
+                let group_reduce =
+                    if (i + j) % 4 == 2 { GroupReduce::SoftmaxVote } else { GroupReduce::Max };
+                let budget = Budget::Ratio(0.3);
+                let other = SelectionPolicy { scorer, group_reduce, budget, ..policy };
+                cases.push(case(&[(70, 1), (40, 2)], Reads::Chosen(other), 1));
                 if !format.is_quantised() {
                     let pruned = case(&[(90, 1), (12, 3)], Reads::Chosen(policy), 1);
                     cases.push(Case { pruned: true, ..pruned });
@@ -171,7 +181,7 @@ fn cases(formats: &[KvFormat]) -> Vec<Case> {
             }
         }
     }
-    cases
+    Ok(cases)
 }
 
 /// Signs that alternate. Queries and keys lie along them: scores need both corners of a box.

@@ -1,12 +1,12 @@
 //! Writing keys and values into pages, and copying pages.
 
-use tinyserve_kv::{PageCopy, Slot, TokenMove};
+use tinyserve_kv::{PageCopy, PageId, Slot, TokenMove};
 
 use super::Cuda;
 use super::error::CudaError;
 use super::launch::{Arg, Launcher, Shape};
 use super::memory::Upload;
-use super::pages::CudaPages;
+use super::pages::{CudaPages, Element};
 use crate::AppendKvArgs;
 
 /// Where the rows of a step go; the same for all layers, so it is sent once.
@@ -18,6 +18,8 @@ pub(super) struct Scratch {
     offsets: Upload,
     order: Upload,
     starts: Upload,
+    open_slots: Upload,
+    filled: Upload,
 }
 
 /// Rows by the page that they go to.
@@ -32,6 +34,12 @@ struct Plan {
 }
 
 impl Plan {
+    /// The first slot of each run of rows of one page.
+    fn runs<'a>(&'a self, slots: &'a [Slot]) -> impl Iterator<Item = &'a Slot> {
+        let first = |&start: &u32| self.order.get(start as usize).map(|&row| &slots[row as usize]);
+        self.starts.iter().filter_map(first)
+    }
+
     fn new(slots: &[Slot]) -> Self {
         let of = |slot: &Slot| (slot.page.index(), slot.offset);
         let mut order: Vec<u32> = (0..slots.len() as u32).collect();
@@ -76,8 +84,11 @@ pub(super) fn append_kv(
         scratch.slots.clear();
         scratch.slots.extend_from_slice(slots);
     }
+    if let Some(open) = &mut pages.open {
+        open.append(device, layer, slots)?;
+    }
     let plan = &scratch.plan;
-    let args = [
+    let mut args = vec![
         qkv.arg(),
         pages.layer(layer),
         pages.layer_boxes(layer),
@@ -90,22 +101,59 @@ pub(super) fn append_kv(
         Arg::count(heads.k_columns().start),
         Arg::count(heads.v_columns().start),
     ];
-    let kernel = pages.element().kernel(["append_kv_f32", "append_kv_f16", "append_kv_bf16"]);
-    let grid = (plan.starts.len() - 1, heads.kv_heads, 1);
-    // SAFETY: every slot is inside the pages, and every row inside `qkv`.
-    unsafe { device.launch(kernel, Shape::new(grid, 128), &args) }
+    let names =
+        ["append_kv_f32", "append_kv_f16", "append_kv_bf16", "append_kv_open", "append_kv_open"];
+    let Some(open) = &pages.open else {
+        let grid = (plan.starts.len() - 1, heads.kv_heads, 1);
+        // SAFETY: every slot is inside the pages, and every row inside `qkv`.
+        return unsafe {
+            device.launch(pages.element().kernel(names), Shape::new(grid, 128), &args)
+        };
+    };
+    let open_slots: Vec<u32> = plan.runs(slots).map(|slot| pages.open_slot(slot.page)).collect();
+    args[1] = pages.layer_open(layer);
+    args.push(scratch.open_slots.send(device, &open_slots)?);
+    args.push(pages.heads());
+    let grid = (open_slots.len(), heads.kv_heads, 1);
+    // SAFETY: every slot is inside the open pages, and every row inside `qkv`.
+    unsafe { device.launch(pages.element().kernel(names), Shape::new(grid, 128), &args)? };
+    let of = |&page: &PageId| [page.index() as u32, pages.open_slot(page)];
+    let filled: Vec<[u32; 2]> = open.full().iter().map(of).collect();
+    if filled.is_empty() {
+        return Ok(());
+    }
+    let args = [
+        pages.layer_open(layer),
+        pages.layer(layer),
+        pages.layer_boxes(layer),
+        scratch.filled.send(device, &filled)?,
+        pages.shape(),
+        pages.heads(),
+    ];
+    let kernel = match pages.element() {
+        Element::Int4 => "seal_pages_int4",
+        _ => "seal_pages_int8",
+    };
+    let grid = (filled.len(), heads.kv_heads, 1);
+    // SAFETY: every page is inside the pool, and every slot inside the open pages.
+    unsafe { device.launch(kernel, Shape::new(grid, 256), &args) }
 }
 
 pub(super) fn copy_page(
     device: &Launcher,
-    pages: &CudaPages,
-    PageCopy { from, to }: PageCopy,
+    pages: &mut CudaPages,
+    copy: PageCopy,
 ) -> Result<(), CudaError> {
+    let PageCopy { from, to } = copy;
     for page in [from, to] {
         assert!(page.index() < pages.capacity(), "page {} of {}", page.index(), pages.capacity());
     }
     let shape = pages.layout().shape();
-    let kernel = pages.element().kernel(["copy_page_32", "copy_page_16", "copy_page_16"]);
+    if let Some(open) = &mut pages.open {
+        open.copy(device, copy)?;
+    }
+    let kernel = pages.element().of_boxes(["copy_page_32", "copy_page_16", "copy_page_16"]);
+    let head = pages.layout().head_bytes() / shape.format.element_bytes();
     for layer in 0..shape.layers {
         let args = [
             pages.layer(layer),
@@ -113,6 +161,7 @@ pub(super) fn copy_page(
             Arg::count(from.index()),
             Arg::count(to.index()),
             pages.shape(),
+            Arg::count(head),
         ];
         let grid = (shape.kv_heads, 1, 1);
         // SAFETY: both pages are inside the pool.
@@ -129,6 +178,7 @@ pub(super) fn move_tokens(
     moves: &[TokenMove],
 ) -> Result<(), CudaError> {
     let shape = pages.layout().shape();
+    assert!(!shape.format.is_quantised(), "the codes of a page share its box");
     for slot in moves.iter().flat_map(|it| [it.from, it.to]) {
         assert!(slot.offset < shape.page_size, "offset {} in a page", slot.offset);
         assert!(slot.page.index() < pages.capacity(), "page {}", slot.page.index());
@@ -147,7 +197,7 @@ pub(super) fn move_tokens(
         ];
         let grid = (shape.kv_heads, 1, 1);
         // SAFETY: every slot is inside the pages.
-        unsafe { device.launch(pages.element().kernel(names), Shape::new(grid, 128), &args)? };
+        unsafe { device.launch(pages.element().of_boxes(names), Shape::new(grid, 128), &args)? };
     }
     Ok(())
 }

@@ -20,8 +20,30 @@ const STATE: usize = 3;
 const ATTEND_THREADS: u32 = 128;
 /// Threads of a block that scores pages; each takes 16 bytes of boxes.
 const SCORE_THREADS: u32 = 64;
+/// Threads of a block that scores pages by moments, and its pages, as in kernels/score_moments.cu.
+const MOMENT_THREADS: u32 = 128;
+const MOMENT_PAGES: usize = 8;
 /// Threads of a block that selects pages, as `SELECT_BINS` in kernels/select.cuh.
 const SELECT_THREADS: u32 = 256;
+
+/// Kernels by format.
+const SCORE_MOMENTS: [&str; 5] = [
+    "score_moments_f32",
+    "score_moments_f16",
+    "score_moments_bf16",
+    "score_moments_int8",
+    "score_moments_int4",
+];
+/// The attention kernels by format, for one query, up to four, up to eight, and for shapes that wide
+/// loads do not divide.
+const ATTEND_1: [&str; 5] =
+    ["attend_f32_1", "attend_f16_1", "attend_bf16_1", "attend_int8_1", "attend_int4_1"];
+const ATTEND_4: [&str; 5] =
+    ["attend_f32_4", "attend_f16_4", "attend_bf16_4", "attend_int8_4", "attend_int4_4"];
+const ATTEND_8: [&str; 5] =
+    ["attend_f32_8", "attend_f16_8", "attend_bf16_8", "attend_int8_8", "attend_int4_8"];
+const ATTEND_ANY: [&str; 5] =
+    ["attend_f32_any", "attend_f16_any", "attend_bf16_any", "attend_int8_any", "attend_int4_any"];
 
 /// Buffers that calls of attention reuse.
 #[derive(Debug, Default)]
@@ -68,7 +90,7 @@ pub(super) fn attend(cuda: &Cuda, args: AttendArgs<'_, Cuda>) -> Result<AttendSt
     let AttendArgs { mut sequence_stats, observe, out, .. } = args;
     check_shapes(heads, qkv, pages, out);
     let layout = pages.layout();
-    let mut tiles = plan::tiles(sequences, layer, layout.page_size(), heads.group());
+    let mut tiles = plan::tiles(sequences, layer, layout, heads.group());
     let device = &cuda.launcher;
     out.resize(device, qkv.rows())?;
     let call = Call {
@@ -95,7 +117,7 @@ pub(super) fn attend(cuda: &Cuda, args: AttendArgs<'_, Cuda>) -> Result<AttendSt
     }
     let mut state = cuda.state();
     let scratch = &mut state.attend;
-    let plan = Layout::new(&tiles, sequences, layout, heads);
+    let plan = Layout::new(&tiles, sequences, pages, heads);
     let placed = call.place(scratch, &plan)?;
     call.select(scratch, &plan, placed)?;
     let selects = tiles.iter().any(TilePlan::has_list);
@@ -157,30 +179,7 @@ impl Call<'_> {
         let lists = plan.selecting.len() * heads.kv_heads;
         let bytes = 4 * lists * plan.most_pages;
         let scores = grown(&mut scratch.scores, device, bytes, "page scores")?.arg();
-        let format = self.pages.layout().shape().format;
-        let element = self.pages.element();
-        let kernel = element.kernel(["score_pages_f32", "score_pages_f16", "score_pages_bf16"]);
-        let per_block = SCORE_THREADS as usize * (16 / format.element_bytes());
-        let blocks = plan.most_pages.div_ceil(per_block);
-        let grid = (plan.selecting.len(), heads.kv_heads, blocks);
-        let shared = u32::try_from(4 * heads.group() * heads.head_dim).unwrap_or(u32::MAX);
-        let args = [
-            self.qkv,
-            self.pages.layer_boxes(self.layer),
-            placed.tables,
-            placed.records,
-            selecting,
-            scores,
-            self.pages.shape(),
-            Arg::count(heads.group()),
-            Arg::count(heads.qkv_width()),
-            Arg::count(plan.most_pages),
-        ];
-        // SAFETY: `plan` was laid out for these pages, and the buffers are as large as it says.
-        unsafe {
-            let shape = Shape { shared, ..Shape::new(grid, SCORE_THREADS) };
-            device.launch(kernel, shape, &args)?;
-        }
+        self.score(plan, placed, selecting, scores)?;
         let args = [
             scores,
             placed.records,
@@ -192,6 +191,47 @@ impl Call<'_> {
         let grid = (plan.selecting.len(), heads.kv_heads, 1);
         // SAFETY: as above; a list has room for its budget, which is what the kernel lists.
         unsafe { device.launch("select_pages", Shape::new(grid, SELECT_THREADS), &args) }
+    }
+
+    /// Scores pages by their boxes, or by the moments of their keys.
+    fn score(
+        &self,
+        plan: &Layout,
+        placed: Placed,
+        selecting: Arg,
+        scores: Arg,
+    ) -> Result<(), CudaError> {
+        let (heads, element) = (self.heads, self.pages.element());
+        let args = |pages: Arg, first: usize| {
+            vec![
+                self.qkv,
+                pages,
+                placed.tables,
+                placed.records,
+                offset(selecting, size_of::<u32>() * first),
+                offset(scores, size_of::<f32>() * first * heads.kv_heads * plan.most_pages),
+                self.pages.shape(),
+                Arg::count(heads.group()),
+                Arg::count(heads.qkv_width()),
+                Arg::count(plan.most_pages),
+            ]
+        };
+        let kernel = element.of_boxes(["score_pages_f32", "score_pages_f16", "score_pages_bf16"]);
+        let format = self.pages.layout().shape().format;
+        let per_block = SCORE_THREADS as usize * (16 / format.element_bytes());
+        let grid = (plan.by_boxes, heads.kv_heads, plan.most_pages.div_ceil(per_block));
+        let shared = u32::try_from(4 * heads.group() * heads.head_dim).unwrap_or(u32::MAX);
+        let shape = Shape { shared, ..Shape::new(grid, SCORE_THREADS) };
+        let boxes = self.pages.layer_boxes(self.layer);
+        // SAFETY: `plan` was laid out for these pages, and the buffers are as large as it says.
+        unsafe { self.device.launch(kernel, shape, &args(boxes, 0))? };
+        let kernel = element.kernel(SCORE_MOMENTS);
+        let by_moments = plan.selecting.len() - plan.by_boxes;
+        let grid = (by_moments, heads.kv_heads, plan.most_pages.div_ceil(MOMENT_PAGES));
+        let mut args = args(self.pages.layer(self.layer), plan.by_boxes);
+        args.extend(self.code_args());
+        // SAFETY: as above.
+        unsafe { self.device.launch(kernel, Shape::new(grid, MOMENT_THREADS), &args) }
     }
 
     /// Reads the lists, and merges what was read in parts.
@@ -207,21 +247,16 @@ impl Call<'_> {
         let bytes = 4 * plan.parts * heads.q_heads * (heads.head_dim + STATE);
         let parts = grown(parts, device, bytes, "parts of attention")?.arg();
         let part_pages = Arg::count(part_pages(layout.page_size()));
-        let element = self.pages.element();
-        let (kernel, queries) = match (self.pages.is_wide(), plan.most_queries) {
-            (false, _) => {
-                (element.kernel(["attend_f32_any", "attend_f16_any", "attend_bf16_any"]), 4)
-            }
-            (true, 1) => (element.kernel(["attend_f32_1", "attend_f16_1", "attend_bf16_1"]), 1),
-            (true, 2..=4) => (element.kernel(["attend_f32_4", "attend_f16_4", "attend_bf16_4"]), 4),
-            (true, _) => {
-                let names = ["attend_f32_8", "attend_f16_8", "attend_bf16_8"];
-                (element.kernel(names), MOST_QUERIES)
-            }
+        let (names, queries) = match (self.pages.is_wide(), plan.most_queries) {
+            (false, _) => (ATTEND_ANY, 4),
+            (true, 1) => (ATTEND_1, 1),
+            (true, 2..=4) => (ATTEND_4, 4),
+            (true, _) => (ATTEND_8, MOST_QUERIES),
         };
+        let kernel = self.pages.element().kernel(names);
         let passes = plan.most_queries.div_ceil(queries);
         let grid = (plan.records.len(), plan.most_parts, heads.kv_heads * passes);
-        let args = [
+        let mut args = vec![
             self.qkv,
             self.pages.layer(self.layer),
             placed.tables,
@@ -237,6 +272,7 @@ impl Call<'_> {
             Arg::Number(self.scale),
             part_pages,
         ];
+        args.extend(self.code_args());
         // SAFETY: `plan` was laid out for these pages, and the buffers are as large as it says.
         unsafe { device.launch(kernel, Shape::new(grid, ATTEND_THREADS), &args)? };
         if plan.parts == 0 {
@@ -255,6 +291,14 @@ impl Call<'_> {
         let grid = (plan.records.len(), heads.q_heads, 1);
         // SAFETY: as above.
         unsafe { device.launch("combine", Shape::new(grid, ATTEND_THREADS), &args) }
+    }
+
+    /// What kernels over codes read beside them: boxes and open pages.
+    fn code_args(&self) -> impl Iterator<Item = Arg> {
+        let quantised = self.pages.open.is_some();
+        let boxes = self.pages.layer_boxes(self.layer);
+        let args = [boxes, self.pages.layer_open(self.layer), self.pages.heads()];
+        args.into_iter().filter(move |_| quantised)
     }
 
     /// Tells about the weights, out of `states`.
@@ -298,10 +342,11 @@ impl Call<'_> {
             Store::Overwrite => mass.out.resize(device, total)?,
             Store::Add => assert_eq!(mass.out.rows(), total, "rows of mass to add to"),
         }
-        let kernel = self.pages.element().kernel(["mass_f32", "mass_f16", "mass_bf16"]);
+        let names = ["mass_f32", "mass_f16", "mass_bf16", "mass_int8", "mass_int4"];
+        let kernel = self.pages.element().kernel(names);
         for (rows, first, n_tiles, start, pages) in of_sequences {
             let Some(first) = first else { continue };
-            let args = [
+            let mut args = vec![
                 self.qkv,
                 self.pages.layer(self.layer),
                 placed.tables,
@@ -319,6 +364,7 @@ impl Call<'_> {
                 Arg::count(rows.end),
                 Arg::flag(mass.store == Store::Add),
             ];
+            args.extend(self.code_args());
             // SAFETY: `plan` was laid out for these pages, and `out` has a row for each of them.
             unsafe {
                 let shape = Shape::new((pages, heads.kv_heads, 1), 128);

@@ -24,9 +24,12 @@ const MODULES: &[(&str, &str)] = modules!(
     "attend_bf16",
     "attend_f16",
     "attend_f32",
+    "attend_int4",
+    "attend_int8",
     "combine",
     "copy_page",
     "embed",
+    "gather_pages",
     "gemv",
     "gemv_quantised",
     "move_tokens",
@@ -34,7 +37,9 @@ const MODULES: &[(&str, &str)] = modules!(
     "observe",
     "rotary",
     "rows",
+    "score_moments",
     "score_pages",
+    "seal_pages",
     "select_pages",
 );
 

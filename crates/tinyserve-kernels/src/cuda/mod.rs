@@ -11,12 +11,13 @@ mod error;
 mod launch;
 mod linear;
 mod memory;
+mod open;
 mod pages;
 mod tensor;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use tinyserve_kv::{KvLayout, PageCopy, PageId, TokenMove};
+use tinyserve_kv::{KvFormat, KvLayout, PageCopy, PageId, PagePool, TokenMove};
 
 pub use device::CudaDevice;
 pub use error::{CudaError, CudaVersion};
@@ -124,12 +125,22 @@ impl Backend for Cuda {
         linear.bytes()
     }
 
+    fn kv_formats(&self) -> &'static [KvFormat] {
+        &KvFormat::ALL
+    }
+
     fn allocate_pages(&self, layout: KvLayout, pages: usize) -> Result<CudaPages, KernelError> {
         CudaPages::new(&self.launcher, layout, pages)
     }
 
     fn copy_page(&self, pages: &mut CudaPages, copy: PageCopy) {
         self.run(|_| append::copy_page(&self.launcher, pages, copy));
+    }
+
+    fn forget_free_pages(&self, pages: &mut CudaPages, pool: &PagePool) {
+        if let Some(open) = &mut pages.open {
+            open.forget_free(pool);
+        }
     }
 
     fn download_page(

@@ -5,6 +5,7 @@ use tinyserve_kv::{GROUP_PAGES, KvFormat, KvLayout, PageId};
 use super::error::CudaError;
 use super::launch::{Arg, Launcher};
 use super::memory::Buffer;
+use super::open::OpenPages;
 use crate::KernelError;
 
 /// Most channels of a head: what a block of the attention kernel has registers for.
@@ -19,6 +20,8 @@ pub struct CudaPages {
     capacity: usize,
     pages: Buffer,
     pub(super) boxes: Buffer,
+    /// Pages without codes, where the format has codes.
+    pub(super) open: Option<OpenPages>,
     element: Element,
 }
 
@@ -29,7 +32,7 @@ impl CudaPages {
         capacity: usize,
     ) -> Result<Self, KernelError> {
         let shape = layout.shape();
-        let element = Element::of(shape.format)?;
+        let element = Element::of(shape.format);
         if shape.head_dim > MOST_HEAD_DIM {
             return Err(KernelError::Invalid {
                 what: "head_dim",
@@ -37,11 +40,10 @@ impl CudaPages {
                 expected: format!("at most {MOST_HEAD_DIM} on a CUDA device"),
             });
         }
-        let bytes = |elements: usize| {
+        let bytes = |of_page: usize| {
             capacity
                 .checked_next_multiple_of(GROUP_PAGES)
-                .and_then(|pages| pages.checked_mul(elements * shape.layers))
-                .and_then(|elements| elements.checked_mul(shape.format.element_bytes()))
+                .and_then(|pages| pages.checked_mul(of_page))
                 .ok_or_else(|| KernelError::Invalid {
                     what: "KV pool",
                     found: format!("{capacity} pages"),
@@ -49,9 +51,14 @@ impl CudaPages {
                 })
         };
         let what = format!("a KV cache of {capacity} pages");
-        let pages = Buffer::zeroed(device, bytes(layout.page_elements())?, &what)?;
-        let boxes = Buffer::zeroed(device, bytes(layout.box_elements())?, &what)?;
-        Ok(Self { layout, capacity, pages, boxes, element })
+        let of_boxes = layout.box_bytes_per_page();
+        let pages = Buffer::zeroed(device, bytes(layout.bytes_per_page() - of_boxes)?, &what)?;
+        let boxes = Buffer::zeroed(device, bytes(of_boxes)?, &what)?;
+        let open = shape.format.is_quantised().then(|| {
+            let slot = shape.layers * layout.page_elements() * shape.format.element_bytes();
+            OpenPages::new(slot, shape.page_size)
+        });
+        Ok(Self { layout, capacity, pages, boxes, open, element })
     }
 
     /// The layout of each page.
@@ -79,7 +86,7 @@ impl CudaPages {
 
     /// Keys and values of a layer.
     pub(super) fn layer(&self, layer: usize) -> Arg {
-        Arg::Pointer(self.pages.at(layer * self.layer_bytes(self.layout.page_elements())))
+        Arg::Pointer(self.pages.at(layer * self.layer_bytes()))
     }
 
     /// Boxes of a layer.
@@ -89,7 +96,24 @@ impl CudaPages {
 
     /// Offset of the boxes of a layer, in bytes.
     pub(super) fn boxes_start(&self, layer: usize) -> usize {
-        layer * self.layer_bytes(self.layout.box_elements())
+        let pages = self.capacity.next_multiple_of(GROUP_PAGES);
+        layer * pages * self.layout.box_elements() * self.layout.shape().format.element_bytes()
+    }
+
+    /// Where a layer lies in the slots of open pages; null where sealed pages hold no codes.
+    pub(super) fn layer_open(&self, layer: usize) -> Arg {
+        let bytes = self.layout.page_elements() * self.layout.shape().format.element_bytes();
+        self.open.as_ref().map_or(Arg::Pointer(0), |open| open.arg(layer * bytes))
+    }
+
+    /// Heads of all layers: what lies between two slots of open pages.
+    pub(super) fn heads(&self) -> Arg {
+        Arg::count(self.layout.shape().layers * self.layout.shape().kv_heads)
+    }
+
+    /// Slot of the page at `index` of a sequence's; that of no page where none has one.
+    pub(super) fn open_slot(&self, page: PageId) -> u32 {
+        self.open.as_ref().and_then(|open| open.slot(page)).unwrap_or(u32::MAX)
     }
 
     /// Appends the bytes of a full page to `out`, as [`tinyserve_kv::HostPages::read_page`] has them.
@@ -105,7 +129,7 @@ impl CudaPages {
         for layer in 0..shape.layers {
             for kv_head in 0..shape.kv_heads {
                 let start = out.len();
-                out.resize(start + 2 * self.layout.head_elements() * element, 0);
+                out.resize(start + self.layout.head_bytes(), 0);
                 self.pages.read(
                     device,
                     self.head_start(layer, page, kv_head),
@@ -135,7 +159,7 @@ impl CudaPages {
         let mut rest = bytes;
         for layer in 0..shape.layers {
             for kv_head in 0..shape.kv_heads {
-                let (head, others) = rest.split_at(2 * self.layout.head_elements() * element);
+                let (head, others) = rest.split_at(self.layout.head_bytes());
                 self.pages.write(device, self.head_start(layer, page, kv_head), head)?;
                 rest = others;
             }
@@ -151,14 +175,15 @@ impl CudaPages {
                 rest = others;
             }
         }
+        if let Some(open) = &mut self.open {
+            open.close_page(page);
+        }
         Ok(())
     }
 
     /// Offset of a head of a page, in bytes.
     fn head_start(&self, layer: usize, page: PageId, kv_head: usize) -> usize {
-        let offset = self.layout.head_offset(page.index(), kv_head);
-        layer * self.layer_bytes(self.layout.page_elements())
-            + offset * self.layout.shape().format.element_bytes()
+        layer * self.layer_bytes() + self.layout.head_range(page.index(), kv_head).start
     }
 
     /// Offset of the boxes of a head of a page's group, in bytes.
@@ -167,50 +192,55 @@ impl CudaPages {
         self.boxes_start(layer) + offset * self.layout.shape().format.element_bytes()
     }
 
-    fn layer_bytes(&self, elements: usize) -> usize {
+    /// Bytes of keys and values of a layer.
+    fn layer_bytes(&self) -> usize {
         let pages = self.capacity.next_multiple_of(GROUP_PAGES);
-        pages * elements * self.layout.shape().format.element_bytes()
+        pages * self.layout.shape().kv_heads * self.layout.head_bytes()
     }
 
     /// Whether 16-byte loads divide the rows of keys and of values: a page size that is a power of
-    /// two, and fills one, and a head_dim that is a multiple.
+    /// two, and fills one, and a head_dim that is a multiple. Of codes, four words do.
     pub(super) fn is_wide(&self) -> bool {
         let shape = self.layout.shape();
-        let elements = 16 / shape.format.element_bytes();
+        let quantised = shape.format.is_quantised();
+        let elements = if quantised { 4 } else { 16 / shape.format.element_bytes() };
         shape.page_size.is_power_of_two()
             && shape.page_size >= elements
             && shape.head_dim.is_multiple_of(elements)
     }
 }
 
-/// An element of keys and values that kernels are compiled for.
+/// What keys and values are, of the formats that kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Element {
     F32,
     F16,
     Bf16,
+    Int8,
+    Int4,
 }
 
 impl Element {
-    fn of(format: KvFormat) -> Result<Self, KernelError> {
+    fn of(format: KvFormat) -> Self {
         match format {
-            KvFormat::F32 => Ok(Self::F32),
-            KvFormat::F16 => Ok(Self::F16),
-            KvFormat::Bf16 => Ok(Self::Bf16),
-            #[allow(unreachable_patterns, reason = "formats come to the CPU first")]
-            other => Err(KernelError::Invalid {
-                what: "kv_cache_dtype",
-                found: other.to_string(),
-                expected: "f32, f16 or bf16 on a CUDA device".to_owned(),
-            }),
+            KvFormat::F32 => Self::F32,
+            KvFormat::F16 => Self::F16,
+            KvFormat::Bf16 => Self::Bf16,
+            KvFormat::Int8 => Self::Int8,
+            KvFormat::Int4 => Self::Int4,
         }
     }
 
-    /// The kernel of a list that is for this element: f32, f16, bf16.
-    pub(super) fn kernel(self, names: [&'static str; 3]) -> &'static str {
+    /// The kernel of a list that is for this element: f32, f16, bf16, int8, int4.
+    pub(super) fn kernel(self, names: [&'static str; 5]) -> &'static str {
+        names[self as usize]
+    }
+
+    /// The kernel of a list that is for the element of boxes: f32, f16, bf16.
+    pub(super) fn of_boxes(self, names: [&'static str; 3]) -> &'static str {
         match self {
             Self::F32 => names[0],
-            Self::F16 => names[1],
+            Self::F16 | Self::Int8 | Self::Int4 => names[1],
             Self::Bf16 => names[2],
         }
     }

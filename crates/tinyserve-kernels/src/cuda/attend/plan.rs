@@ -3,8 +3,9 @@
 use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
-use tinyserve_kv::{KvLayout, ScoreCost};
+use tinyserve_kv::{KvLayout, ScoreCost, Scorer, SelectionPolicy};
 
+use super::super::pages::CudaPages;
 use crate::{AttendSequence, AttendStats, Attention, Heads};
 
 /// Tokens of a part: a list of one row is read by a block for each.
@@ -29,7 +30,29 @@ pub(super) struct TileRecord {
     budget: u32,
     sink: u32,
     recent: u32,
-    unused: u32,
+    open: u32,
+}
+
+/// What pages are scored by, of what there are kernels for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Scored {
+    /// The box of a page.
+    Boxes,
+    /// Mean and standard deviation of its keys.
+    Moments,
+}
+
+impl Scored {
+    /// What `policy` is run by on a device; `None` where it is run on the host.
+    pub(super) fn of(policy: &SelectionPolicy) -> Option<Self> {
+        // The budget and the reduction are the same for both.
+        let by_boxes = SelectionPolicy { scorer: Scorer::BOX, ..*policy };
+        match policy.scorer.name() {
+            _ if policy.has_kernels() => Some(Self::Boxes),
+            "mean-std" if by_boxes.has_kernels() => Some(Self::Moments),
+            _ => None,
+        }
+    }
 }
 
 /// Which pages a tile reads.
@@ -38,7 +61,7 @@ pub(super) enum Pages {
     /// Every one, without a look at the boxes.
     Everything,
     /// The best ones, as many as the policy's budget.
-    Best { budget: usize, sink: usize, recent: usize },
+    Best { scored_by: Scored, budget: usize, sink: usize, recent: usize },
     /// Those that a selector on the host chose, by KV head.
     Chosen,
 }
@@ -78,14 +101,17 @@ impl TilePlan {
 }
 
 /// Splits every sequence's rows into tiles: one row where pages are selected, elsewhere as many as
-/// share a pass.
+/// share a pass, of one page where sealed pages hold codes.
 pub(super) fn tiles(
     sequences: &[AttendSequence<'_>],
     layer: usize,
-    page_size: usize,
+    layout: &KvLayout,
     group: usize,
 ) -> Vec<TilePlan> {
     let together = (MOST_QUERIES / group).max(1);
+    let page_size = layout.page_size();
+    // A tile reads one page as it was appended: its rows are in it.
+    let one_page = layout.shape().format.is_quantised();
     let mut tiles: Vec<TilePlan> = Vec::new();
     for (number, sequence) in sequences.iter().enumerate() {
         let first = tiles.len();
@@ -95,20 +121,26 @@ pub(super) fn tiles(
                 Attention::Dense => Pages::Everything,
                 // Until it was asked.
                 Attention::Custom(_) => Pages::Chosen,
-                Attention::Policy(policy) => match policy.page_budget(layer, visible, page_size) {
-                    None => Pages::Everything,
-                    Some(budget) => Pages::Best {
-                        budget,
-                        sink: policy.sink_pages,
-                        recent: policy.recent_pages.max(1),
-                    },
-                },
+                Attention::Policy(policy) => {
+                    match (policy.page_budget(layer, visible, page_size), Scored::of(policy)) {
+                        (None, _) => Pages::Everything,
+                        // Until it was asked on the host.
+                        (Some(_), None) => Pages::Chosen,
+                        (Some(budget), Some(scored_by)) => Pages::Best {
+                            scored_by,
+                            budget,
+                            sink: policy.sink_pages,
+                            recent: policy.recent_pages.max(1),
+                        },
+                    }
+                }
             };
             match tiles[first..].last_mut() {
                 Some(last)
                     if pages == Pages::Everything
                         && last.pages == Pages::Everything
-                        && last.rows.len() < together =>
+                        && last.rows.len() < together
+                        && !(one_page && (visible - 1).is_multiple_of(page_size)) =>
                 {
                     last.rows.end = row + 1;
                 }
@@ -133,8 +165,10 @@ pub(super) struct Layout {
     pub(super) tables: Vec<u32>,
     /// Lengths of the lists, by tile and KV head.
     pub(super) lengths: Vec<u32>,
-    /// Tiles whose pages are scored.
+    /// Tiles whose pages are scored: first those by boxes, then those by moments.
     pub(super) selecting: Vec<u32>,
+    /// How many are scored by boxes.
+    pub(super) by_boxes: usize,
     /// Entries of all lists.
     pub(super) list_entries: usize,
     /// Lists that the host knows, by where they lie.
@@ -153,9 +187,10 @@ impl Layout {
     pub(super) fn new(
         tiles: &[TilePlan],
         sequences: &[AttendSequence<'_>],
-        layout: &KvLayout,
+        pages: &CudaPages,
         heads: Heads,
     ) -> Self {
+        let layout = pages.layout();
         let mut all = Self { most_parts: 1, most_queries: 1, ..Self::default() };
         let mut starts = Vec::with_capacity(sequences.len());
         for sequence in sequences {
@@ -179,7 +214,7 @@ impl Layout {
                 budget: 0,
                 sink: 0,
                 recent: 0,
-                unused: 0,
+                open: pages.open_slot(sequences[tile.sequence].pages[total - 1]),
             };
             if tile.has_list() {
                 record.list = all.list_entries as u32;
@@ -192,10 +227,17 @@ impl Layout {
                 }
                 all.list_entries += heads.kv_heads * longest;
             }
-            if let Pages::Best { budget, sink, recent } = tile.pages {
+            if let Pages::Best { scored_by, budget, sink, recent } = tile.pages {
                 let of = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
                 (record.budget, record.sink, record.recent) = (of(budget), of(sink), of(recent));
-                all.selecting.push(number as u32);
+                match scored_by {
+                    // Those by boxes first.
+                    Scored::Boxes => {
+                        all.selecting.insert(all.by_boxes, number as u32);
+                        all.by_boxes += 1;
+                    }
+                    Scored::Moments => all.selecting.push(number as u32),
+                }
                 all.most_pages = all.most_pages.max(total);
             }
             let parts = longest.div_ceil(part_pages);
@@ -243,40 +285,54 @@ pub(super) fn count(
     heads: Heads,
     attention: Attention<'_>,
 ) -> AttendStats {
-    let (size, head_bytes) = (layout.page_size(), 2 * layout.token_head_bytes());
+    let (size, format) = (layout.page_size(), layout.shape().format);
+    let box_bytes = 2 * heads.head_dim * format.element_bytes();
+    // Tokens of the page that a row is in itself are read as they were appended.
+    let (sealed_bytes, own_bytes) = (2 * layout.token_head_bytes(), box_bytes);
     let mut stats = AttendStats::default();
     for kv_head in 0..heads.kv_heads {
         for i in 0..tile.rows.len() {
             let tokens = tile.visible + i;
             let pages = layout.pages_for(tokens);
-            let (seen, read) = match tile.pages {
-                Pages::Everything => (pages, tokens),
+            let own = tokens - (pages - 1) * size;
+            let (seen, own_read) = match tile.pages {
+                Pages::Everything => (pages, true),
                 // The newest page is always among them; only it may be partial.
-                Pages::Best { budget, .. } => (budget, budget * size - (pages * size - tokens)),
+                Pages::Best { budget, .. } => (budget, true),
                 Pages::Chosen => {
                     let list = &tile.chosen[kv_head];
-                    let last = list.last().is_some_and(|&last| last as usize + 1 == pages);
-                    let missing = if last { pages * size - tokens } else { 0 };
-                    (list.len(), list.len() * size - missing)
+                    (list.len(), list.last().is_some_and(|&last| last as usize + 1 == pages))
                 }
             };
-            let boxes = match (tile.pages, attention) {
+            let sealed = seen - usize::from(own_read);
+            let scored = match (tile.pages, attention) {
                 (Pages::Everything, _) => 0,
                 // Of a lone query the kernel reads one corner of the two in each channel.
-                (Pages::Best { .. }, _) if heads.group() == 1 => pages * head_bytes / 2,
+                (Pages::Best { scored_by: Scored::Boxes, .. }, _) if heads.group() == 1 => {
+                    pages * box_bytes / 2
+                }
                 (_, Attention::Policy(policy)) => policy.scorer.bytes_read(&ScoreCost {
                     pages,
                     budget: seen,
                     page_size: size,
                     head_dim: heads.head_dim,
-                    vector_bytes: layout.token_head_bytes(),
+                    vector_bytes: heads.head_dim * format.element_bytes(),
                 }),
-                _ => pages * head_bytes,
+                _ => pages * box_bytes,
+            };
+            // Codes mean nothing without their box, whatever was read to choose them.
+            let (boxes, dense_boxes) = if format.is_quantised() {
+                (sealed * box_bytes + scored, (pages - 1) * box_bytes)
+            } else {
+                (scored, 0)
+            };
+            let bytes = |sealed: usize, own_read: bool| {
+                sealed * size * sealed_bytes + if own_read { own * own_bytes } else { 0 }
             };
             stats.pages_read += seen as u64;
             stats.pages_total += pages as u64;
-            stats.bytes_read += (read * head_bytes + boxes) as u64;
-            stats.bytes_dense += (tokens * head_bytes) as u64;
+            stats.bytes_read += (bytes(sealed, own_read) + boxes) as u64;
+            stats.bytes_dense += (bytes(pages - 1, true) + dense_boxes) as u64;
         }
     }
     stats

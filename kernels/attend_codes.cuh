@@ -1,0 +1,197 @@
+// How attention reads pages of codes, and the open page, which is in halves: that of a tile's rows.
+#pragma once
+#include "attend.cuh"
+#include "codes.cuh"
+
+namespace ts {
+
+// `WIDE`: loads of 16 bytes, where page_size is a power of two and it and head_dim are multiples of 4.
+template <int BITS, bool WIDE> struct CodePages {
+  using C = Codes<BITS>;
+  static constexpr int N = WIDE ? 4 : 1;
+  static constexpr int PER_WORD = C::PER_WORD;
+  static constexpr int MOST_GROUPS = BITS == 4 ? ATTEND_MOST_DIM / CODE_GROUP_CHANNELS : 1;
+  const u32* pages;
+  const __half* boxes;
+  const __half* open;
+  // Heads of all layers: the distance of two slots.
+  int heads;
+  // Scales and minima of the values of a chunk, by group and token, in shared memory.
+  float2 (*ranges)[ATTEND_TOKENS];
+
+  // Place in the sequence of the page that the tile's rows are in.
+  static __device__ __forceinline__ u32 own_place(const Tile& tile, PageShape shape) {
+    return (tile.visible - 1) / shape.page_size;
+  }
+
+  // Pages of a chunk that hold codes: all of them but the rows' own, which comes last.
+  __device__ __forceinline__ int sealed_pages(const AttendJob& job, const Chunk& chunk) const {
+    u32 last = chunk.positions[chunk.pages - 1] / job.shape.page_size;
+    return chunk.pages - (last == own_place(job.tile, job.shape));
+  }
+
+  template <int Q, int WARPS> __device__ __forceinline__ void scores(const AttendJob& job, const Chunk& chunk) {
+    // Minimum and step of each channel of the page that a warp is at.
+    TS_SHARED(float2, corners, [WARPS][ATTEND_MOST_DIM]);
+    TS_SHARED(float2, of_values, [MOST_GROUPS][ATTEND_TOKENS]);
+    ranges = of_values;
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    int dim = job.shape.head_dim, page_size = job.shape.page_size;
+    int sealed = sealed_pages(job, chunk), n_tokens = sealed * chunk.offsets, groups = C::groups(job.shape);
+    for (int i = threadIdx.x; i < groups * n_tokens; i += WARPS * WARP) {
+      int group = i / n_tokens, token = i % n_tokens, page = token / chunk.offsets;
+      const u32* head = C::keys(pages, job.shape, chunk.page_ids[page], job.kv_head);
+      const __half* scales = reinterpret_cast<const __half*>(head) + C::scales(job.shape);
+      size_t at = size_t(group) * page_size + chunk.piece + token % chunk.offsets;
+      ranges[group][token].x = __half2float(scales[at]);
+      ranges[group][token].y = __half2float(scales[size_t(groups) * page_size + at]);
+    }
+    for (int page = warp; page < chunk.pages; page += WARPS) {
+      u32 id = chunk.page_ids[page];
+      if (page == sealed) {
+        const __half* keys = open + open_at(job.shape, job.tile.open, heads, job.kv_head) + chunk.piece;
+        page_scores<N, Q>(keys, job, chunk, page);
+        continue;
+      }
+      // The lanes are done with the page before.
+      __syncwarp();
+      const __half* box = boxes + box_at(job.shape, id, job.kv_head);
+      for (int channel = lane; channel < dim; channel += WARP) {
+        float most = widen(box[size_t(channel) * 2 * GROUP_PAGES]);
+        float least = widen(box[size_t(channel) * 2 * GROUP_PAGES + GROUP_PAGES]);
+        corners[warp][channel].x = least;
+        corners[warp][channel].y = (most - least) / C::HIGHEST;
+      }
+      __syncwarp();
+      const u32* words = C::keys(pages, job.shape, id, job.kv_head) + chunk.piece;
+      code_scores<Q>(words, corners[warp], job, chunk, page);
+    }
+  }
+
+  // Scores of the tokens of a sealed page, by one warp; their words of keys begin at `words`.
+  template <int Q>
+  __device__ __forceinline__ void code_scores(const u32* words, const float2* corners, const AttendJob& job,
+                                              const Chunk& chunk, int page) {
+    int lane = threadIdx.x % WARP, dim = job.shape.head_dim, page_size = job.shape.page_size;
+    int n_words = C::key_words(job.shape), at = page * chunk.offsets;
+    // As page_scores: lanes lie along the tokens of a word of channels, then along these words.
+    int row = chunk.offsets / N, across = WIDE ? min(row, WARP) : WARP, down = WARP / across;
+    int column = lane % across, first = lane / across;
+    for (int start = 0; start < row; start += across) {
+      float products[Q][N] = {};
+      int token = (start + column) * N;
+      bool inside = start + column < row;
+#pragma unroll 1
+      for (int word = first; word < n_words && inside; word += down) {
+        u32 raw[N];
+        if constexpr (WIDE) {
+          uint4 four = *reinterpret_cast<const uint4*>(words + size_t(word) * page_size + token);
+          raw[0] = four.x;
+          raw[1] = four.y;
+          raw[2] = four.z;
+          raw[3] = four.w;
+        } else {
+          raw[0] = words[size_t(word) * page_size + token];
+        }
+#pragma unroll
+        for (int i = 0; i < PER_WORD; i++) {
+          int channel = word * PER_WORD + i;
+          if (channel < dim) {
+            float2 corner = corners[channel];
+            float k[N];
+            for (int n = 0; n < N; n++) {
+              k[n] = fmaf(corner.y, C::code(raw[n], i), corner.x);
+            }
+            for (int q = 0; q < Q; q++) {
+              float x = chunk.queries[q][channel];
+              for (int n = 0; n < N; n++) {
+                products[q][n] = fmaf(x, k[n], products[q][n]);
+              }
+            }
+          }
+        }
+      }
+      for (int step = across; step < WARP; step *= 2) {
+#pragma unroll
+        for (int i = 0; i < Q * N; i++) {
+          products[i / N][i % N] += __shfl_xor_sync(ALL_LANES, products[i / N][i % N], step);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < Q * N; i++) {
+        if (first == i % down && inside) {
+          bool sees = chunk.positions[page] + token + i % N < chunk.visible[i / N];
+          chunk.weights[i / N][at + token + i % N] = sees ? products[i / N][i % N] : -INFINITY;
+        }
+      }
+    }
+  }
+
+  template <int Q>
+  __device__ __forceinline__ void add(const AttendJob& job, const Chunk& chunk, int column, const Share& share,
+                                      float (&total)[Q][N]) {
+    int dim = job.shape.head_dim, sealed = sealed_pages(job, chunk);
+    // Every row sees all tokens of the pages before its own.
+    int n_words = (chunk.offsets + PER_WORD - 1) / PER_WORD;
+    const float2* of_group = ranges[column * N / C::group_channels(job.shape)];
+#pragma unroll 1
+    for (int i = share.slice; i < sealed * n_words; i += share.slices) {
+      int page = i / n_words, word = i % n_words;
+      const u32* values = C::keys(pages, job.shape, chunk.page_ids[page], job.kv_head) + C::values(job.shape);
+      const u32* from = values + size_t(chunk.piece / PER_WORD + word) * dim + column * N;
+      u32 raw[N];
+      if constexpr (WIDE) {
+        uint4 four = *reinterpret_cast<const uint4*>(from);
+        raw[0] = four.x;
+        raw[1] = four.y;
+        raw[2] = four.z;
+        raw[3] = four.w;
+      } else {
+        raw[0] = *from;
+      }
+#pragma unroll
+      for (int t = 0; t < PER_WORD; t++) {
+        int offset = word * PER_WORD + t;
+        if (offset < chunk.offsets) {
+          int token = page * chunk.offsets + offset;
+          float2 range = of_group[token];
+          float x[N];
+          for (int n = 0; n < N; n++) {
+            x[n] = fmaf(range.x, C::code(raw[n], t), range.y);
+          }
+#pragma unroll
+          for (int q = 0; q < Q; q++) {
+            float weight = chunk.weights[q][token];
+            for (int n = 0; n < N; n++) {
+              total[q][n] = fmaf(weight, x[n], total[q][n]);
+            }
+          }
+        }
+      }
+    }
+    if (sealed < chunk.pages) {
+      const __half* values = open + open_at(job.shape, job.tile.open, heads, job.kv_head) +
+                             size_t(job.shape.page_size) * dim;
+      for (int offset = share.slice; offset < chunk.offsets; offset += share.slices) {
+        u32 position = chunk.positions[sealed] + offset;
+        if (position < chunk.seen) {
+          const __half* from = values + size_t(chunk.piece + offset) * dim + column * N;
+          add_value<Q, N>(from, chunk, sealed * chunk.offsets + offset, position, total);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ float key(const Tile& tile, PageShape shape, int kv_head, u32 page, u32 place,
+                                       int token, int channel) const {
+    if (place == own_place(tile, shape)) {
+      return widen(open[open_at(shape, tile.open, heads, kv_head) + size_t(channel) * shape.page_size + token]);
+    }
+    u32 word = C::keys(pages, shape, page, kv_head)[size_t(channel / PER_WORD) * shape.page_size + token];
+    const __half* box = boxes + box_at(shape, page, kv_head) + size_t(channel) * 2 * GROUP_PAGES;
+    float most = widen(box[0]), least = widen(box[GROUP_PAGES]);
+    return fmaf((most - least) / C::HIGHEST, C::code(word, channel % PER_WORD), least);
+  }
+};
+
+}  // namespace ts
