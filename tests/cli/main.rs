@@ -7,6 +7,7 @@ mod bad_usage;
 mod bench;
 mod binary;
 mod chat;
+mod cuda;
 mod eval;
 mod interrupt;
 mod options;

@@ -33,6 +33,29 @@ impl PlannedMemory {
         checkpoint: &Checkpoint,
         threads: usize,
     ) -> Result<Self, TinyServeError> {
+        let resident = memory::resident().unwrap_or(0);
+        Self::with(config, checkpoint, threads, (resident, memory::available()))
+    }
+
+    /// Plans an engine whose weights and pages lie on a device of its own, with `free` bytes of
+    /// memory.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn on_device(
+        config: &TinyServeConfig,
+        checkpoint: &Checkpoint,
+        free: u64,
+    ) -> Result<Self, TinyServeError> {
+        Self::with(config, checkpoint, 1, (0, Some(free)))
+    }
+
+    fn with(
+        config: &TinyServeConfig,
+        checkpoint: &Checkpoint,
+        threads: usize,
+        (resident, available): (u64, Option<u64>),
+    ) -> Result<Self, TinyServeError> {
         let format = config.kv_cache_dtype.resolve(checkpoint.dtype());
         let layout = checkpoint.config().kv_layout(config.page_size, format)?;
         let weights = config.weights.resolve(checkpoint.dtype())?;
@@ -43,12 +66,11 @@ impl PlannedMemory {
         let step = LargestStep { tokens, logits: sequences, threads };
         // Room for the longest sequence as often as sequences run together, or for what fits.
         let pages = layout.pages_for(limit).saturating_mul(sequences).min(u32::MAX as usize);
-        let resident = memory::resident().unwrap_or(0);
         let wanted = MemoryPlan::new(checkpoint, weights, layout, step, pages);
         let wanted = wanted.process_bytes(resident);
         let target_bytes = match config.target_memory_gb {
             Some(gigabytes) => Some((gigabytes * 1e9) as u64 / config.replicas as u64),
-            None => memory::available()
+            None => available
                 .map(|available| resident + (available as f64 * SHARE_OF_AVAILABLE) as u64)
                 .map(|all| all / config.replicas as u64),
         };

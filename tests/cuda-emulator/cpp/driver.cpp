@@ -5,7 +5,7 @@
 // leaves the context usable, unlike CUDA's, so that tests of one process stay apart.
 //
 // The environment describes the device: CUDA_EMULATOR_DEVICES, _DRIVER (12000 is CUDA 12.0), _CAPABILITY
-// (90 is 9.0), _MEMORY (bytes), _SEED (order of threads and blocks).
+// (90 is 9.0), _MEMORY (bytes), _SEED (order of threads and blocks), _FAIL (a kernel whose launches fail).
 #include <chrono>
 #include <functional>
 #include <mutex>
@@ -48,6 +48,8 @@ static long setting(const char* name, long otherwise) {
 }
 static size_t total_memory() { return size_t(setting("CUDA_EMULATOR_MEMORY", long(4) << 30)); }
 static uint64_t seed = uint64_t(setting("CUDA_EMULATOR_SEED", 0));
+// A kernel whose launches fail; none when empty.
+static std::string failing = getenv("CUDA_EMULATOR_FAIL") ? getenv("CUDA_EMULATOR_FAIL") : "";
 static std::recursive_mutex mu;
 static Stream null_stream;
 static int ctx_obj;
@@ -292,6 +294,8 @@ API cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, 
     vals.emplace_back((char*)params[i], (char*)params[i] + k->param_sizes[i]);
   if (!gx || !gy || !gz || !bx || !by || !bz)
     return INVALID;
+  if (failing == k->name)
+    return LAUNCH_FAILED;
   return submit(s, [=]() mutable -> CUresult {
     std::vector<void*> p;
     for (auto& v : vals)
@@ -342,6 +346,8 @@ API cuGraphDestroy(void* g) {
 }
 // What the launches from now on are ordered by.
 extern "C" __attribute__((visibility("default"))) void cuda_emulator_seed(uint64_t value) { seed = value; }
+// Has launches of a kernel fail from now on; of none when the name is empty.
+extern "C" __attribute__((visibility("default"))) void cuda_emulator_fail(const char* name) { failing = name; }
 API cuGetErrorName(int e, const char** s) {
   *s = e == LAUNCH_FAILED ? "CUDA_ERROR_LAUNCH_FAILED"
        : e == INVALID     ? "CUDA_ERROR_INVALID_VALUE"

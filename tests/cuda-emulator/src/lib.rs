@@ -9,6 +9,7 @@
 
 mod build;
 
+use std::ffi::{CStr, c_char};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Once, OnceLock};
@@ -93,6 +94,7 @@ pub fn folder(build: Build) -> Result<PathBuf, Unavailable> {
 #[derive(Debug)]
 pub struct Emulator {
     seed: Symbol<unsafe extern "C" fn(u64)>,
+    fail: Symbol<unsafe extern "C" fn(*const c_char)>,
     /// Loaded as long as the process: the bindings' own search for libcuda.so is answered by it.
     _library: Library,
 }
@@ -102,6 +104,12 @@ impl Emulator {
     pub fn seed(&self, seed: u64) {
         // SAFETY: the function stores a number; the library is never unloaded.
         unsafe { (self.seed)(seed) };
+    }
+
+    /// Has launches of `kernel` fail from now on; of none when it is empty.
+    pub fn fail(&self, kernel: &CStr) {
+        // SAFETY: the function copies the name; the library is never unloaded.
+        unsafe { (self.fail)(kernel.as_ptr()) };
     }
 }
 
@@ -180,5 +188,8 @@ fn load(build: Build) -> Result<Emulator, Unavailable> {
     // SAFETY: the name and the type are those of cpp/driver.cpp.
     let seed = unsafe { library.get(b"cuda_emulator_seed\0") };
     let seed = seed.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    Ok(Emulator { seed, _library: library })
+    // SAFETY: as above.
+    let fail = unsafe { library.get(b"cuda_emulator_fail\0") };
+    let fail = fail.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    Ok(Emulator { seed, fail, _library: library })
 }

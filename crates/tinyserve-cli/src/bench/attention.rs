@@ -1,6 +1,7 @@
 //! `tinyserve bench attention`: one attention step alone, sparse beside dense.
 
 mod cache;
+mod device;
 mod table;
 
 use std::fs;
@@ -9,11 +10,10 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use serde::Serialize;
-use tinyserve::kernels::{AttendStats, Attention, Cpu, CpuOptions, CpuPath, DType};
+use tinyserve::kernels::{AttendStats, Attention, Cpu, CpuOptions, CpuPath, Cuda, DType};
 use tinyserve::kv::{Budget, SelectionPolicy};
-use tinyserve::{KvCacheDtype, TinyServeError};
+use tinyserve::{Device, KvCacheDtype, TinyServeError};
 
-use super::bandwidth::read_bandwidth;
 use super::latency::Format;
 use super::report;
 use super::statistics::{deviation, mean, median};
@@ -23,6 +23,7 @@ use crate::progress::Progress;
 use crate::{output, values};
 
 use cache::{Bench, Placement, Setup};
+use device::Measurable;
 use table::{crossovers, lines, markdown};
 
 #[derive(Debug, Args)]
@@ -85,6 +86,12 @@ pub(crate) struct AttentionArgs {
     /// [default: the best there is].
     #[arg(long, value_name = "PATH", env = "TINYSERVE_CPU", value_parser = values::cpu_path)]
     cpu: Option<CpuPath>,
+    /// auto (the CPU), cpu, cuda or cuda:N.
+    #[arg(long, env = "TINYSERVE_DEVICE", default_value = "auto", value_parser = values::device)]
+    device: Device,
+    /// Layers that a run goes through [default: as many as no processor's cache holds].
+    #[arg(long, value_name = "N", value_parser = values::size)]
+    layers: Option<usize>,
 }
 
 /// One way to attend, and its measurements.
@@ -98,8 +105,9 @@ struct Row {
     placement: Placement,
     page_size: usize,
     kv_cache_dtype: &'static str,
+    device: String,
     n_threads: usize,
-    cpu_path: &'static str,
+    cpu_path: Option<&'static str>,
     /// Layers that a run goes through; times are of one.
     n_layers: usize,
     attention: &'static str,
@@ -110,10 +118,11 @@ struct Row {
     avg_ns: f64,
     stddev_ns: f64,
     median_ns: f64,
-    /// Scoring boxes, turning scores into lists, and reading the pages, in a run of its own.
-    score_ns: f64,
-    select_ns: f64,
-    attend_ns: f64,
+    /// Scoring boxes, turning scores into lists, and reading the pages, in a run of its own; only
+    /// the CPU tells them apart.
+    score_ns: Option<f64>,
+    select_ns: Option<f64>,
+    attend_ns: Option<f64>,
     /// Bytes of keys, values and boxes that one step reads.
     bytes_per_step: f64,
     gb_s: f64,
@@ -154,7 +163,17 @@ pub(crate) fn attention(args: &AttentionArgs) -> Result<()> {
     let mut progress = Progress::new("caches");
     for (done, &setup) in setups.iter().enumerate() {
         progress.update(done, setups.len());
-        rows.extend(measure(args, setup, &modes, &mut bandwidth)?);
+        rows.extend(match args.device {
+            Device::Cuda(number) => {
+                let cuda = Cuda::new(number).map_err(TinyServeError::from)?;
+                measure(cuda, args, setup, &modes, &mut bandwidth)?
+            }
+            Device::Auto | Device::Cpu => {
+                let options = CpuOptions { threads: args.threads, path: args.cpu };
+                let cpu = Cpu::new(options).map_err(TinyServeError::from)?;
+                measure(cpu, args, setup, &modes, &mut bandwidth)?
+            }
+        });
         if interrupt.pressed() {
             break;
         }
@@ -194,6 +213,7 @@ fn setups(args: &AttentionArgs) -> Vec<Setup> {
                     placement: args.placement,
                     page_size,
                     kv_cache_dtype,
+                    layers: args.layers,
                 }));
             }
         }
@@ -202,15 +222,14 @@ fn setups(args: &AttentionArgs) -> Vec<Setup> {
 }
 
 /// Dense attention and each policy over one cache, in turns.
-fn measure(
+fn measure<B: Measurable>(
+    backend: B,
     args: &AttentionArgs,
     setup: Setup,
     modes: &[Option<SelectionPolicy>],
     bandwidth: &mut Option<f64>,
 ) -> Result<Vec<Row>> {
-    let options = CpuOptions { threads: args.threads, path: args.cpu };
-    let backend = Cpu::new(options).map_err(TinyServeError::from)?;
-    let (threads, path) = (backend.threads(), backend.path().name());
+    let (device, threads, path) = (backend.device(), backend.threads(), backend.path());
     let bench = Bench::new(backend, &setup)?;
     let mut samples = vec![Vec::new(); modes.len()];
     let mut stats = vec![AttendStats::default(); modes.len()];
@@ -225,21 +244,24 @@ fn measure(
         }
     }
     let layers = bench.layers;
-    bench.backend.time_selection(true);
     let mut splits = Vec::new();
     for mode in modes {
         bench.backend.take_selection_times();
         let (seconds, _) = bench.run(mode.as_ref().map_or(Attention::Dense, Attention::Policy))?;
-        let times = bench.backend.take_selection_times();
-        let per_layer = |seconds: f64| 1e9 * seconds / layers as f64;
-        let [score, select] = [times.score, times.select].map(|time| per_layer(time.as_secs_f64()));
-        splits.push((score, select, per_layer(seconds) - score - select));
+        splits.push(bench.backend.take_selection_times().map(|times| {
+            let per_layer = |seconds: f64| 1e9 * seconds / layers as f64;
+            let [score, select] =
+                [times.score, times.select].map(|time| per_layer(time.as_secs_f64()));
+            (score, select, per_layer(seconds) - score - select)
+        }));
     }
-    let fma = bench.backend.measure_fma();
+    let fma = bench.backend.fma();
     // A multiply and an add for each query head, for each element of a page's keys and values.
-    let operations = (4 * bench.heads.group() * bench.pages.layout().head_elements()) as f64;
-    drop(bench);
-    let bandwidth = *bandwidth.get_or_insert_with(|| read_bandwidth(threads));
+    let operations = (4 * bench.heads.group() * bench.layout.head_elements()) as f64;
+    let bandwidth = match *bandwidth {
+        Some(bandwidth) => bandwidth,
+        None => *bandwidth.insert(bench.into_bandwidth()?),
+    };
     let (dense, dense_bytes) = (median(&samples[0]), stats[0].bytes_read as f64);
     let rows = modes.iter().enumerate().map(|(i, mode)| {
         let (samples, stats, split) = (&samples[i], &stats[i], splits[i]);
@@ -257,6 +279,7 @@ fn measure(
             placement: setup.placement,
             page_size: setup.page_size,
             kv_cache_dtype: setup.kv_cache_dtype.resolve(DType::F16).name(),
+            device: device.clone(),
             n_threads: threads,
             cpu_path: path,
             n_layers: layers,
@@ -267,9 +290,9 @@ fn measure(
             avg_ns: mean(samples),
             stddev_ns: deviation(samples),
             median_ns: time,
-            score_ns: split.0,
-            select_ns: split.1,
-            attend_ns: split.2,
+            score_ns: split.map(|split| split.0),
+            select_ns: split.map(|split| split.1),
+            attend_ns: split.map(|split| split.2),
             bytes_per_step: bytes,
             gb_s: bytes / time,
             read_bandwidth_gb_s: bandwidth / 1e9,
@@ -299,6 +322,7 @@ fn check(args: &AttentionArgs) -> Result<()> {
         ("--sequences", args.sequences),
         ("--repetitions", args.repetitions),
         ("--num-pages", args.num_pages.unwrap_or(1)),
+        ("--layers", args.layers.unwrap_or(1)),
     ];
     for (flag, value) in single.into_iter().chain(lists) {
         if value == 0 {

@@ -10,6 +10,7 @@ mod device;
 mod error;
 mod launch;
 mod linear;
+mod measure;
 mod memory;
 mod open;
 mod pages;

@@ -175,7 +175,12 @@ impl TinyServeBuilder {
         // Only text needs a tokenizer: a checkpoint without one still serves token ids.
         let tokenizer = checkpoint.tokenizer().map_err(|error| error.to_string());
         let chat_template = checkpoint.chat_template();
-        let memory = PlannedMemory::new(&config, &checkpoint, threads)?;
+        let memory = match &cuda {
+            Some(cuda) => {
+                PlannedMemory::on_device(&config, &checkpoint, cuda.device().free as u64)?
+            }
+            None => PlannedMemory::new(&config, &checkpoint, threads)?,
+        };
         // What keys and values depend on beside tokens and layout.
         let identity = format!(
             "{} {} {:?}",

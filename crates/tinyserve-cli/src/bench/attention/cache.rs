@@ -6,12 +6,13 @@ use anyhow::{Result, anyhow};
 use clap::ValueEnum;
 use serde::Serialize;
 use tinyserve::kernels::{
-    AppendKvArgs, AttendArgs, AttendSequence, AttendStats, Attention, Backend, Cpu, DType, Heads,
+    AppendKvArgs, AttendArgs, AttendSequence, AttendStats, Attention, DType, Heads,
 };
-use tinyserve::kv::{HostPages, KvError, KvLayout, KvShape, PagePool, PageTable, Slot};
+use tinyserve::kv::{KvError, KvLayout, KvShape, PagePool, PageTable, Slot};
 use tinyserve::model::SyntheticNormal;
 use tinyserve::{KvCacheDtype, TinyServeError};
 
+use super::device::Measurable;
 use crate::{memory, units};
 
 /// Keys and values of all layers together are at least this large, so that they come from memory
@@ -31,6 +32,8 @@ pub(super) struct Setup {
     pub(super) placement: Placement,
     pub(super) page_size: usize,
     pub(super) kv_cache_dtype: KvCacheDtype,
+    /// Unless there are as many as [`LEAST_BYTES`] ask for.
+    pub(super) layers: Option<usize>,
 }
 
 /// Where the pages of sequences lie that take turns to grow.
@@ -73,17 +76,18 @@ impl Placement {
 }
 
 /// A cache of several layers, filled, and a query.
-pub(super) struct Bench {
-    pub(super) backend: Cpu,
+pub(super) struct Bench<B: Measurable> {
+    pub(super) backend: B,
     pub(super) heads: Heads,
     pub(super) layers: usize,
-    pub(super) pages: HostPages,
+    pub(super) layout: KvLayout,
+    pages: B::KvPages,
     tables: Vec<PageTable>,
     tokens: usize,
 }
 
-impl Bench {
-    pub(super) fn new(backend: Cpu, args: &Setup) -> Result<Self> {
+impl<B: Measurable> Bench<B> {
+    pub(super) fn new(backend: B, args: &Setup) -> Result<Self> {
         let shape = |layers| KvShape {
             layers,
             kv_heads: args.kv_heads,
@@ -94,7 +98,7 @@ impl Bench {
         let layout = |layers| KvLayout::new(shape(layers)).map_err(TinyServeError::from);
         let tokens = args.tokens.saturating_mul(args.sequences);
         let of_one = layout(1)?.bytes_per_token().saturating_mul(tokens);
-        let layers = LEAST_BYTES.div_ceil(of_one);
+        let layers = args.layers.unwrap_or_else(|| LEAST_BYTES.div_ceil(of_one));
         let layout = layout(layers)?;
         let count = layout.pages_for(args.tokens).saturating_mul(args.sequences);
         let needed = layout.bytes_per_page().saturating_mul(count) as u64;
@@ -125,7 +129,7 @@ impl Bench {
                 }
             }
         }
-        Ok(Self { backend, heads, layers, pages, tables, tokens: args.tokens })
+        Ok(Self { backend, heads, layers, layout, pages, tables, tokens: args.tokens })
     }
 
     /// Seconds of one step through all layers, and what it read.
@@ -145,6 +149,7 @@ impl Bench {
             })
             .collect();
         let mut stats = AttendStats::default();
+        self.backend.finish()?;
         let start = Instant::now();
         for layer in 0..self.layers {
             let args = AttendArgs {
@@ -161,7 +166,15 @@ impl Bench {
             };
             stats.add(&self.backend.attend(args).map_err(TinyServeError::from)?);
         }
+        self.backend.finish()?;
         Ok((start.elapsed().as_secs_f64(), stats))
+    }
+
+    /// The bandwidth of the backend, measured where the cache lay.
+    pub(super) fn into_bandwidth(self) -> Result<f64> {
+        let Self { backend, pages, .. } = self;
+        drop(pages);
+        backend.into_bandwidth()
     }
 }
 

@@ -29,7 +29,7 @@ pub(super) fn markdown(rows: &[Row]) -> String {
         let _ = writeln!(
             text,
             "| {}/{} | {} | {} | {} | {} | {} | {} | {}{ratio} | {:.1} ± {:.1} \
-             | {:.1}, {:.1}, {:.1} | {:.0} | {:.1} | {} | {} | {:.2} | {:.2} |",
+             | {} | {:.0} | {:.1} | {} | {} | {:.2} | {:.2} |",
             row.q_heads,
             row.kv_heads,
             row.head_dim,
@@ -41,9 +41,9 @@ pub(super) fn markdown(rows: &[Row]) -> String {
             row.attention,
             row.median_ns / 1e3,
             row.stddev_ns / 1e3,
-            row.score_ns / 1e3,
-            row.select_ns / 1e3,
-            row.attend_ns / 1e3,
+            [row.score_ns, row.select_ns, row.attend_ns]
+                .map(|ns| ns.map_or("—".to_owned(), |ns| format!("{:.1}", ns / 1e3)))
+                .join(", "),
             row.throughput_tokens_per_ms,
             row.gb_s,
             percent(row.roofline_fraction),

@@ -1,0 +1,95 @@
+//! What attention is measured on.
+
+use anyhow::Result;
+use tinyserve::TinyServeError;
+use tinyserve::kernels::{Backend, Cpu, Cuda, SelectionTimes};
+
+use crate::bench::bandwidth::read_bandwidth;
+
+/// A backend, and what is known of its speed.
+pub(super) trait Measurable: Backend {
+    /// Its name.
+    fn device(&self) -> String;
+
+    /// Threads of the CPU that work.
+    fn threads(&self) -> usize;
+
+    /// Instruction set of the CPU, if it computes.
+    fn path(&self) -> Option<&'static str>;
+
+    /// Waits for what was asked for; tells what went wrong.
+    fn finish(&self) -> Result<()>;
+
+    /// What scoring and listing pages took since it was last asked, if it is timed.
+    fn take_selection_times(&self) -> Option<SelectionTimes>;
+
+    /// Multiply-adds that it makes in a second, twice, where that can be measured.
+    fn fma(&self) -> Option<f64>;
+
+    /// Bytes that it reads in a second, once its own memory is given back.
+    fn into_bandwidth(self) -> Result<f64>;
+}
+
+impl Measurable for Cpu {
+    fn device(&self) -> String {
+        "cpu".to_owned()
+    }
+
+    fn threads(&self) -> usize {
+        Self::threads(self)
+    }
+
+    fn path(&self) -> Option<&'static str> {
+        Some(Self::path(self).name())
+    }
+
+    fn finish(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn take_selection_times(&self) -> Option<SelectionTimes> {
+        self.time_selection(true);
+        Some(Self::take_selection_times(self))
+    }
+
+    fn fma(&self) -> Option<f64> {
+        self.measure_fma()
+    }
+
+    fn into_bandwidth(self) -> Result<f64> {
+        let threads = Self::threads(&self);
+        drop(self);
+        Ok(read_bandwidth(threads))
+    }
+}
+
+impl Measurable for Cuda {
+    fn device(&self) -> String {
+        format!("cuda:{}", Self::device(self).ordinal)
+    }
+
+    fn threads(&self) -> usize {
+        // The one that launches.
+        1
+    }
+
+    fn path(&self) -> Option<&'static str> {
+        None
+    }
+
+    fn finish(&self) -> Result<()> {
+        Ok(self.synchronize().map_err(TinyServeError::from)?)
+    }
+
+    fn take_selection_times(&self) -> Option<SelectionTimes> {
+        None
+    }
+
+    fn fma(&self) -> Option<f64> {
+        None
+    }
+
+    fn into_bandwidth(self) -> Result<f64> {
+        Ok(self.copy_bandwidth().map_err(TinyServeError::from)?)
+    }
+}

@@ -1,0 +1,48 @@
+//! What a device can do at most, measured where it is used.
+
+use std::time::Instant;
+
+use super::Cuda;
+use super::device::driver_error;
+use super::memory::Buffer;
+use crate::{Backend, KernelError};
+
+/// Bytes of a copy: more than any device's cache holds.
+const COPY_BYTES: usize = 256 << 20;
+/// Copies; the fastest counts.
+const COPIES: usize = 5;
+
+impl Cuda {
+    /// Waits for everything that was asked for.
+    ///
+    /// # Errors
+    /// The first thing that went wrong since it was last asked.
+    pub fn synchronize(&self) -> Result<(), KernelError> {
+        let waited = self.launcher.stream.synchronize();
+        waited.map_err(driver_error("waiting for the device"))?;
+        self.check()
+    }
+
+    /// Bytes that a copy within the device's memory reads and writes in a second.
+    ///
+    /// # Errors
+    /// When there is no memory for two buffers, or the device fails.
+    pub fn copy_bandwidth(&self) -> Result<f64, KernelError> {
+        // No more than a quarter of what is free each.
+        let (free, _) =
+            self.launcher.context.mem_get_info().map_err(driver_error("asking for the memory"))?;
+        let bytes = COPY_BYTES.min(free / 4);
+        let what = "a copy that is timed";
+        let from = Buffer::zeroed(&self.launcher, bytes, what)?;
+        let mut to = Buffer::zeroed(&self.launcher, bytes, what)?;
+        let mut fastest = f64::INFINITY;
+        for _ in 0..COPIES {
+            self.synchronize()?;
+            let start = Instant::now();
+            to.copy_from(&self.launcher, 0, &from)?;
+            self.synchronize()?;
+            fastest = fastest.min(start.elapsed().as_secs_f64());
+        }
+        Ok(2.0 * bytes as f64 / fastest)
+    }
+}

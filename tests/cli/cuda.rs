@@ -1,0 +1,89 @@
+//! The binary on a CUDA device: the emulator's, which describes itself and fails as it is asked to.
+
+use serde_json::Value;
+use tinyserve_cuda_emulator::{Build, folder};
+
+use crate::binary::{Ran, command, words};
+
+/// Runs with `args` split at spaces, on the emulator with `settings` in its environment; `None`,
+/// with the reason on stderr, where there is no C++ compiler.
+fn emulated(args: &str, settings: &[(&str, &str)]) -> Option<Ran> {
+    let driver = match folder(Build::Plain) {
+        Ok(driver) => driver,
+        Err(reason) => {
+            eprintln!("skipped: {reason}");
+            return None;
+        }
+    };
+    let mut command = command(&args.split_whitespace().collect::<Vec<_>>());
+    command.env("LD_LIBRARY_PATH", driver).envs(settings.iter().copied());
+    Some(Ran::new(command.output().expect("the binary runs")))
+}
+
+const RUN: &str = "run --device cuda -p Once -n 4 --temperature 0 --max-sequence-length 64 --json";
+
+#[test]
+fn text_is_what_it_is_on_the_cpu_in_every_cache_format() {
+    for format in ["f32", "int8", "int4"] {
+        let args = format!("{RUN} --kv-cache-dtype {format} --page-size 4 --ignore-eos");
+        let Some(ran) = emulated(&args, &[]) else { return };
+        let cpu = words(&args.replace("--device cuda", "--device cpu")).json();
+        let cuda = ran.json();
+        assert_eq!(cuda["tokens"], cpu["tokens"], "{format}");
+        assert_eq!(cuda["kv"]["pages"], cpu["kv"]["pages"], "{format}");
+    }
+}
+
+#[test]
+fn what_is_missing_is_said_with_what_to_do() {
+    let cases: &[(&[(&str, &str)], &[&str])] = &[
+        (&[("CUDA_EMULATOR_DEVICES", "0")], &["no CUDA device", "nvidia-smi", "--device cpu"]),
+        (&[("CUDA_EMULATOR_DRIVER", "11040")], &["CUDA 11.4", "12.0 or later", "update"]),
+        (&[("CUDA_EMULATOR_CAPABILITY", "75")], &["cuda:0", "capability 7.5", "8.0"]),
+        (&[("CUDA_EMULATOR_FAIL", "rotary")], &["kernel rotary", "grid", "LAUNCH_FAILED"]),
+    ];
+    for (settings, expected) in cases {
+        let Some(ran) = emulated(RUN, settings) else { return };
+        ran.refused_with(1, expected);
+    }
+    let Some(ran) = emulated(&RUN.replace("cuda", "cuda:3"), &[]) else { return };
+    ran.refused_with(1, &["cuda:3 does not exist", "cuda:0"]);
+}
+
+#[test]
+fn a_device_without_room_is_refused_with_what_to_lower() {
+    let memory = [("CUDA_EMULATOR_MEMORY", "1500000")];
+    let Some(ran) = emulated(RUN, &memory) else { return };
+    let stderr = ran.refused(1);
+    assert!(stderr.contains("max_sequence_length") || stderr.contains("target_memory_gb"));
+    // A target above what there is finds out when it asks for it.
+    let args = format!("{RUN} --target-memory-gb 1");
+    let Some(ran) = emulated(&args, &memory) else { return };
+    ran.refused_with(1, &["no memory for", "bytes asked for", "free", "--kv-cache-dtype"]);
+}
+
+#[test]
+fn a_machine_without_a_driver_says_so() {
+    if std::path::Path::new("/dev/nvidiactl").exists() {
+        return;
+    }
+    words(RUN).refused_with(1, &["no CUDA driver", "libcuda", "--device cpu"]);
+    words("doctor --self-test --device cuda --json").refused_with(1, &["no CUDA driver"]);
+    for bench in ["attention", "latency"] {
+        words(&format!("bench {bench} --device cuda")).refused_with(1, &["no CUDA driver"]);
+    }
+}
+
+#[test]
+fn doctor_describes_the_device() {
+    let Some(ran) = emulated("doctor --json", &[("CUDA_EMULATOR_DEVICES", "2")]) else { return };
+    let object = ran.json();
+    let devices = object["gpus"].as_array().unwrap();
+    assert_eq!(devices.len(), 2);
+    assert_eq!(devices[1]["device"], "cuda:1");
+    assert_eq!(devices[0]["compute_capability"], "9.0");
+    assert_eq!(devices[0]["unusable"], Value::Null);
+    let old = [("CUDA_EMULATOR_CAPABILITY", "75")];
+    let Some(ran) = emulated("doctor", &old) else { return };
+    assert!(ran.done().contains("capability 7.5, expected 8.0"));
+}
