@@ -16,8 +16,8 @@ template <int BITS, bool WIDE> struct CodePages {
   const __half* open;
   // Heads of all layers: the distance of two slots.
   int heads;
-  // Scales and minima of the values of a chunk, by group and token, in shared memory.
-  float2 (*ranges)[ATTEND_TOKENS];
+  // Scales, as lower halves, and minima of the values of a chunk, by group and token, in shared memory.
+  u32 (*ranges)[ATTEND_TOKENS];
 
   // Place in the sequence of the page that the tile's rows are in.
   static __device__ __forceinline__ u32 own_place(const Tile& tile, PageShape shape) {
@@ -31,9 +31,9 @@ template <int BITS, bool WIDE> struct CodePages {
   }
 
   template <int Q, int WARPS> __device__ __forceinline__ void scores(const AttendJob& job, const Chunk& chunk) {
-    // Minimum and step of each channel of the page that a warp is at.
-    TS_SHARED(float2, corners, [WARPS][ATTEND_MOST_DIM]);
-    TS_SHARED(float2, of_values, [MOST_GROUPS][ATTEND_TOKENS]);
+    // Minimum, as lower half, and maximum of each channel of the page that a warp is at.
+    TS_SHARED(u32, corners, [WARPS][ATTEND_MOST_DIM]);
+    TS_SHARED(u32, of_values, [MOST_GROUPS][ATTEND_TOKENS]);
     ranges = of_values;
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int dim = job.shape.head_dim, page_size = job.shape.page_size;
@@ -41,10 +41,9 @@ template <int BITS, bool WIDE> struct CodePages {
     for (int i = threadIdx.x; i < groups * n_tokens; i += WARPS * WARP) {
       int group = i / n_tokens, token = i % n_tokens, page = token / chunk.offsets;
       const u32* head = C::keys(pages, job.shape, chunk.page_ids[page], job.kv_head);
-      const __half* scales = reinterpret_cast<const __half*>(head) + C::scales(job.shape);
+      const unsigned short* scales = reinterpret_cast<const unsigned short*>(head) + C::scales(job.shape);
       size_t at = size_t(group) * page_size + chunk.piece + token % chunk.offsets;
-      ranges[group][token].x = __half2float(scales[at]);
-      ranges[group][token].y = __half2float(scales[size_t(groups) * page_size + at]);
+      ranges[group][token] = scales[at] | u32(scales[size_t(groups) * page_size + at]) << 16;
     }
     for (int page = warp; page < chunk.pages; page += WARPS) {
       u32 id = chunk.page_ids[page];
@@ -55,12 +54,10 @@ template <int BITS, bool WIDE> struct CodePages {
       }
       // The lanes are done with the page before.
       __syncwarp();
-      const __half* box = boxes + box_at(job.shape, id, job.kv_head);
+      const unsigned short* box = reinterpret_cast<const unsigned short*>(boxes) + box_at(job.shape, id, job.kv_head);
       for (int channel = lane; channel < dim; channel += WARP) {
-        float most = widen(box[size_t(channel) * 2 * GROUP_PAGES]);
-        float least = widen(box[size_t(channel) * 2 * GROUP_PAGES + GROUP_PAGES]);
-        corners[warp][channel].x = least;
-        corners[warp][channel].y = (most - least) / C::HIGHEST;
+        const unsigned short* corner = box + size_t(channel) * 2 * GROUP_PAGES;
+        corners[warp][channel] = corner[GROUP_PAGES] | u32(corner[0]) << 16;
       }
       __syncwarp();
       const u32* words = C::keys(pages, job.shape, id, job.kv_head) + chunk.piece;
@@ -70,7 +67,7 @@ template <int BITS, bool WIDE> struct CodePages {
 
   // Scores of the tokens of a sealed page, by one warp; their words of keys begin at `words`.
   template <int Q>
-  __device__ __forceinline__ void code_scores(const u32* words, const float2* corners, const AttendJob& job,
+  __device__ __forceinline__ void code_scores(const u32* words, const u32* corners, const AttendJob& job,
                                               const Chunk& chunk, int page) {
     int lane = threadIdx.x % WARP, dim = job.shape.head_dim, page_size = job.shape.page_size;
     int n_words = C::key_words(job.shape), at = page * chunk.offsets;
@@ -97,10 +94,12 @@ template <int BITS, bool WIDE> struct CodePages {
         for (int i = 0; i < PER_WORD; i++) {
           int channel = word * PER_WORD + i;
           if (channel < dim) {
-            float2 corner = corners[channel];
+            float least, most;
+            widen_pair(corners[channel], least, most, __half());
+            float step = (most - least) * (1.f / C::HIGHEST);
             float k[N];
             for (int n = 0; n < N; n++) {
-              k[n] = fmaf(corner.y, C::code(raw[n], i), corner.x);
+              k[n] = fmaf(step, C::code(raw[n], i), least);
             }
             for (int q = 0; q < Q; q++) {
               float x = chunk.queries[q][channel];
@@ -133,7 +132,7 @@ template <int BITS, bool WIDE> struct CodePages {
     int dim = job.shape.head_dim, sealed = sealed_pages(job, chunk);
     // Every row sees all tokens of the pages before its own.
     int n_words = (chunk.offsets + PER_WORD - 1) / PER_WORD;
-    const float2* of_group = ranges[column * N / C::group_channels(job.shape)];
+    const u32* of_group = ranges[column * N / C::group_channels(job.shape)];
 #pragma unroll 1
     for (int i = share.slice; i < sealed * n_words; i += share.slices) {
       int page = i / n_words, word = i % n_words;
@@ -154,10 +153,11 @@ template <int BITS, bool WIDE> struct CodePages {
         int offset = word * PER_WORD + t;
         if (offset < chunk.offsets) {
           int token = page * chunk.offsets + offset;
-          float2 range = of_group[token];
+          float scale, minimum;
+          widen_pair(of_group[token], scale, minimum, __half());
           float x[N];
           for (int n = 0; n < N; n++) {
-            x[n] = fmaf(range.x, C::code(raw[n], t), range.y);
+            x[n] = fmaf(scale, C::code(raw[n], t), minimum);
           }
 #pragma unroll
           for (int q = 0; q < Q; q++) {
@@ -190,7 +190,7 @@ template <int BITS, bool WIDE> struct CodePages {
     u32 word = C::keys(pages, shape, page, kv_head)[size_t(channel / PER_WORD) * shape.page_size + token];
     const __half* box = boxes + box_at(shape, page, kv_head) + size_t(channel) * 2 * GROUP_PAGES;
     float most = widen(box[0]), least = widen(box[GROUP_PAGES]);
-    return fmaf((most - least) / C::HIGHEST, C::code(word, channel % PER_WORD), least);
+    return fmaf((most - least) * (1.f / C::HIGHEST), C::code(word, channel % PER_WORD), least);
   }
 };
 

@@ -45,7 +45,7 @@ __device__ __forceinline__ void attend_tile(const float* qkv, Reader reader, con
     job.end = min(job.end, job.begin + part_pages);
   }
   // The whole block leaves together: a shorter list has fewer parts, a smaller tile fewer queries.
-  if (job.begin >= job.end || job.first_query >= job.n_queries || (whole && blockIdx.y > 0)) {
+  if (job.tile.parts == ts::FUSED || job.begin >= job.end || job.first_query >= job.n_queries || (whole && blockIdx.y > 0)) {
     return;
   }
   int dim = shape.head_dim;

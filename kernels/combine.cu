@@ -10,7 +10,7 @@ extern "C" __global__ void __launch_bounds__(128)
 combine(const float* parts, const ts::Tile* tiles, const ts::u32* lengths, float* out, float* states,
         ts::PageShape shape, int group, int part_pages) {
   ts::Tile tile = tiles[blockIdx.x];
-  if (tile.parts == ts::NO_PARTS) {
+  if (tile.parts == ts::NO_PARTS || tile.parts == ts::FUSED) {
     return;
   }
   int head = blockIdx.y, kv_head = head / group, dim = shape.head_dim;

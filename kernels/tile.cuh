@@ -18,7 +18,7 @@ struct Tile {
   // Where the tile's KV heads begin in `lengths`, which has the length of each list.
   u32 lengths;
   // Where the tile's parts begin in the buffer of parts, in parts of one KV head; NO_PARTS when the
-  // list is read in one piece.
+  // list is read in one piece, FUSED when the launch that selects reads it, too.
   u32 parts;
   // How pages are selected: how many, and how many first and last ones always are.
   u32 budget, sink, recent;
@@ -27,6 +27,7 @@ struct Tile {
 };
 
 constexpr u32 NO_PARTS = 0xffffffffu;
+constexpr u32 FUSED = 0xfffffffeu;
 
 // Pages that the last row of a tile sees.
 __device__ __forceinline__ u32 pages_seen(const Tile& tile, int page_size) {

@@ -35,6 +35,50 @@ fn text_is_what_it_is_on_the_cpu_in_every_cache_format() {
 }
 
 #[test]
+fn one_launch_or_several_give_the_same_text() {
+    let prompt = "Once,upon,a,time,there,was,a,girl,named,Lily";
+    let select =
+        "--attention sparse --dense-layers 0 --sink-pages 0 --recent-pages 1 --page-size 4";
+    let args = format!("{} {select} --ignore-eos", RUN.replace("Once", prompt));
+    let fused = format!("{args} --use-fused-kernel true");
+    let Some(one) = emulated(&fused, &[]) else { return };
+    let one = one.json();
+    let Some(several) = emulated(&args, &[("TINYSERVE_USE_FUSED_KERNEL", "false")]) else { return };
+    let several = several.json();
+    assert_eq!(one["tokens"], several["tokens"]);
+    assert_eq!(one["kv"]["bytes_read"], several["kv"]["bytes_read"]);
+    // A kernel that fails shows that it was launched.
+    let fails = [("CUDA_EMULATOR_FAIL", "fused_decode_f32_4")];
+    let Some(ran) = emulated(&fused, &fails) else { return };
+    ran.refused_with(1, &["kernel fused_decode_f32_4"]);
+    let Some(ran) = emulated(&format!("{args} --use-fused-kernel false"), &fails) else { return };
+    ran.done();
+    words("run -p Once --use-fused-kernel").refused_with(2, &["--use-fused-kernel", "CUDA device"]);
+}
+
+#[test]
+fn benchmarks_run_on_it() {
+    let bench = "bench attention --device cuda -o json -r 1 --warm-ups 0 --layers 1 --tokens 64";
+    let Some(ran) = emulated(&format!("{bench} --q-heads 4 --kv-heads 2"), &[]) else { return };
+    let rows = ran.json();
+    let rows = rows.as_array().unwrap();
+    assert_eq!(rows.len(), 3);
+    for row in rows {
+        assert_eq!((&row["device"], &row["cpu_path"]), (&"cuda:0".into(), &Value::Null));
+        assert!(row["median_ns"].as_f64() > Some(0.0), "{row}");
+        assert!(row["read_bandwidth_gb_s"].as_f64() > Some(0.0), "{row}");
+    }
+    let bench = "bench latency --device cuda -o json -r 1 -p 8 -n 2";
+    let Some(ran) = emulated(bench, &[]) else { return };
+    let rows = ran.json();
+    assert_eq!(rows.as_array().unwrap().len(), 2);
+    for row in rows.as_array().unwrap() {
+        assert_eq!(row["device"], "cuda:0");
+        assert!(row["avg_ts"].as_f64() > Some(0.0), "{row}");
+    }
+}
+
+#[test]
 fn what_is_missing_is_said_with_what_to_do() {
     let cases: &[(&[(&str, &str)], &[&str])] = &[
         (&[("CUDA_EMULATOR_DEVICES", "0")], &["no CUDA device", "nvidia-smi", "--device cpu"]),

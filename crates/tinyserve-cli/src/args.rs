@@ -154,6 +154,11 @@ pub(crate) struct DeviceArgs {
     /// that is broken or another model's is replaced.
     #[arg(long, value_name = "DIR", env = "TINYSERVE_WEIGHTS_CACHE")]
     weights_cache: Option<PathBuf>,
+    /// Whether a CUDA device scores, selects and attends in one launch where it can [default: by
+    /// size, see doctor].
+    #[arg(long, value_name = "BOOL", env = "TINYSERVE_USE_FUSED_KERNEL",
+          num_args = 0..=1, default_missing_value = "true")]
+    use_fused_kernel: Option<bool>,
     /// Prints the settings, the device and the memory plan to stderr.
     #[arg(short, long, env = "TINYSERVE_VERBOSE", value_parser = clap::builder::BoolishValueParser::new())]
     verbose: bool,
@@ -165,6 +170,7 @@ impl DeviceArgs {
         set_some(&mut config.threads, self.threads);
         self.weights.apply(config);
         set_some(&mut config.weights_cache, self.weights_cache.clone());
+        set_some(&mut config.use_fused_kernel, self.use_fused_kernel);
         match (self.cpu, config.threads) {
             (Some(CpuPath::Scalar), Some(threads)) if threads > 1 => {
                 Err(out_of_range("--threads", threads, "1 with --cpu scalar"))

@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::Args;
 use serde_json::{Value, json};
 use tinyserve::Device;
-use tinyserve::kernels::{CpuPath, CudaDevice};
+use tinyserve::kernels::{CpuPath, CudaDevice, FusedLimits};
 
 use crate::exit::Quiet;
 use crate::self_test::{self, PathReport};
@@ -95,6 +95,11 @@ impl Machine {
             },
             "memory": { "total_bytes": memory::total(), "available_bytes": memory::available() },
             "gpus": self.gpus.iter().flatten().map(gpu_json).collect::<Vec<_>>(),
+            "fused_kernel": {
+                "most_pages": FusedLimits::DEFAULT.pages,
+                "most_tokens": FusedLimits::DEFAULT.tokens,
+                "source": FusedLimits::DEFAULT.source,
+            },
             // Why there is none, or nothing.
             "cuda": self.gpus.as_ref().err(),
         })
@@ -151,7 +156,12 @@ impl Machine {
                  driver for CUDA {driver}{usable}"
             )
         };
-        gpus.iter().map(line).collect::<Vec<_>>().join("\n           ")
+        let FusedLimits { pages, tokens, source } = FusedLimits::DEFAULT;
+        let fused = format!(
+            "selection and attention are one launch up to {pages} pages of which {tokens} tokens are \
+             read ({source}); --use-fused-kernel decides otherwise"
+        );
+        gpus.iter().map(line).chain([fused]).collect::<Vec<_>>().join("\n           ")
     }
 }
 

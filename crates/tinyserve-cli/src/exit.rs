@@ -111,6 +111,7 @@ fn flag(name: &str) -> Option<String> {
         "token_budget",
         "top_p",
         "top_p_pages",
+        "use_fused_kernel",
     ];
     match name {
         "cpu path" => Some("--cpu".to_owned()),

@@ -548,6 +548,11 @@ pub trait Backend: Send + Sized {
     /// Fills a tensor from the host; `values` is `[rows · columns]`.
     fn upload(&self, values: &[f32], out: &mut Self::Tensor);
 
+    /// Whether operations are done when they return.
+    fn is_synchronous(&self) -> bool {
+        true
+    }
+
     /// Tells what went wrong on the device since it was last asked.
     ///
     /// Operations return before a device has run them, so that they cannot tell themselves; what

@@ -18,6 +18,7 @@ pub use backend::{
 pub use cpu::{Cpu, CpuLinear, CpuOptions, CpuPath, CpuTensor, CpuVector, SelectionTimes};
 pub use cuda::{
     Cuda, CudaDevice, CudaError, CudaLinear, CudaPages, CudaTensor, CudaVector, CudaVersion,
+    FusedLimits,
 };
 pub use error::KernelError;
 pub use profiled::{Profile, Profiled};

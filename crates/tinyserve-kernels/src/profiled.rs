@@ -39,6 +39,12 @@ impl<B: Backend> Profiled<B> {
         Self { inner, on: AtomicBool::new(false), linear: zero(), attend: zero() }
     }
 
+    /// The backend that does the work.
+    #[must_use]
+    pub fn inner(&self) -> &B {
+        &self.inner
+    }
+
     /// Starts or stops timing.
     pub fn switch(&self, on: bool) {
         self.on.store(on, Ordering::Relaxed);
@@ -206,6 +212,10 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
 
     fn upload(&self, values: &[f32], out: &mut B::Tensor) {
         self.inner.upload(values, out);
+    }
+
+    fn is_synchronous(&self) -> bool {
+        self.inner.is_synchronous()
     }
 
     fn check(&self) -> Result<(), KernelError> {

@@ -35,6 +35,10 @@ pub struct TinyServeConfig {
     /// int8 and int4.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weights_cache: Option<PathBuf>,
+    /// Whether a CUDA device scores, selects and attends in one launch, as far as it has a kernel for
+    /// the shape; unless it is set, sizes decide. Refused on the CPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub use_fused_kernel: Option<bool>,
     /// Tokens of one page.
     #[serde(alias = "block_size")]
     pub page_size: usize,
@@ -131,6 +135,7 @@ impl Default for TinyServeConfig {
             threads: None,
             weights: Weights::Auto,
             weights_cache: None,
+            use_fused_kernel: None,
             page_size: 16,
             attention: AttentionMode::Auto,
             selection_ratio: 0.3,
@@ -245,6 +250,13 @@ impl TinyServeConfig {
                 field: "weights_cache",
                 found: format!("{} with weights as they are stored", folder.display()),
                 expected: "weights int8 or int4: only quantised weights are cached".to_owned(),
+            });
+        }
+        if let (Some(fused), Device::Auto | Device::Cpu) = (self.use_fused_kernel, self.device) {
+            return Err(TinyServeError::Setting {
+                field: "use_fused_kernel",
+                found: format!("{fused} with device {}", String::from(self.device)),
+                expected: "a CUDA device: the CPU has no launches to save".to_owned(),
             });
         }
         if !(self.target_latency_ms > 0.0 && self.target_latency_ms.is_finite()) {

@@ -2,10 +2,10 @@
 
 use anyhow::{Result, anyhow};
 use clap::{Args, ValueEnum};
-use tinyserve::kernels::{Attention, Profiled};
+use tinyserve::kernels::{Attention, Backend, Cuda, Profiled};
 use tinyserve::kv::{Budget, PageTable, SelectionPolicy};
 use tinyserve::model::{Checkpoint, KvCache, LargestStep, MemoryPlan, Model};
-use tinyserve::{AttentionMode, TinyServeConfig, TinyServeError};
+use tinyserve::{AttentionMode, Device, TinyServeConfig, TinyServeError};
 
 use super::bandwidth::read_bandwidth;
 use super::report::{self, Row, Setup, StepSplit, Test};
@@ -121,10 +121,45 @@ pub(crate) fn latency(args: &LatencyArgs, sources: Sources) -> Result<()> {
     let sequences = args.n_batch.iter().copied().max().unwrap_or(1);
     let longest = tests.iter().map(|test| test.n_depth + test.tokens()).max().unwrap_or(0);
     let checkpoint = source.checkpoint(&config, (sequences, longest))?;
-    let (mut runner, setup) =
-        load(&args.forward, (&config, model), &checkpoint, (sequences, longest), fill)?;
-    // What a backend copies is not needed twice.
-    drop(checkpoint);
+    let sizes = (sequences, longest);
+    let forward = &args.forward;
+    let rows = match config.device {
+        Device::Cuda(number) => {
+            let cuda = Cuda::new(number).map_err(TinyServeError::from)?;
+            let cuda = cuda.use_fused_kernel(config.use_fused_kernel);
+            let described = Described::cuda(&cuda);
+            let loaded =
+                load_on(cuda, described, forward, (&config, model), &checkpoint, sizes, fill);
+            // What a backend copies is not needed twice.
+            drop(checkpoint);
+            run(args, loaded?, (&tests, &modes, sequences, fill), |runner, _| {
+                Ok(runner.backend().copy_bandwidth().map_err(TinyServeError::from)?)
+            })?
+        }
+        Device::Auto | Device::Cpu => {
+            let loaded = load(forward, (&config, model), &checkpoint, sizes, fill);
+            drop(checkpoint);
+            run(args, loaded?, (&tests, &modes, sequences, fill), |runner, threads| {
+                // Its buffer comes after the model has gone.
+                drop(runner);
+                Ok(read_bandwidth(threads))
+            })?
+        }
+    };
+    match args.output {
+        Format::Md => output::text(&report::markdown(&rows)),
+        Format::Csv => output::text(&report::csv(&rows)?),
+        Format::Json => output::json(&rows),
+    }
+}
+
+/// The rows of all tests; `bandwidth` measures what the device reads in a second.
+fn run<B: Backend + Sync>(
+    args: &LatencyArgs,
+    (mut runner, setup): (Runner<B>, Setup),
+    (tests, modes, sequences, fill): (&[Test], &[Mode], usize, DepthFill),
+    bandwidth: impl FnOnce(Runner<B>, usize) -> Result<f64>,
+) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     let (mut progress, mut done) = (Progress::new("tests"), 0);
     for of_one_depth in tests.chunk_by(|a, b| a.n_depth == b.n_depth) {
@@ -133,7 +168,7 @@ pub(crate) fn latency(args: &LatencyArgs, sources: Sources) -> Result<()> {
             let first = rows.len();
             let filled = &filled[..test.n_batch];
             for (mode, samples, split) in
-                measure(&mut runner, filled, test, &modes, args.repetitions)?
+                measure(&mut runner, filled, test, modes, args.repetitions)?
             {
                 let measured = (samples.as_slice(), split);
                 let mut row = Row::new(&setup, test, mode, measured, memory::peak_resident());
@@ -153,15 +188,9 @@ pub(crate) fn latency(args: &LatencyArgs, sources: Sources) -> Result<()> {
         runner.release(filled);
     }
     progress.finish();
-    // Its buffer comes after the last look at resident memory, and after the model has gone.
-    drop(runner);
-    let bandwidth = read_bandwidth(setup.n_threads);
+    let bandwidth = bandwidth(runner, setup.n_threads)?;
     rows.iter_mut().for_each(|row| row.hold_to(bandwidth));
-    match args.output {
-        Format::Md => output::text(&report::markdown(&rows)),
-        Format::Csv => output::text(&report::csv(&rows)?),
-        Format::Json => output::json(&rows),
-    }
+    Ok(rows)
 }
 
 /// Every test that was asked for; sizes that nobody asked for are made to fit, with a note.
@@ -222,15 +251,52 @@ fn sizes(
     }
 }
 
-/// The model, with a cache for `sequences` sequences of `longest` tokens.
+/// What rows and notes say of a device.
+pub(super) struct Described {
+    /// In a sentence.
+    text: String,
+    device: String,
+    threads: usize,
+    cpu_path: Option<&'static str>,
+}
+
+impl Described {
+    fn cuda(cuda: &Cuda) -> Self {
+        let device = format!("cuda:{}", cuda.device().ordinal);
+        let text = format!("{device}, {}", cuda.device().name);
+        // The thread that launches.
+        Self { text, device, threads: 1, cpu_path: None }
+    }
+}
+
+/// The model on the CPU, with a cache for `sequences` sequences of `longest` tokens.
 pub(super) fn load(
+    forward: &ForwardArgs,
+    named: (&TinyServeConfig, String),
+    checkpoint: &Checkpoint,
+    sizes: (usize, usize),
+    fill: DepthFill,
+) -> Result<(Runner, Setup)> {
+    let backend = forward.device.backend(named.0)?;
+    let described = Described {
+        text: format!("CPU, {}, {} threads", backend.path(), backend.threads()),
+        device: "cpu".to_owned(),
+        threads: backend.threads(),
+        cpu_path: Some(backend.path().name()),
+    };
+    load_on(backend, described, forward, named, checkpoint, sizes, fill)
+}
+
+/// The model on `backend`.
+fn load_on<B: Backend + Sync>(
+    backend: B,
+    described: Described,
     forward: &ForwardArgs,
     (config, name): (&TinyServeConfig, String),
     checkpoint: &Checkpoint,
     (sequences, longest): (usize, usize),
     fill: DepthFill,
-) -> Result<(Runner, Setup)> {
-    let backend = forward.device.backend(config)?;
+) -> Result<(Runner<B>, Setup)> {
     let weights = config.load_options(checkpoint.dtype())?;
     let mut setup = Setup {
         model: name,
@@ -238,8 +304,9 @@ pub(super) fn load(
         model_n_params: checkpoint.parameters() as u64,
         weights: config.weights.name(checkpoint.dtype()),
         n_ubatch: config.attention_chunk_size,
-        n_threads: backend.threads(),
-        cpu_path: backend.path().name(),
+        device: described.device,
+        n_threads: described.threads,
+        cpu_path: described.cpu_path,
         kv_cache_dtype: config.kv_cache_dtype.resolve(checkpoint.dtype()).name(),
         page_size: config.page_size,
         depth_fill: fill.name(),
@@ -247,8 +314,7 @@ pub(super) fn load(
         planned_bytes: 0,
         streamed_bytes: 0,
     };
-    let device = format!("CPU, {}, {} threads", backend.path(), backend.threads());
-    forward.device.tell(config, &device);
+    forward.device.tell(config, &described.text);
     let mut progress = Progress::new("loading");
 
     let build = || {
@@ -256,7 +322,7 @@ pub(super) fn load(
         let layout = checkpoint.config().kv_layout(config.page_size, format)?;
         // A page more for each sequence: its copy of the depth's open page.
         let pages = sequences * (layout.pages_for(longest) + 1);
-        let (tokens, threads) = (config.attention_chunk_size, backend.threads());
+        let (tokens, threads) = (config.attention_chunk_size, described.threads);
         let largest = LargestStep { tokens, logits: sequences, threads };
         // Made in memory, the stored weights are there already; the plan counts them itself.
         let made = if checkpoint.is_in_memory() { checkpoint.weight_bytes() as u64 } else { 0 };
@@ -282,8 +348,8 @@ pub(super) fn load(
 type Measured = ((&'static str, Option<f64>), Vec<Sample>, Option<StepSplit>);
 
 /// The samples of every mode that makes a difference to the test.
-fn measure(
-    runner: &mut Runner,
+fn measure<B: Backend + Sync>(
+    runner: &mut Runner<B>,
     filled: &[PageTable],
     test: Test,
     modes: &[Mode],
@@ -304,7 +370,8 @@ fn measure(
             }
         }
     }
-    if test.n_gen > 0 {
+    // A device's operations are under way when they return, and cannot be timed one by one.
+    if test.n_gen > 0 && runner.backend().is_synchronous() {
         // Reading the clock at every operation would slow a small model's counted runs down.
         for (mode, (_, _, split)) in modes.iter().zip(&mut measured) {
             let (elapsed, profile) = runner.profile(filled, test.n_gen, mode.attention())?;

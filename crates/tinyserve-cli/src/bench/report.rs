@@ -20,8 +20,10 @@ pub(super) struct Setup {
     pub(super) weights: &'static str,
     /// Most prompt tokens of one prefill step.
     pub(super) n_ubatch: usize,
+    pub(super) device: String,
     pub(super) n_threads: usize,
-    pub(super) cpu_path: &'static str,
+    /// Instruction set of the CPU, where it computes.
+    pub(super) cpu_path: Option<&'static str>,
     pub(super) kv_cache_dtype: &'static str,
     pub(super) page_size: usize,
     pub(super) depth_fill: &'static str,
@@ -197,7 +199,7 @@ pub(super) fn markdown(rows: &[Row]) -> String {
             setup.weights,
             bytes(setup.model_size),
             short_count(setup.model_n_params),
-            setup.cpu_path,
+            setup.cpu_path.unwrap_or(&setup.device),
             setup.n_threads,
             setup.kv_cache_dtype,
             setup.page_size,
@@ -211,11 +213,12 @@ pub(super) fn markdown(rows: &[Row]) -> String {
 }
 
 /// Columns of CSV: every field that is neither a list nor an object.
-const COLUMNS: [&str; 28] = [
+const COLUMNS: [&str; 29] = [
     "model",
     "model_size",
     "model_n_params",
     "weights",
+    "device",
     "cpu_path",
     "n_threads",
     "n_batch",
@@ -285,7 +288,8 @@ mod tests {
             weights: "f16",
             n_ubatch: 256,
             n_threads: 2,
-            cpu_path: "avx2",
+            device: "cpu".to_owned(),
+            cpu_path: Some("avx2"),
             kv_cache_dtype: "f16",
             page_size: 16,
             depth_fill: "synthetic",

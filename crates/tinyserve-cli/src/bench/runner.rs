@@ -5,21 +5,18 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use tinyserve::TinyServeError;
-use tinyserve::kernels::{AttendStats, Attention, Cpu, Profile, Profiled};
+use tinyserve::kernels::{AttendStats, Attention, Backend, Cpu, Profile, Profiled};
 use tinyserve::kv::{PageTable, Prefix};
 use tinyserve::model::{
     Activations, Batch, KvCache, LogitRows, Model, ModelError, Observe, SequenceStep,
     SessionToSave, StepOutput, SyntheticNormal,
 };
 
-/// What models run on here: timed by operation where a run asks for it.
-pub(super) type Device = Profiled<Cpu>;
-
-/// A model with a cache and made-up tokens.
-pub(super) struct Runner {
-    model: Model<Device>,
-    cache: KvCache<Device>,
-    activations: Activations<Device>,
+/// A model with a cache and made-up tokens; its operations are timed where a run asks for it.
+pub(super) struct Runner<B: Backend + Sync = Cpu> {
+    model: Model<Profiled<B>>,
+    cache: KvCache<Profiled<B>>,
+    activations: Activations<Profiled<B>>,
     output: StepOutput,
     tokens: RandomTokens,
     /// Most tokens of one prefill step.
@@ -61,8 +58,12 @@ impl DepthFill {
     }
 }
 
-impl Runner {
-    pub(super) fn new(model: Model<Device>, cache: KvCache<Device>, chunk: usize) -> Self {
+impl<B: Backend + Sync> Runner<B> {
+    pub(super) fn new(
+        model: Model<Profiled<B>>,
+        cache: KvCache<Profiled<B>>,
+        chunk: usize,
+    ) -> Self {
         let activations = Activations::new(&model);
         let tokens = RandomTokens::new(model.config().vocab_size);
         Self { model, cache, activations, output: StepOutput::default(), tokens, chunk }
@@ -123,6 +124,11 @@ impl Runner {
         let tokens = restored.tokens.len();
         self.release(vec![restored.table]);
         Ok(SessionTimes { prefill, save, restore, tokens })
+    }
+
+    /// What the model runs on.
+    pub(super) fn backend(&self) -> &B {
+        self.model.backend().inner()
     }
 
     /// Forgets sequences.

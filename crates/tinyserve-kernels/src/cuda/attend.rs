@@ -4,6 +4,7 @@
 //! waited for. A custom selector is the exception: boxes and queries go to the host for it.
 
 mod custom;
+mod fused;
 mod plan;
 
 use super::error::CudaError;
@@ -12,6 +13,7 @@ use super::memory::{Buffer, Upload, grown};
 use super::pages::CudaPages;
 use super::{Cuda, CudaTensor};
 use crate::{AttendArgs, AttendStats, Heads, KernelError, ObserveArgs, Store};
+pub use fused::FusedLimits;
 use plan::{Layout, MOST_QUERIES, Pages, TilePlan, part_pages};
 
 /// As `ATTEND_STATE` in kernels/attend.cuh.
@@ -45,6 +47,29 @@ const ATTEND_8: [&str; 5] =
 const ATTEND_ANY: [&str; 5] =
     ["attend_f32_any", "attend_f16_any", "attend_bf16_any", "attend_int8_any", "attend_int4_any"];
 
+/// The kernels that score, select and attend, for one query, up to four, up to eight.
+const FUSED_1: [&str; 5] = [
+    "fused_decode_f32_1",
+    "fused_decode_f16_1",
+    "fused_decode_bf16_1",
+    "fused_decode_int8_1",
+    "fused_decode_int4_1",
+];
+const FUSED_4: [&str; 5] = [
+    "fused_decode_f32_4",
+    "fused_decode_f16_4",
+    "fused_decode_bf16_4",
+    "fused_decode_int8_4",
+    "fused_decode_int4_4",
+];
+const FUSED_8: [&str; 5] = [
+    "fused_decode_f32_8",
+    "fused_decode_f16_8",
+    "fused_decode_bf16_8",
+    "fused_decode_int8_8",
+    "fused_decode_int4_8",
+];
+
 /// Buffers that calls of attention reuse.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
@@ -52,6 +77,8 @@ pub(super) struct Scratch {
     tables: Upload,
     lengths: Upload,
     selecting: Upload,
+    fused: Upload,
+    fused_scores: Option<Buffer>,
     lists: Option<Buffer>,
     scores: Option<Buffer>,
     parts: Option<Buffer>,
@@ -117,7 +144,7 @@ pub(super) fn attend(cuda: &Cuda, args: AttendArgs<'_, Cuda>) -> Result<AttendSt
     }
     let mut state = cuda.state();
     let scratch = &mut state.attend;
-    let plan = Layout::new(&tiles, sequences, pages, heads);
+    let plan = Layout::new(&tiles, sequences, pages, heads, cuda.use_fused);
     let placed = call.place(scratch, &plan)?;
     call.select(scratch, &plan, placed)?;
     let selects = tiles.iter().any(TilePlan::has_list);
@@ -128,7 +155,10 @@ pub(super) fn attend(cuda: &Cuda, args: AttendArgs<'_, Cuda>) -> Result<AttendSt
     } else {
         Arg::Pointer(0)
     };
-    call.attend(&mut scratch.parts, &plan, placed, (out.arg(), states))?;
+    call.fused(scratch, &plan, placed, (out.arg(), states))?;
+    if plan.fused.len() < tiles.len() {
+        call.attend(&mut scratch.parts, &plan, placed, (out.arg(), states))?;
+    }
     if recall {
         measure(&call, scratch, &tiles, &plan, placed, (&mut stats, sequence_stats))?;
     }
@@ -191,6 +221,52 @@ impl Call<'_> {
         let grid = (plan.selecting.len(), heads.kv_heads, 1);
         // SAFETY: as above; a list has room for its budget, which is what the kernel lists.
         unsafe { device.launch("select_pages", Shape::new(grid, SELECT_THREADS), &args) }
+    }
+
+    /// Scores, selects and attends in one launch, for the tiles that are small enough.
+    fn fused(
+        &self,
+        scratch: &mut Scratch,
+        plan: &Layout,
+        placed: Placed,
+        (out, states): (Arg, Arg),
+    ) -> Result<(), CudaError> {
+        if plan.fused.is_empty() {
+            return Ok(());
+        }
+        let (device, heads) = (self.device, self.heads);
+        let fused = scratch.fused.send(device, &plan.fused)?;
+        let bytes = 4 * plan.fused.len() * heads.kv_heads * plan.most_fused_pages;
+        let scores = grown(&mut scratch.fused_scores, device, bytes, "page scores")?.arg();
+        let names = match heads.group() {
+            1 => FUSED_1,
+            2..=4 => FUSED_4,
+            _ => FUSED_8,
+        };
+        let mut args = vec![
+            self.qkv,
+            self.pages.layer(self.layer),
+            self.pages.layer_boxes(self.layer),
+            placed.tables,
+            placed.records,
+            fused,
+            placed.lists,
+            scores,
+            out,
+            states,
+            self.pages.shape(),
+            Arg::count(heads.group()),
+            Arg::count(heads.qkv_width()),
+            Arg::Number(self.scale),
+            Arg::count(plan.most_fused_pages),
+        ];
+        // It has the boxes already.
+        args.extend(self.code_args().skip(1));
+        let shared = u32::try_from(4 * heads.group() * heads.head_dim).unwrap_or(u32::MAX);
+        let grid = (plan.fused.len(), heads.kv_heads, 1);
+        let shape = Shape { shared, ..Shape::new(grid, SELECT_THREADS) };
+        // SAFETY: `plan` was laid out for these pages, and the buffers are as large as it says.
+        unsafe { device.launch(self.pages.element().kernel(names), shape, &args) }
     }
 
     /// Scores pages by their boxes, or by the moments of their keys.

@@ -15,6 +15,10 @@ use crate::{
 
 /// Outputs of a block of the products over stored weights.
 const GEMV_OUTPUTS: usize = 8;
+/// Rows and outputs of a block of the products of many rows.
+const GEMM_TILE: usize = 64;
+/// Rows from which on weights go through shared memory: below, most of a tile would be empty.
+const GEMM_ROWS: usize = 24;
 /// Outputs of a block of the products over quantised weights.
 const QUANTISED_OUTPUTS: usize = 16;
 
@@ -126,10 +130,7 @@ pub(super) fn linear(
         CudaWeights::Stored(parts) => {
             let mut column = 0;
             for part in parts {
-                let (kernel, together) = gemv(part.dtype, inputs, rows);
-                let grid = (part.outputs.div_ceil(GEMV_OUTPUTS), rows.div_ceil(together), 1);
-                let mut shape = Shape::new(grid, 32);
-                shape.block.1 = 4;
+                let (kernel, shape) = stored_kernel(part, inputs, rows);
                 let args = [
                     part.weight.arg(),
                     x.arg(),
@@ -184,6 +185,25 @@ pub(super) fn linear(
             unsafe { device.launch(kernel, shape, &args) }
         }
     }
+}
+
+/// The kernel for `rows` rows of `inputs` numbers, and how it is launched.
+fn stored_kernel(part: &CudaMatrix, inputs: usize, rows: usize) -> (&'static str, Shape) {
+    // Rows that 16 bytes do not divide begin at any address.
+    if rows >= GEMM_ROWS && (inputs * part.dtype.size()).is_multiple_of(16) {
+        let kernel = match part.dtype {
+            DType::F32 => "gemm_f32",
+            DType::F16 => "gemm_f16",
+            DType::Bf16 => "gemm_bf16",
+        };
+        let grid = (part.outputs.div_ceil(GEMM_TILE), rows.div_ceil(GEMM_TILE), 1);
+        return (kernel, Shape::new(grid, 256));
+    }
+    let (kernel, together) = gemv(part.dtype, inputs, rows);
+    let grid = (part.outputs.div_ceil(GEMV_OUTPUTS), rows.div_ceil(together), 1);
+    let mut shape = Shape::new(grid, 32);
+    shape.block.1 = 4;
+    (kernel, shape)
 }
 
 /// The kernel for `rows` rows, and how many of them share a pass over the weights.

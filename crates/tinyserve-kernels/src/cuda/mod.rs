@@ -20,6 +20,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tinyserve_kv::{KvFormat, KvLayout, PageCopy, PageId, PagePool, TokenMove};
 
+pub use attend::FusedLimits;
 pub use device::CudaDevice;
 pub use error::{CudaError, CudaVersion};
 pub use pages::CudaPages;
@@ -41,6 +42,7 @@ const POINTWISE: u32 = 256;
 pub struct Cuda {
     launcher: Launcher,
     device: CudaDevice,
+    use_fused: Option<bool>,
     state: Mutex<State>,
 }
 
@@ -71,7 +73,15 @@ impl Cuda {
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(device::driver_error("making a stream"))?;
         let launcher = Launcher::new(context, stream);
-        Ok(Self { launcher, device, state: Mutex::default() })
+        Ok(Self { launcher, device, use_fused: None, state: Mutex::default() })
+    }
+
+    /// Whether decode steps score, select and attend in one launch where there is a kernel for it;
+    /// `None` decides by size, as [`FusedLimits`] says.
+    #[must_use]
+    pub fn use_fused_kernel(mut self, fused: Option<bool>) -> Self {
+        self.use_fused = fused;
+        self
     }
 
     /// The device.
@@ -297,6 +307,10 @@ impl Backend for Cuda {
                 None => Ok(()),
             }
         });
+    }
+
+    fn is_synchronous(&self) -> bool {
+        false
     }
 
     fn check(&self) -> Result<(), KernelError> {

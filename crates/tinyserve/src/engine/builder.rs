@@ -139,7 +139,9 @@ impl TinyServeBuilder {
         config.check()?;
         // Opened before anything is read: a device that is not there is told at once.
         let cuda = match config.device {
-            Device::Cuda(number) => Some(Cuda::new(number)?),
+            Device::Cuda(number) => {
+                Some(Cuda::new(number)?.use_fused_kernel(config.use_fused_kernel))
+            }
             Device::Auto | Device::Cpu => None,
         };
         if cuda.is_some() && config.replicas > 1 {

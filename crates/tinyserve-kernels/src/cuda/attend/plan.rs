@@ -6,6 +6,7 @@ use bytemuck::{Pod, Zeroable};
 use tinyserve_kv::{KvLayout, ScoreCost, Scorer, SelectionPolicy};
 
 use super::super::pages::CudaPages;
+use super::fused::is_fused;
 use crate::{AttendSequence, AttendStats, Attention, Heads};
 
 /// Tokens of a part: a list of one row is read by a block for each.
@@ -14,6 +15,8 @@ const PART_TOKENS: usize = 512;
 pub(super) const MOST_QUERIES: usize = 8;
 /// As `ts::NO_PARTS`.
 const NO_PARTS: u32 = u32::MAX;
+/// As `ts::FUSED`.
+const FUSED: u32 = u32::MAX - 1;
 
 /// `ts::Tile` in kernels/tile.cuh: neighbouring rows of one sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
@@ -169,6 +172,9 @@ pub(super) struct Layout {
     pub(super) selecting: Vec<u32>,
     /// How many are scored by boxes.
     pub(super) by_boxes: usize,
+    /// Those that are scored, selected for and attended to in one launch, and most of their pages.
+    pub(super) fused: Vec<u32>,
+    pub(super) most_fused_pages: usize,
     /// Entries of all lists.
     pub(super) list_entries: usize,
     /// Lists that the host knows, by where they lie.
@@ -189,6 +195,7 @@ impl Layout {
         sequences: &[AttendSequence<'_>],
         pages: &CudaPages,
         heads: Heads,
+        use_fused: Option<bool>,
     ) -> Self {
         let layout = pages.layout();
         let mut all = Self { most_parts: 1, most_queries: 1, ..Self::default() };
@@ -231,6 +238,10 @@ impl Layout {
                 let of = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
                 (record.budget, record.sink, record.recent) = (of(budget), of(sink), of(recent));
                 match scored_by {
+                    _ if is_fused(tile, total, pages, heads.group(), use_fused) => {
+                        all.fused.push(number as u32);
+                        record.parts = FUSED;
+                    }
                     // Those by boxes first.
                     Scored::Boxes => {
                         all.selecting.insert(all.by_boxes, number as u32);
@@ -238,10 +249,14 @@ impl Layout {
                     }
                     Scored::Moments => all.selecting.push(number as u32),
                 }
-                all.most_pages = all.most_pages.max(total);
+                let most = match record.parts {
+                    FUSED => &mut all.most_fused_pages,
+                    _ => &mut all.most_pages,
+                };
+                *most = total.max(*most);
             }
             let parts = longest.div_ceil(part_pages);
-            if tile.rows.len() == 1 && parts > 1 {
+            if tile.rows.len() == 1 && parts > 1 && record.parts != FUSED {
                 record.parts = all.parts as u32;
                 all.parts += parts;
                 all.most_parts = all.most_parts.max(parts);

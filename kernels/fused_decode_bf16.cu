@@ -1,0 +1,9 @@
+// Scoring, selection and attention over pages of bf16 in one launch; see fused_decode.cuh.
+//
+// Must move pages·head_dim·2·2 bytes of boxes, half of it for a query alone, and budget·page_size·head_dim·2·2 of
+// keys and values, per KV head.
+#include "fused_decode.cuh"
+
+FUSED_FLOATS(fused_decode_bf16_1, __nv_bfloat16, 1)
+FUSED_FLOATS(fused_decode_bf16_4, __nv_bfloat16, 4)
+FUSED_FLOATS(fused_decode_bf16_8, __nv_bfloat16, 8)
