@@ -9,6 +9,8 @@ use crate::{
 };
 
 const ROWS: [usize; 6] = [1, 2, 3, 4, 7, 17];
+/// Rows of a prefill: backends multiply them tile by tile.
+const MANY_ROWS: [usize; 2] = [24, 70];
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
 const FORMATS: [WeightFormat; 3] = [WeightFormat::Stored, WeightFormat::Int8, WeightFormat::Int4];
 const STORES: [Store; 2] = [Store::Overwrite, Store::Add];
@@ -68,6 +70,14 @@ pub(super) fn run<B: Backend>(
                     }
                 }
             }
+        }
+    }
+    for (dtype, rows) in DTYPES.into_iter().flat_map(|dtype| MANY_ROWS.map(|rows| (dtype, rows))) {
+        for (inputs, parts) in [(72, vec![67]), (256, vec![40, 24])] {
+            let spec = (MatrixLayout::OutIn, (dtype, WeightFormat::Stored), inputs, &parts[..]);
+            let case = format!("{dtype} [{rows}, {inputs}] to {parts:?}");
+            let found = linear(backend, spec, rows, Store::Add)?;
+            check("linear", case, SUMS, found, linear(reference, spec, rows, Store::Add)?);
         }
     }
     for (rows, head_dim, q_heads, kv_heads) in [
