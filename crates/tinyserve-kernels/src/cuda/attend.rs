@@ -14,7 +14,7 @@ use super::pages::CudaPages;
 use super::{Cuda, CudaTensor};
 use crate::{AttendArgs, AttendStats, Heads, KernelError, ObserveArgs, Store};
 pub use fused::FusedLimits;
-use plan::{Layout, MOST_QUERIES, Pages, TilePlan, part_pages};
+use plan::{Layout, MOST_QUERIES, Pages, TilePlan, TileRecord, part_pages};
 
 /// As `ATTEND_STATE` in kernels/attend.cuh.
 const STATE: usize = 3;
@@ -73,6 +73,8 @@ const FUSED_8: [&str; 5] = [
 /// Buffers that calls of attention reuse.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
+    /// KV heads of the last call.
+    kv_heads: usize,
     records: Upload,
     tables: Upload,
     lengths: Upload,
@@ -144,6 +146,7 @@ pub(super) fn attend(cuda: &Cuda, args: AttendArgs<'_, Cuda>) -> Result<AttendSt
     }
     let mut state = cuda.state();
     let scratch = &mut state.attend;
+    scratch.kv_heads = heads.kv_heads;
     let plan = Layout::new(&tiles, sequences, pages, heads, cuda.use_fused);
     let placed = call.place(scratch, &plan)?;
     call.select(scratch, &plan, placed)?;
@@ -166,6 +169,24 @@ pub(super) fn attend(cuda: &Cuda, args: AttendArgs<'_, Cuda>) -> Result<AttendSt
         call.observe(observe, states, &tiles, sequences.len(), &plan, placed)?;
     }
     Ok(stats)
+}
+
+/// The lists of the last call, those of a row's KV heads one after the other.
+pub(super) fn page_lists(cuda: &Cuda) -> Result<Vec<Vec<u32>>, KernelError> {
+    let state = cuda.state();
+    let scratch = &state.attend;
+    let (records, lengths) = (scratch.records.sent::<TileRecord>(), scratch.lengths.sent::<u32>());
+    let mut all = Vec::new();
+    let Some(lists) = &scratch.lists else { return Ok(all) };
+    for record in records.iter().filter(|record| record.list_stride > 0) {
+        for kv_head in 0..scratch.kv_heads {
+            let mut list = vec![0u32; lengths[record.lengths as usize + kv_head] as usize];
+            let start = record.list as usize + kv_head * record.list_stride as usize;
+            lists.read(&cuda.launcher, 4 * start, bytemuck::cast_slice_mut(&mut list))?;
+            all.push(list);
+        }
+    }
+    Ok(all)
 }
 
 fn check_shapes(heads: Heads, qkv: &CudaTensor, pages: &CudaPages, out: &CudaTensor) {

@@ -1,8 +1,9 @@
-//! What a device can do at most, measured where it is used.
+//! What a device can do at most, measured where it is used, and what it chose.
 
 use std::time::Instant;
 
 use super::Cuda;
+use super::attend;
 use super::device::driver_error;
 use super::memory::Buffer;
 use crate::{Backend, KernelError};
@@ -21,6 +22,15 @@ impl Cuda {
         let waited = self.launcher.stream.synchronize();
         waited.map_err(driver_error("waiting for the device"))?;
         self.check()
+    }
+
+    /// The page lists of the last call of attention: those of each row that selects, in the order of
+    /// rows and KV heads. It waits for them.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn page_lists(&self) -> Result<Vec<Vec<u32>>, KernelError> {
+        attend::page_lists(self)
     }
 
     /// Bytes that a copy within the device's memory reads and writes in a second.

@@ -105,6 +105,11 @@ pub(super) struct Upload {
 }
 
 impl Upload {
+    /// What was sent last.
+    pub(super) fn sent<T: Pod>(&self) -> &[T] {
+        bytemuck::cast_slice(&self.host)
+    }
+
     /// The address of a copy of `values`.
     pub(super) fn send<T: Pod>(
         &mut self,
