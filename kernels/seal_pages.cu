@@ -1,6 +1,6 @@
 // Turns full pages into codes, as tinyserve-kv's `seal` does it, to the last bit.
 //
-// filled [n][2]: a page and the slot of `open` that holds it; pages, boxes and open as codes.cuh and pages.cuh
+// filled [n][2]: a page, or 0xffffffff for none, and the slot of `open` that holds it; pages, boxes and open as codes.cuh and pages.cuh
 // have them, those of one layer. A channel of the keys with a number that is not finite gets NaN in both
 // corners of the box, a group of a value NaN for its minimum: codes cannot hide it.
 // Grid (n, kv_heads), block 256. Must move head_dim·page_size·(4 + BITS / 4) bytes per head of a page; keys
@@ -28,6 +28,10 @@ __device__ __forceinline__ void seal_pages(const __half* open, ts::u32* pages, _
   TS_SHARED(float, steps, [SEAL_MOST_DIM]);
   ts::u32 page = filled[2 * blockIdx.x], slot = filled[2 * blockIdx.x + 1];
   int kv_head = blockIdx.y, dim = shape.head_dim, size = shape.page_size;
+  // The whole block leaves together.
+  if (page == 0xffffffffu) {
+    return;
+  }
   const __half* from_keys = open + ts::open_at(shape, slot, heads, kv_head);
   const __half* from_values = from_keys + size_t(size) * dim;
   ts::u32* keys = Codes::keys(pages, shape, page, kv_head);

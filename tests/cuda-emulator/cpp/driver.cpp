@@ -294,9 +294,9 @@ API cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, 
     vals.emplace_back((char*)params[i], (char*)params[i] + k->param_sizes[i]);
   if (!gx || !gy || !gz || !bx || !by || !bz)
     return INVALID;
-  if (failing == k->name)
-    return LAUNCH_FAILED;
   return submit(s, [=]() mutable -> CUresult {
+    if (failing == k->name)
+      return LAUNCH_FAILED;
     std::vector<void*> p;
     for (auto& v : vals)
       p.push_back(v.data());

@@ -165,6 +165,39 @@ fn a_budget_for_every_page_is_dense_to_the_last_bit() {
     }
 }
 
+/// What a replayed step computes is what its launches compute, sealing and selecting included.
+#[test]
+fn steps_that_come_again_are_replayed_and_change_nothing() {
+    if ready().is_none() {
+        return;
+    }
+    let (checkpoint, cases) = golden("llama-gqa");
+    let longest = cases.iter().max_by_key(|case| case.ids.len()).unwrap();
+    let policy = SelectionPolicy {
+        budget: Budget::Ratio(0.3),
+        min_context: 0,
+        dense_layers: 1,
+        ..SelectionPolicy::default()
+    };
+    for (format, attention) in [
+        (KvFormat::F16, Attention::Dense),
+        (KvFormat::Bf16, Attention::Policy(&policy)),
+        (KvFormat::Int8, Attention::Policy(&policy)),
+    ] {
+        let run = |graphs: bool| {
+            let cuda = Cuda::new(0).unwrap().use_graphs(graphs);
+            let mut runner = Runner::new(cuda, &checkpoint, 4, format);
+            let all = runner.greedy(&longest.ids, 96, 12, attention);
+            (all, runner.model.backend().replayed_steps())
+        };
+        let (expected, none) = run(false);
+        let (found, replayed) = run(true);
+        assert_eq!(none, 0);
+        assert!(replayed >= 4, "{format}: {replayed} of 12 steps were replayed");
+        assert_eq!(found, expected, "{format}");
+    }
+}
+
 /// With few pages read, both backends stay together only if they read the same ones.
 #[test]
 fn selection_gives_what_it_gives_on_the_cpu() {

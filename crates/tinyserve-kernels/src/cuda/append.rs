@@ -9,6 +9,9 @@ use super::memory::Upload;
 use super::pages::{CudaPages, Element};
 use crate::AppendKvArgs;
 
+/// What the kernel that seals leaves alone.
+const NO_PAGE: [u32; 2] = [u32::MAX, 0];
+
 /// Where the rows of a step go; the same for all layers, so it is sent once.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
@@ -118,10 +121,12 @@ pub(super) fn append_kv(
     // SAFETY: every slot is inside the open pages, and every row inside `qkv`.
     unsafe { device.launch(pages.element().kernel(names), Shape::new(grid, 128), &args)? };
     let of = |&page: &PageId| [page.index() as u32, pages.open_slot(page)];
-    let filled: Vec<[u32; 2]> = open.full().iter().map(of).collect();
+    let mut filled: Vec<[u32; 2]> = open.full().iter().map(of).collect();
     if filled.is_empty() {
         return Ok(());
     }
+    // As many as a step of about as many filled pages has, so that their launches are alike.
+    filled.resize(filled.len().next_power_of_two(), NO_PAGE);
     let args = [
         pages.layer_open(layer),
         pages.layer(layer),

@@ -1,7 +1,8 @@
 //! Loading kernels from the embedded PTX, and launching them on the device's one stream.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::ops::{Deref, Range};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::{
     CudaContext, CudaFunction, CudaModule, CudaStream, LaunchConfig, PushKernelArg,
@@ -10,6 +11,8 @@ use cudarc::nvrtc::Ptx;
 
 use super::device::message;
 use super::error::CudaError;
+use super::graph::{Graphs, Step, capture};
+use super::queue::Queue;
 
 macro_rules! modules {
     ($($name:literal),* $(,)?) => {
@@ -50,7 +53,7 @@ const MODULES: &[(&str, &str)] = modules!(
 );
 
 /// An argument of a kernel.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Arg {
     /// An address on the device; 0 is null.
     Pointer(u64),
@@ -76,7 +79,7 @@ impl Arg {
 }
 
 /// How a kernel is launched.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Shape {
     pub(super) grid: (u32, u32, u32),
     pub(super) block: (u32, u32, u32),
@@ -92,12 +95,24 @@ impl Shape {
     }
 }
 
-/// The stream, and the kernels that were asked for so far.
+/// The stream, the kernels that were asked for so far, and the launches that wait.
+#[derive(Debug, Clone)]
+pub(super) struct Launcher(Arc<Stream>);
+
+impl Deref for Launcher {
+    type Target = Stream;
+
+    fn deref(&self) -> &Stream {
+        &self.0
+    }
+}
+
 #[derive(Debug)]
-pub(super) struct Launcher {
+pub(super) struct Stream {
     pub(super) context: Arc<CudaContext>,
     pub(super) stream: Arc<CudaStream>,
     loaded: Mutex<Loaded>,
+    waiting: Mutex<Waiting>,
 }
 
 #[derive(Debug, Default)]
@@ -106,12 +121,87 @@ struct Loaded {
     kernels: HashMap<&'static str, CudaFunction>,
 }
 
+/// Launches that are kept back, so that those of a whole step can be replayed together.
+#[derive(Debug, Default)]
+struct Waiting {
+    /// Whether launches are kept back at all.
+    keeps: bool,
+    queue: Queue,
+    graphs: Graphs,
+    /// What went wrong where nobody could be told.
+    failure: Option<CudaError>,
+}
+
 impl Launcher {
     pub(super) fn new(context: Arc<CudaContext>, stream: Arc<CudaStream>) -> Self {
-        Self { context, stream, loaded: Mutex::default() }
+        let (loaded, waiting) = (Mutex::default(), Mutex::default());
+        Self(Arc::new(Stream { context, stream, loaded, waiting }))
+    }
+}
+
+impl Stream {
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Launches `kernel`; nothing is waited for.
+    /// Keeps launches back from now on, or launches what waits and everything after it at once.
+    pub(super) fn keep_back(&self, keeps: bool) -> Result<(), CudaError> {
+        if !keeps {
+            self.flush()?;
+        }
+        self.waiting().keeps = keeps;
+        Ok(())
+    }
+
+    /// Steps that were replayed as graphs.
+    pub(super) fn replays(&self) -> u64 {
+        self.waiting().graphs.replays()
+    }
+
+    /// Launches what waits: as a graph, if the same launches came before.
+    pub(super) fn flush(&self) -> Result<(), CudaError> {
+        let mut waiting = self.waiting();
+        let Waiting { queue, graphs, failure, .. } = &mut *waiting;
+        if let Some(error) = failure.take() {
+            queue.clear();
+            return Err(error);
+        }
+        let launch = |queue: &Queue| {
+            queue.iter().try_for_each(|(kernel, shape, args)| {
+                // SAFETY: what was promised when it was queued still holds: whoever changes or
+                // frees memory that a waiting launch takes launches it before.
+                unsafe { self.submit(kernel, shape, args) }
+            })
+        };
+        let done = match graphs.find(queue) {
+            Step::Launch => launch(queue),
+            Step::Replay(number) => graphs.replay(number),
+            Step::Capture => {
+                let graph = capture(&self.stream, || launch(queue));
+                graph.and_then(|graph| {
+                    let number = graphs.keep(queue, graph);
+                    graphs.replay(number)
+                })
+            }
+        };
+        queue.clear();
+        done
+    }
+
+    /// Before `bytes` on the device are written: launches what waits, if it takes one of them.
+    pub(super) fn before_writing(&self, bytes: &Range<u64>) -> Result<(), CudaError> {
+        if self.waiting().queue.reaches(bytes) { self.flush() } else { Ok(()) }
+    }
+
+    /// Before `bytes` on the device are freed, as [`Self::before_writing`]; what goes wrong is told
+    /// by the next one who asks.
+    pub(super) fn before_freeing(&self, bytes: &Range<u64>) {
+        if let Err(error) = self.before_writing(bytes) {
+            self.waiting().failure = Some(error);
+        }
+    }
+
+    /// Launches `kernel`, or queues it; nothing is waited for.
     ///
     /// # Safety
     /// The arguments are those of the kernel in `kernels/`, in its order, and every pointer is to
@@ -122,11 +212,31 @@ impl Launcher {
         shape: Shape,
         args: &[Arg],
     ) -> Result<(), CudaError> {
-        let Shape { grid, block, shared } = shape;
+        let grid = shape.grid;
         // An empty grid is an error to the driver, and nothing to do for us.
         if grid.0 == 0 || grid.1 == 0 || grid.2 == 0 {
             return Ok(());
         }
+        let mut waiting = self.waiting();
+        if waiting.keeps {
+            waiting.queue.push(kernel, shape, args);
+            return Ok(());
+        }
+        drop(waiting);
+        // SAFETY: the caller's promise.
+        unsafe { self.submit(kernel, shape, args) }
+    }
+
+    /// Gives a launch to the driver.
+    ///
+    /// # Safety
+    /// As [`Self::launch`].
+    unsafe fn submit(
+        &self,
+        kernel: &'static str,
+        Shape { grid, block, shared }: Shape,
+        args: &[Arg],
+    ) -> Result<(), CudaError> {
         let failed = |error| CudaError::Launch {
             kernel: kernel.to_owned(),
             grid,

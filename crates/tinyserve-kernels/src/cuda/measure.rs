@@ -19,9 +19,16 @@ impl Cuda {
     /// # Errors
     /// The first thing that went wrong since it was last asked.
     pub fn synchronize(&self) -> Result<(), KernelError> {
+        self.launcher.flush()?;
         let waited = self.launcher.stream.synchronize();
         waited.map_err(driver_error("waiting for the device"))?;
         self.check()
+    }
+
+    /// Steps that were replayed as a graph of the driver's, because their launches came before.
+    #[must_use]
+    pub fn replayed_steps(&self) -> u64 {
+        self.launcher.replays()
     }
 
     /// The page lists of the last call of attention: those of each row that selects, in the order of

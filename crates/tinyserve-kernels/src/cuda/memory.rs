@@ -1,5 +1,7 @@
 //! Device memory, and what is sent to it.
 
+use std::ops::Range;
+
 use bytemuck::Pod;
 use cudarc::driver::{CudaSlice, DevicePtr, PinnedHostSlice, sys};
 
@@ -15,6 +17,13 @@ const STAGE_BYTES: usize = 8 << 20;
 pub(super) struct Buffer {
     slice: CudaSlice<u8>,
     pointer: u64,
+    device: Launcher,
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        self.device.before_freeing(&self.addresses());
+    }
 }
 
 impl Buffer {
@@ -31,7 +40,7 @@ impl Buffer {
             }
         })?;
         let (pointer, _) = slice.device_ptr(&device.stream);
-        Ok(Self { slice, pointer })
+        Ok(Self { slice, pointer, device: device.clone() })
     }
 
     /// A copy of `values`.
@@ -44,6 +53,10 @@ impl Buffer {
         let mut buffer = Self::zeroed(device, bytes.len(), what)?;
         buffer.write(device, 0, bytes)?;
         Ok(buffer)
+    }
+
+    fn addresses(&self) -> Range<u64> {
+        self.pointer..self.pointer + self.slice.len() as u64
     }
 
     pub(super) fn bytes(&self) -> usize {
@@ -67,6 +80,7 @@ impl Buffer {
         offset: usize,
         bytes: &[u8],
     ) -> Result<(), CudaError> {
+        device.before_writing(&self.addresses())?;
         let mut to = self.slice.slice_mut(offset..offset + bytes.len());
         device.stream.memcpy_htod(bytes, &mut to).map_err(driver_error("copying to the device"))
     }
@@ -78,6 +92,7 @@ impl Buffer {
         offset: usize,
         from: &Self,
     ) -> Result<(), CudaError> {
+        device.flush()?;
         let mut to = self.slice.slice_mut(offset..offset + from.bytes());
         let copied = device.stream.memcpy_dtod(&from.slice, &mut to);
         copied.map_err(driver_error("copying on the device"))
@@ -90,6 +105,7 @@ impl Buffer {
         offset: usize,
         bytes: &mut [u8],
     ) -> Result<(), CudaError> {
+        device.flush()?;
         let from = self.slice.slice(offset..offset + bytes.len());
         let copied = device.stream.memcpy_dtoh(&from, bytes);
         copied.map_err(driver_error("copying from the device"))?;

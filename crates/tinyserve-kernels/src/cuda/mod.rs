@@ -1,6 +1,7 @@
 //! The CUDA backend: kernels of `kernels/`, embedded as PTX, behind the operations of the seam.
 //!
-//! Work goes to one stream, in order, and the host waits only where something is downloaded. An
+//! Work goes to one stream, in order, and the host waits only where something is downloaded.
+//! Launches of small steps wait until then, and are replayed as one graph where they came before. An
 //! operation that fails leaves its cause behind, and those after it do nothing, until
 //! [`Backend::check`] tells; the device's memory stays as it was.
 
@@ -8,12 +9,14 @@ mod append;
 mod attend;
 mod device;
 mod error;
+mod graph;
 mod launch;
 mod linear;
 mod measure;
 mod memory;
 mod open;
 mod pages;
+mod queue;
 mod tensor;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -37,12 +40,16 @@ use memory::{Buffer, Staging, Upload};
 /// Threads of a block of a pointwise kernel.
 const POINTWISE: u32 = 256;
 
+/// Rows of a step up to which its launches are kept back, to be replayed if they come again.
+const MOST_GRAPH_ROWS: usize = 64;
+
 /// The CUDA backend on one device.
 #[derive(Debug)]
 pub struct Cuda {
     launcher: Launcher,
     device: CudaDevice,
     use_fused: Option<bool>,
+    use_graphs: bool,
     state: Mutex<State>,
 }
 
@@ -73,7 +80,7 @@ impl Cuda {
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(device::driver_error("making a stream"))?;
         let launcher = Launcher::new(context, stream);
-        Ok(Self { launcher, device, use_fused: None, state: Mutex::default() })
+        Ok(Self { launcher, device, use_fused: None, use_graphs: true, state: Mutex::default() })
     }
 
     /// Whether decode steps score, select and attend in one launch where there is a kernel for it;
@@ -81,6 +88,13 @@ impl Cuda {
     #[must_use]
     pub fn use_fused_kernel(mut self, fused: Option<bool>) -> Self {
         self.use_fused = fused;
+        self
+    }
+
+    /// Whether decode steps that come again are replayed as graphs; they are unless it is said.
+    #[must_use]
+    pub fn use_graphs(mut self, graphs: bool) -> Self {
+        self.use_graphs = graphs;
         self
     }
 
@@ -178,7 +192,11 @@ impl Backend for Cuda {
     }
 
     fn embed(&self, args: EmbedArgs<'_, Self>) {
-        self.run(|state| linear::embed(&self.launcher, &mut state.ids, args));
+        self.run(|state| {
+            // A step begins here; long prompts do not come again.
+            self.launcher.keep_back(self.use_graphs && args.ids.len() <= MOST_GRAPH_ROWS)?;
+            linear::embed(&self.launcher, &mut state.ids, args)
+        });
     }
 
     fn norm(&self, args: NormArgs<'_, Self>) {

@@ -15,6 +15,8 @@ const PART_TOKENS: usize = 512;
 pub(super) const MOST_QUERIES: usize = 8;
 /// As `ts::NO_PARTS`.
 const NO_PARTS: u32 = u32::MAX;
+/// Least pages that launches are made for.
+const LEAST_BUCKET: usize = 16;
 /// As `ts::FUSED`.
 const FUSED: u32 = u32::MAX - 1;
 
@@ -181,9 +183,9 @@ pub(super) struct Layout {
     pub(super) known_lists: Vec<(usize, Vec<u32>)>,
     /// Parts of one KV head.
     pub(super) parts: usize,
-    /// Most parts of a tile, at least 1.
+    /// Most parts of a tile, at least 1, as a power of two.
     pub(super) most_parts: usize,
-    /// Most pages that are scored for one tile.
+    /// Most pages that are scored for one tile, as a power of two.
     pub(super) most_pages: usize,
     /// Most queries of a tile.
     pub(super) most_queries: usize,
@@ -264,8 +266,16 @@ impl Layout {
             all.most_queries = all.most_queries.max(tile.rows.len() * heads.group());
             all.records.push(record);
         }
+        all.most_parts = all.most_parts.next_power_of_two();
+        all.most_pages = bucket(all.most_pages);
+        all.most_fused_pages = bucket(all.most_fused_pages);
         all
     }
+}
+
+/// Pages that launches are made for, so that steps of nearly the same length are alike.
+fn bucket(pages: usize) -> usize {
+    if pages == 0 { 0 } else { pages.next_power_of_two().max(LEAST_BUCKET) }
 }
 
 impl Layout {
@@ -284,6 +294,7 @@ impl Layout {
             }
             all.records.push(record);
         }
+        all.most_parts = all.most_parts.next_power_of_two();
         all
     }
 }

@@ -1,0 +1,113 @@
+//! Steps that come again as one graph.
+
+use std::fmt;
+use std::sync::Arc;
+
+use cudarc::driver::{CudaGraph, CudaStream, sys};
+
+use super::device::driver_error;
+use super::error::CudaError;
+use super::queue::Queue;
+
+/// Launches below which a graph saves nothing.
+const LEAST: usize = 8;
+/// Steps that are kept as graphs; the oldest goes first.
+const MOST_GRAPHS: usize = 64;
+/// Steps that are remembered to see whether they come again.
+const MOST_SEEN: usize = 64;
+
+/// Steps that were captured, and those that were seen once.
+///
+/// A step is its launches: kernels, their grids, and every argument. So one for each batch size and
+/// bucket of lengths, as long as no buffer moves.
+#[derive(Debug, Default)]
+pub(super) struct Graphs {
+    captured: Vec<(Queue, Graph)>,
+    seen: Vec<Queue>,
+    replays: u64,
+}
+
+/// What to do with a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Launch its kernels one by one.
+    Launch,
+    /// Capture it, then replay it.
+    Capture,
+    /// Replay the graph of this number.
+    Replay(usize),
+}
+
+/// A graph of the driver's.
+struct Graph(CudaGraph);
+
+// SAFETY: the handles may be used by any thread that the context is bound to, as every call of the
+// bindings binds it; one thread uses them at a time, since they lie behind the launcher's lock.
+unsafe impl Send for Graph {}
+
+impl fmt::Debug for Graph {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Graph")
+    }
+}
+
+impl Graphs {
+    /// Steps that were replayed.
+    pub(super) fn replays(&self) -> u64 {
+        self.replays
+    }
+
+    /// What to do with `step`, which counts as seen from now on.
+    pub(super) fn find(&mut self, step: &Queue) -> Step {
+        if step.len() < LEAST {
+            return Step::Launch;
+        }
+        if let Some(at) = self.captured.iter().position(|(captured, _)| captured == step) {
+            return Step::Replay(at);
+        }
+        if let Some(at) = self.seen.iter().position(|seen| seen == step) {
+            self.seen.remove(at);
+            return Step::Capture;
+        }
+        if self.seen.len() == MOST_SEEN {
+            self.seen.remove(0);
+        }
+        self.seen.push(step.clone());
+        Step::Launch
+    }
+
+    /// Keeps what was captured of `step`; its number.
+    pub(super) fn keep(&mut self, step: &Queue, graph: CudaGraph) -> usize {
+        if self.captured.len() == MOST_GRAPHS {
+            self.captured.remove(0);
+        }
+        self.captured.push((step.clone(), Graph(graph)));
+        self.captured.len() - 1
+    }
+
+    /// Launches a graph.
+    pub(super) fn replay(&mut self, number: usize) -> Result<(), CudaError> {
+        self.replays += 1;
+        self.captured[number].1.0.launch().map_err(driver_error("replaying a step's graph"))
+    }
+}
+
+/// Captures what `launch` launches on `stream`.
+pub(super) fn capture(
+    stream: &Arc<CudaStream>,
+    launch: impl FnOnce() -> Result<(), CudaError>,
+) -> Result<CudaGraph, CudaError> {
+    let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    stream.begin_capture(mode).map_err(driver_error("beginning a capture"))?;
+    let launched = launch();
+    // Ended in any case: the stream would take nothing else.
+    let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0));
+    launched?;
+    match graph.map_err(driver_error("ending a capture"))? {
+        Some(graph) => Ok(graph),
+        None => Err(CudaError::Driver {
+            what: "ending a capture",
+            message: "it holds nothing".to_owned(),
+        }),
+    }
+}
