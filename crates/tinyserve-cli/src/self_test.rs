@@ -1,10 +1,15 @@
 //! Every kernel of a path against the reference.
 
+use std::time::Instant;
+
 use anyhow::Result;
 use serde_json::{Value, json};
 use tinyserve::TinyServeError;
 use tinyserve::kernels::conformance::{self, CaseOutcome};
-use tinyserve::kernels::{Cpu, CpuOptions, CpuPath, Cuda, KernelError};
+use tinyserve::kernels::{
+    Backend, Cpu, CpuOptions, CpuPath, Cuda, DType, HostTensor, KernelError, LinearArgs,
+    LinearPart, LinearSpec, MatrixLayout, Store, WeightFormat,
+};
 
 /// What the cases of one operation came to.
 struct OpReport {
@@ -20,6 +25,8 @@ pub(crate) struct PathReport {
     /// A path of the CPU, or a device.
     path: String,
     ops: Vec<OpReport>,
+    /// Bytes that a device moves in a second, by what moves them.
+    bandwidths: Vec<(&'static str, f64)>,
 }
 
 /// Runs all cases on `path`.
@@ -30,7 +37,42 @@ pub(crate) fn run(path: CpuPath) -> Result<PathReport> {
 
 /// Runs all cases on a CUDA device.
 pub(crate) fn run_cuda(number: usize) -> Result<PathReport> {
-    report(&format!("cuda:{number}"), Cuda::new(number).and_then(|cuda| conformance::run(&cuda)))
+    let run = || {
+        let cuda = Cuda::new(number)?;
+        let outcomes = conformance::run(&cuda)?;
+        let bandwidths =
+            vec![("copy", cuda.copy_bandwidth()?), ("gemv f16", gemv_bandwidth(&cuda)?)];
+        Ok::<_, KernelError>((outcomes, bandwidths))
+    };
+    let (outcomes, bandwidths) = run().map_err(TinyServeError::from)?;
+    Ok(PathReport { bandwidths, ..PathReport::new(&format!("cuda:{number}"), &outcomes) })
+}
+
+/// Width of the matrix that a product is timed with: 32 MiB of f16.
+const GEMV_WIDTH: usize = 4096;
+/// Products; the fastest counts.
+const PRODUCTS: usize = 5;
+
+/// Bytes of weights that a product with one row reads in a second.
+fn gemv_bandwidth(cuda: &Cuda) -> Result<f64, KernelError> {
+    let bytes = vec![0u8; 2 * GEMV_WIDTH * GEMV_WIDTH];
+    let shape = [GEMV_WIDTH, GEMV_WIDTH];
+    let weight = HostTensor::new("a matrix that is timed", bytes.into(), DType::F16, &shape)?;
+    let parts = vec![LinearPart { weight, bias: None }];
+    let (layout, format) = (MatrixLayout::OutIn, WeightFormat::Stored);
+    let linear = cuda.load_linear(LinearSpec { parts, layout, format })?;
+    let (mut x, mut out) = (cuda.tensor(GEMV_WIDTH), cuda.tensor(GEMV_WIDTH));
+    cuda.upload(&[1.0; GEMV_WIDTH], &mut x);
+    let mut fastest = f64::INFINITY;
+    for _ in 0..PRODUCTS {
+        cuda.synchronize()?;
+        let start = Instant::now();
+        let store = Store::Overwrite;
+        cuda.linear(LinearArgs { x: &x, linear: &linear, store, out: &mut out });
+        cuda.synchronize()?;
+        fastest = fastest.min(start.elapsed().as_secs_f64());
+    }
+    Ok(cuda.linear_bytes(&linear) as f64 / fastest)
 }
 
 fn report(path: &str, outcomes: Result<Vec<CaseOutcome>, KernelError>) -> Result<PathReport> {
@@ -57,7 +99,7 @@ impl PathReport {
                 report.failed.push(outcome.case.clone());
             }
         }
-        Self { path: path.to_owned(), ops }
+        Self { path: path.to_owned(), ops, bandwidths: Vec::new() }
     }
 
     /// Whether there were cases and all of them are within their tolerances.
@@ -78,6 +120,11 @@ impl PathReport {
             "path": self.path,
             "passed": self.passed(),
             "ops": ops.collect::<Vec<_>>(),
+            "bandwidth_gb_s": self
+                .bandwidths
+                .iter()
+                .map(|(what, bytes)| ((*what).to_owned(), json!(bytes / 1e9)))
+                .collect::<serde_json::Map<_, _>>(),
         })
     }
 
@@ -95,6 +142,9 @@ impl PathReport {
             for case in &op.failed {
                 text += &format!("    failed: {case}\n");
             }
+        }
+        for (what, bytes) in &self.bandwidths {
+            text += &format!("  {what:<20} {:.1} GB/s\n", bytes / 1e9);
         }
         text
     }
