@@ -9,7 +9,7 @@ use anyhow::Result;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args};
-use tinyserve::kernels::{Cpu, CpuOptions, CpuPath};
+use tinyserve::kernels::{Cpu, CpuOptions, CpuPath, Cuda};
 use tinyserve::model::{CacheOutcome, Checkpoint};
 use tinyserve::{
     ApproximateAttention, AttentionMode, Device, EntropySignalName, EvictionName, GroupReduceName,
@@ -334,7 +334,12 @@ impl ForwardArgs {
         set(&mut config.attention, attention);
         selection.apply(&mut config, sources)?;
         config.check()?;
-        if config.attention != AttentionMode::Dense && !config.selection_policy().has_kernels() {
+        let policy = config.selection_policy();
+        let has_kernels = match config.device {
+            Device::Cuda(_) => Cuda::has_kernels(&policy),
+            Device::Auto | Device::Cpu => policy.has_kernels(),
+        };
+        if config.attention != AttentionMode::Dense && !has_kernels {
             eprintln!("note: {HOST_IS_SLOW}");
         }
         Ok(config)

@@ -7,6 +7,8 @@ mod custom;
 mod fused;
 mod plan;
 
+use tinyserve_kv::SelectionPolicy;
+
 use super::error::CudaError;
 use super::launch::{Arg, Launcher, Shape};
 use super::memory::{Buffer, Upload, grown};
@@ -14,7 +16,7 @@ use super::pages::CudaPages;
 use super::{Cuda, CudaTensor};
 use crate::{AttendArgs, AttendStats, Heads, KernelError, ObserveArgs, Store};
 pub use fused::FusedLimits;
-use plan::{Layout, MOST_QUERIES, Pages, TilePlan, TileRecord, part_pages};
+use plan::{Layout, MOST_QUERIES, Pages, Scored, TilePlan, TileRecord, part_pages};
 
 /// As `ATTEND_STATE` in kernels/attend.cuh.
 const STATE: usize = 3;
@@ -169,6 +171,11 @@ pub(super) fn attend(cuda: &Cuda, args: AttendArgs<'_, Cuda>) -> Result<AttendSt
         call.observe(observe, states, &tiles, sequences.len(), &plan, placed)?;
     }
     Ok(stats)
+}
+
+/// Whether there are kernels that choose as `policy` says.
+pub(super) fn has_kernels(policy: &SelectionPolicy) -> bool {
+    Scored::of(policy).is_some()
 }
 
 /// The lists of the last call, those of a row's KV heads one after the other.

@@ -21,7 +21,7 @@ mod tensor;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use tinyserve_kv::{KvFormat, KvLayout, PageCopy, PageId, PagePool, TokenMove};
+use tinyserve_kv::{KvFormat, KvLayout, PageCopy, PageId, PagePool, SelectionPolicy, TokenMove};
 
 pub use attend::FusedLimits;
 pub use device::CudaDevice;
@@ -96,6 +96,13 @@ impl Cuda {
     pub fn use_graphs(mut self, graphs: bool) -> Self {
         self.use_graphs = graphs;
         self
+    }
+
+    /// Whether pages are chosen by kernels as `policy` says; anything else is chosen on the host, at
+    /// the price of a round trip in every layer.
+    #[must_use]
+    pub fn has_kernels(policy: &SelectionPolicy) -> bool {
+        attend::has_kernels(policy)
     }
 
     /// The device.
