@@ -44,7 +44,8 @@ pub(crate) fn run_cuda(number: usize) -> Result<PathReport> {
             vec![("copy", cuda.copy_bandwidth()?), ("gemv f16", gemv_bandwidth(&cuda)?)];
         Ok::<_, KernelError>((outcomes, bandwidths))
     };
-    let (outcomes, bandwidths) = run().map_err(TinyServeError::from)?;
+    let (outcomes, mut bandwidths) = run().map_err(TinyServeError::from)?;
+    bandwidths.extend(crate::bench::bandwidths(number)?);
     Ok(PathReport { bandwidths, ..PathReport::new(&format!("cuda:{number}"), &outcomes) })
 }
 

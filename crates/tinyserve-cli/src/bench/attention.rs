@@ -194,6 +194,43 @@ pub(crate) fn attention(args: &AttentionArgs) -> Result<()> {
     if interrupt.pressed() { Err(Quiet::Interrupted.into()) } else { Ok(()) }
 }
 
+/// Tokens of the cache that a self-test attends to: keys and values are more than a device's cache
+/// holds.
+const SELF_TEST_TOKENS: usize = 32 << 10;
+
+/// Bytes that dense attention, and attention to a tenth of the pages, read in a second.
+pub(crate) fn bandwidths(number: usize) -> Result<Vec<(&'static str, f64)>> {
+    let setup = Setup {
+        q_heads: 32,
+        kv_heads: 8,
+        head_dim: 128,
+        tokens: SELF_TEST_TOKENS,
+        sequences: 1,
+        placement: Placement::Groups,
+        page_size: PAGE_SIZE,
+        kv_cache_dtype: KvCacheDtype::F16,
+        layers: Some(1),
+    };
+    let bench = Bench::new(Cuda::new(number).map_err(TinyServeError::from)?, &setup)?;
+    let policy = SelectionPolicy {
+        budget: Budget::Ratio(0.1),
+        dense_layers: 0,
+        min_context: 0,
+        ..SelectionPolicy::default()
+    };
+    let modes =
+        [("dense attention", Attention::Dense), ("sparse attention", Attention::Policy(&policy))];
+    modes
+        .into_iter()
+        .map(|(name, mode)| {
+            let runs = (0..3).map(|_| bench.run(mode)).collect::<Result<Vec<_>>>()?;
+            // The first one loads kernels.
+            let fastest = runs[1..].iter().map(|run| run.0).fold(f64::INFINITY, f64::min);
+            Ok((name, runs[0].1.bytes_read as f64 / fastest))
+        })
+        .collect()
+}
+
 fn setups(args: &AttentionArgs) -> Vec<Setup> {
     let mut setups = Vec::new();
     for &kv_cache_dtype in &args.kv_cache_dtype {

@@ -14,7 +14,7 @@ mod statistics;
 mod throughput;
 mod trace;
 
-pub(crate) use attention::{AttentionArgs, attention};
+pub(crate) use attention::{AttentionArgs, attention, bandwidths};
 pub(crate) use latency::{Format, LatencyArgs, latency};
 pub(crate) use memory::{MemoryArgs, memory};
 pub(crate) use serve::{ServeArgs, serve};
