@@ -72,7 +72,8 @@ const FUSED_8: [&str; 5] = [
     "fused_decode_int4_8",
 ];
 
-/// Buffers that calls of attention reuse.
+/// Buffers that calls of attention reuse. Layers that read everything have some of their own: what
+/// they sent need not be sent again when others have selected, in the same step or the next.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
     /// KV heads of the last call.
@@ -146,13 +147,13 @@ pub(super) fn attend(cuda: &Cuda, args: AttendArgs<'_, Cuda>) -> Result<AttendSt
     if tiles.is_empty() {
         return Ok(stats);
     }
+    let selects = tiles.iter().any(TilePlan::has_list);
     let mut state = cuda.state();
-    let scratch = &mut state.attend;
+    let scratch = &mut state.attend[usize::from(selects)];
     scratch.kv_heads = heads.kv_heads;
     let plan = Layout::new(&tiles, sequences, pages, heads, cuda.use_fused);
     let placed = call.place(scratch, &plan)?;
     call.select(scratch, &plan, placed)?;
-    let selects = tiles.iter().any(TilePlan::has_list);
     let recall = measure_recall && selects;
     let states = if recall || observe.is_some() {
         let bytes = 4 * STATE * call.rows * heads.q_heads;
@@ -181,7 +182,7 @@ pub(super) fn has_kernels(policy: &SelectionPolicy) -> bool {
 /// The lists of the last call, those of a row's KV heads one after the other.
 pub(super) fn page_lists(cuda: &Cuda) -> Result<Vec<Vec<u32>>, KernelError> {
     let state = cuda.state();
-    let scratch = &state.attend;
+    let scratch = &state.attend[1];
     let (records, lengths) = (scratch.records.sent::<TileRecord>(), scratch.lengths.sent::<u32>());
     let mut all = Vec::new();
     let Some(lists) = &scratch.lists else { return Ok(all) };

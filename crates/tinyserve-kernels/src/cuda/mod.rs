@@ -32,7 +32,7 @@ pub use tensor::{CudaLinear, CudaTensor, CudaVector};
 use crate::{
     ActivateArgs, Activation, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs,
     HostTensor, KernelError, LinearArgs, LinearSpec, NormArgs, NormKind, RotaryAnglesArgs,
-    RotaryArgs,
+    RotaryArgs, Store,
 };
 use launch::{Arg, Launcher, Shape};
 use memory::{Buffer, Staging, Upload};
@@ -59,12 +59,14 @@ struct State {
     failure: Option<CudaError>,
     staging: Staging,
     ids: Upload,
+    added_ids: Upload,
     positions: Upload,
     frequencies: Upload,
     rows: Upload,
     moves: Upload,
     append: append::Scratch,
-    attend: attend::Scratch,
+    /// For calls that read everything, and for those in which some select.
+    attend: [attend::Scratch; 2],
     linear: linear::Scratch,
 }
 
@@ -202,7 +204,12 @@ impl Backend for Cuda {
         self.run(|state| {
             // A step begins here; long prompts do not come again.
             self.launcher.keep_back(self.use_graphs && args.ids.len() <= MOST_GRAPH_ROWS)?;
-            linear::embed(&self.launcher, &mut state.ids, args)
+            // Positions are looked up behind tokens, in the same step.
+            let ids = match args.store {
+                Store::Overwrite => &mut state.ids,
+                Store::Add => &mut state.added_ids,
+            };
+            linear::embed(&self.launcher, ids, args)
         });
     }
 
