@@ -122,8 +122,9 @@ pub(super) struct Upload {
 
 impl Upload {
     /// What was sent last.
-    pub(super) fn sent<T: Pod>(&self) -> &[T] {
-        bytemuck::cast_slice(&self.host)
+    pub(super) fn sent<T: Pod>(&self) -> Vec<T> {
+        let values = self.host.chunks_exact(size_of::<T>());
+        values.map(bytemuck::pod_read_unaligned).collect()
     }
 
     /// The address of a copy of `values`.
