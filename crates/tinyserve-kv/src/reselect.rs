@@ -93,6 +93,10 @@ impl<S: PageSelector> PageSelector for Reselecting<S> {
     fn needs_keys(&self) -> bool {
         self.inner.needs_keys()
     }
+
+    fn page_scores(&self, input: &SelectInput<'_>) -> Option<Vec<f32>> {
+        self.inner.page_scores(input)
+    }
 }
 
 impl PageSelector for Box<dyn PageSelector> {
@@ -102,5 +106,9 @@ impl PageSelector for Box<dyn PageSelector> {
 
     fn needs_keys(&self) -> bool {
         self.as_ref().needs_keys()
+    }
+
+    fn page_scores(&self, input: &SelectInput<'_>) -> Option<Vec<f32>> {
+        self.as_ref().page_scores(input)
     }
 }

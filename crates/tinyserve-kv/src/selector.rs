@@ -175,4 +175,10 @@ pub trait PageSelector: Send + Sync {
     fn needs_keys(&self) -> bool {
         false
     }
+
+    /// The scores of all pages `[pages]`, the higher the sooner read, if that is how it chooses:
+    /// for whoever watches a selection. `None` where it reads everything.
+    fn page_scores(&self, _input: &SelectInput<'_>) -> Option<Vec<f32>> {
+        None
+    }
 }
