@@ -1,7 +1,7 @@
 //! Selection policies: which pages a decode step reads, as data that every backend can run.
 
 use crate::top_p::{estimated_mass, select_mass};
-use crate::{KvError, PageSelector, Scorer, SelectInput, score_box, select_pages};
+use crate::{KvError, PageSelector, ScoreCost, Scorer, SelectInput, score_box, select_pages};
 
 /// How many pages are read.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -223,6 +223,10 @@ impl PageSelector for SelectionPolicy {
 
     fn needs_keys(&self) -> bool {
         self.scorer.needs_keys() || matches!(self.budget, Budget::TopP(_))
+    }
+
+    fn bytes_read(&self, _head: (usize, usize), cost: &ScoreCost) -> usize {
+        self.scorer.bytes_read(cost)
     }
 
     fn page_scores(&self, input: &SelectInput<'_>) -> Option<Vec<f32>> {

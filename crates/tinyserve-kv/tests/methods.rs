@@ -5,8 +5,8 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use tinyserve_kv::{
     AttentionObserver, Budget, GroupReduce, METHODS, Method, PageKeys, PageSelector,
-    PromptAttention, Reselect, Reselecting, Scorer, SelectFields, SelectInput, SelectionPolicy,
-    attention_mass, select_pages,
+    PromptAttention, Reselect, Reselecting, ScoreCost, Scorer, SelectFields, SelectInput,
+    SelectionPolicy, attention_mass, select_pages,
 };
 
 /// Keys of one head of one sequence, their boxes, and queries.
@@ -346,6 +346,32 @@ proptest! {
         let mut expected = Vec::new();
         select_pages(&scores, list.len(), policy.sink_pages, policy.recent_pages, &mut expected);
         prop_assert_eq!(list, expected);
+    }
+
+    #[test]
+    fn summaries_are_read_when_pages_are_scored_and_not_when_a_choice_is_kept(
+        case in case(), steps in 2usize..4,
+    ) {
+        let cost = ScoreCost {
+            pages: case.pages(), budget: 1, page_size: case.page_size, head_dim: case.dim,
+            vector_bytes: 2 * case.dim,
+        };
+        let bytes = |selector: &dyn PageSelector| {
+            select(selector, &case);
+            selector.bytes_read((3, 1), &cost)
+        };
+        let boxes = 2 * cost.pages * cost.vector_bytes;
+        let scored = policy("two-boxes", Budget::Tokens(case.page_size));
+        prop_assert_eq!(bytes(&scored), 2 * boxes);
+        let kept = Reselecting::new(scored, Reselect::Every(steps));
+        for step in 0..2 * steps {
+            let expected = if step % steps == 0 { 2 * boxes } else { 0 };
+            prop_assert_eq!(bytes(&kept), expected, "step {}", step);
+        }
+        for name in ["h2o", "snapkv"] {
+            let evictor = selector(Method::named(name).unwrap(), Budget::Tokens(1), &Arc::default());
+            prop_assert_eq!(bytes(evictor.as_ref()), 0, "{} scores no page", name);
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
-use tinyserve_kv::{PageSelector, SelectInput, attention_weights};
+use tinyserve_kv::{PageSelector, ScoreCost, SelectInput, attention_weights};
 
 /// Shares of the pages at which recall is noted.
 pub(crate) const CURVE: [f64; 8] = [0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75];
@@ -152,5 +152,9 @@ impl PageSelector for Watch<'_> {
 
     fn needs_keys(&self) -> bool {
         true
+    }
+
+    fn bytes_read(&self, head: (usize, usize), cost: &ScoreCost) -> usize {
+        self.inner.map_or(0, |inner| inner.bytes_read(head, cost))
     }
 }
