@@ -99,4 +99,8 @@ fn mistakes_are_sentences() {
     refused(&["--from", "x.trace", "--policies", "box"], "nothing is run");
     refused(&["-p", "a", "-n", "0"], "--steps is 0");
     refused(&["-p", "a", "-n", "512"], "--steps is 512");
+    for flag in ["--report", "--trace"] {
+        let nowhere = tinyserve(&["analyze", "-p", "a", flag, "no/such/file"]);
+        nowhere.refused_with(1, &["no/such/file cannot be written", "no/such is no folder"]);
+    }
 }

@@ -336,7 +336,8 @@ fn check(args: &AttentionArgs) -> Result<()> {
         Some(file) if file.extension().is_none_or(|extension| extension != "svg") => {
             Err(out_of_range("--plot", file.display(), "a file that ends in .svg"))
         }
-        _ => Ok(()),
+        Some(file) => output::has_place(file),
+        None => Ok(()),
     }
 }
 

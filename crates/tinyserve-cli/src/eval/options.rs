@@ -210,7 +210,8 @@ pub(super) fn check_svg(flag: &str, file: Option<&PathBuf>) -> Result<()> {
         Some(file) if file.extension().is_none_or(|extension| extension != "svg") => {
             Err(out_of_range(flag, file.display(), "a file that ends in .svg"))
         }
-        _ => Ok(()),
+        Some(file) => output::has_place(file),
+        None => Ok(()),
     }
 }
 
