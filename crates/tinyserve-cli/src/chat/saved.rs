@@ -67,9 +67,9 @@ impl Chat<'_> {
                 "loaded {messages} messages, and keys and values of {} tokens\n",
                 count(session.cached_tokens as u64)
             ),
-            Err(error) => format!(
-                "loaded {messages} messages; keys and values are computed again: {error}\n"
-            ),
+            Err(error) => {
+                format!("loaded {messages} messages; keys and values are computed again: {error}\n")
+            }
         })
     }
 }

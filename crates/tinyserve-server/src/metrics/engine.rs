@@ -161,11 +161,7 @@ impl Page<'_> {
             "Prompts that were looked for among kept pages",
             stats.prefix_lookups,
         )?;
-        self.counter(
-            "tinyserve:prefix_hits",
-            "Prompts that shared kept pages",
-            stats.prefix_hits,
-        )?;
+        self.counter("tinyserve:prefix_hits", "Prompts that shared kept pages", stats.prefix_hits)?;
         let cause = |cause: &str, pages| (vec![("cause", cause.to_owned())], pages);
         self.labelled(
             ("tinyserve:prefix_evicted_pages", "Kept pages given up", MetricType::Counter),
