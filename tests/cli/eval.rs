@@ -111,6 +111,24 @@ fn predictions_through_policies_are_held_against_dense_ones() {
 }
 
 #[test]
+fn the_divergence_of_codes_is_from_dense_attention_over_floats() {
+    let (home, _) = induction();
+    let file = story(&home);
+    let kl = |dtype: &str, reference: &[&str]| {
+        let mut args = vec!["eval", "kl", "--text-file", text(&file), "--kv-cache-dtype", dtype];
+        args.extend(reference);
+        args.extend("--policies dense --window 128 --samples 1 --json".split_whitespace());
+        let rows = tinyserve(&args).json();
+        assert_eq!(rows[0]["kv_cache_dtype"], dtype);
+        number(&rows[0], "kl_mean")
+    };
+    let from_f32 = |dtype| kl(dtype, &["--reference-kv-cache-dtype", "f32"]);
+    assert_eq!((from_f32("f32"), kl("int4", &[])), (0.0, 0.0));
+    let [f16, int8, int4] = ["f16", "int8", "int4"].map(from_f32);
+    assert!(f16 < int8 && int8 < int4 && int4 < 0.1, "{f16} {int8} {int4}");
+}
+
+#[test]
 fn recall_is_told_by_layer_and_head() {
     let (home, _) = induction();
     let file = story(&home);
