@@ -2,12 +2,13 @@
 
 use anyhow::{Result, anyhow};
 use clap::{Args, ValueEnum};
-use tinyserve::kernels::{Attention, Backend, Cuda, Profiled};
+use tinyserve::kernels::{Attention, Cuda, Profiled};
 use tinyserve::kv::{Budget, PageTable, SelectionPolicy};
 use tinyserve::model::{Checkpoint, KvCache, LargestStep, MemoryPlan, Model};
 use tinyserve::{AttentionMode, Device, TinyServeConfig, TinyServeError};
 
 use super::bandwidth::read_bandwidth;
+use super::device::Measurable;
 use super::report::{self, Row, Setup, StepSplit, Test};
 use super::runner::{DepthFill, Runner, Sample};
 use super::source::{ShapeArgs, Source};
@@ -154,7 +155,7 @@ pub(crate) fn latency(args: &LatencyArgs, sources: Sources) -> Result<()> {
 }
 
 /// The rows of all tests; `bandwidth` measures what the device reads in a second.
-fn run<B: Backend + Sync>(
+fn run<B: Measurable + Sync>(
     args: &LatencyArgs,
     (mut runner, setup): (Runner<B>, Setup),
     (tests, modes, sequences, fill): (&[Test], &[Mode], usize, DepthFill),
@@ -288,7 +289,7 @@ pub(super) fn load(
 }
 
 /// The model on `backend`.
-fn load_on<B: Backend + Sync>(
+fn load_on<B: Measurable + Sync>(
     backend: B,
     described: Described,
     forward: &ForwardArgs,
@@ -323,7 +324,9 @@ fn load_on<B: Backend + Sync>(
         // A page more for each sequence: its copy of the depth's open page.
         let pages = sequences * (layout.pages_for(longest) + 1);
         let (tokens, threads) = (config.attention_chunk_size, described.threads);
-        let largest = LargestStep { tokens, logits: sequences, threads };
+        // The depth's open page stays beside the copy of it that a run goes on with.
+        let open = 2 * sequences;
+        let largest = LargestStep { tokens, sequences: open, logits: sequences, threads };
         // Made in memory, the stored weights are there already; the plan counts them itself.
         let made = if checkpoint.is_in_memory() { checkpoint.weight_bytes() as u64 } else { 0 };
         let process = memory::resident().unwrap_or(0).saturating_sub(made);
@@ -348,7 +351,7 @@ fn load_on<B: Backend + Sync>(
 type Measured = ((&'static str, Option<f64>), Vec<Sample>, Option<StepSplit>);
 
 /// The samples of every mode that makes a difference to the test.
-fn measure<B: Backend + Sync>(
+fn measure<B: Measurable + Sync>(
     runner: &mut Runner<B>,
     filled: &[PageTable],
     test: Test,
@@ -374,8 +377,8 @@ fn measure<B: Backend + Sync>(
     if test.n_gen > 0 && runner.backend().is_synchronous() {
         // Reading the clock at every operation would slow a small model's counted runs down.
         for (mode, (_, _, split)) in modes.iter().zip(&mut measured) {
-            let (elapsed, profile) = runner.profile(filled, test.n_gen, mode.attention())?;
-            *split = Some(StepSplit::new(test.n_gen, elapsed, profile));
+            let spent = runner.profile(filled, test.n_gen, mode.attention())?;
+            *split = Some(StepSplit::new(test.n_gen, spent));
         }
     }
     Ok(measured)

@@ -2,6 +2,7 @@
 
 mod attention;
 mod bandwidth;
+mod device;
 mod latency;
 mod load;
 mod memory;

@@ -5,15 +5,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use tinyserve::TinyServeError;
-use tinyserve::kernels::{AttendStats, Attention, Backend, Cpu, Profile, Profiled};
+use tinyserve::kernels::{AttendStats, Attention, Cpu, Profile, Profiled, SelectionTimes};
 use tinyserve::kv::{PageTable, Prefix};
 use tinyserve::model::{
     Activations, Batch, KvCache, LogitRows, Model, ModelError, Observe, SequenceStep,
     SessionToSave, StepOutput, SyntheticNormal,
 };
 
+use super::device::Measurable;
+
 /// A model with a cache and made-up tokens; its operations are timed where a run asks for it.
-pub(super) struct Runner<B: Backend + Sync = Cpu> {
+pub(super) struct Runner<B: Measurable + Sync = Cpu> {
     model: Model<Profiled<B>>,
     cache: KvCache<Profiled<B>>,
     activations: Activations<Profiled<B>>,
@@ -58,7 +60,7 @@ impl DepthFill {
     }
 }
 
-impl<B: Backend + Sync> Runner<B> {
+impl<B: Measurable + Sync> Runner<B> {
     pub(super) fn new(
         model: Model<Profiled<B>>,
         cache: KvCache<Profiled<B>>,
@@ -167,13 +169,21 @@ impl<B: Backend + Sync> Runner<B> {
         filled: &[PageTable],
         steps: usize,
         attention: Attention<'_>,
-    ) -> Result<(Duration, Profile)> {
+    ) -> Result<(Duration, Profile, SelectionTimes)> {
+        let device = self.model.backend();
         // What came before is not asked for.
-        let _ = self.model.backend().take();
-        self.model.backend().switch(true);
+        let _ = (device.take(), device.inner().take_selection_times());
+        device.switch(true);
+        device.inner().time_selection(true);
         let samples = self.time(filled, (0, steps), attention);
-        self.model.backend().switch(false);
-        Ok((samples?[1].elapsed, self.model.backend().take()))
+        let device = self.model.backend();
+        device.switch(false);
+        device.inner().time_selection(false);
+        Ok((
+            samples?[1].elapsed,
+            device.take(),
+            device.inner().take_selection_times().unwrap_or_default(),
+        ))
     }
 
     fn decode(

@@ -100,7 +100,7 @@ pub(super) fn attend(cuda: &Cuda, args: AttendArgs<'_, Cuda>) -> Result<AttendSt
     custom::ask(&call, qkv, sequences, &mut tiles)?;
     let mut stats = AttendStats::default();
     for tile in &tiles {
-        let of_tile = plan::count(tile, layout, heads, sequences[tile.sequence].attention);
+        let of_tile = plan::count(tile, layer, layout, heads, sequences[tile.sequence].attention);
         stats.add(&of_tile);
         if let Some(of_sequences) = &mut sequence_stats {
             of_sequences[tile.sequence].add(&of_tile);

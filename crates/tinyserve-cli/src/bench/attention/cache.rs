@@ -12,7 +12,7 @@ use tinyserve::kv::{KvError, KvLayout, KvShape, PagePool, PageTable, Slot};
 use tinyserve::model::SyntheticNormal;
 use tinyserve::{KvCacheDtype, TinyServeError};
 
-use super::device::Measurable;
+use crate::bench::device::Measurable;
 use crate::{memory, units};
 
 /// Keys and values of all layers together are at least this large, so that they come from memory
@@ -130,6 +130,11 @@ impl<B: Measurable> Bench<B> {
             }
         }
         Ok(Self { backend, heads, layers, layout, pages, tables, tokens: args.tokens })
+    }
+
+    /// Pages of all sequences, each with all layers.
+    pub(super) fn page_count(&self) -> usize {
+        self.tables.iter().map(|table| table.pages().len()).sum()
     }
 
     /// Seconds of one step through all layers, and what it read.

@@ -307,6 +307,7 @@ pub(super) fn part_pages(page_size: usize) -> usize {
 /// What the rows of a tile read, as [`crate::Cpu`] counts it.
 pub(super) fn count(
     tile: &TilePlan,
+    layer: usize,
     layout: &KvLayout,
     heads: Heads,
     attention: Attention<'_>,
@@ -331,20 +332,22 @@ pub(super) fn count(
                 }
             };
             let sealed = seen - usize::from(own_read);
+            let cost = ScoreCost {
+                pages,
+                budget: seen,
+                page_size: size,
+                head_dim: heads.head_dim,
+                vector_bytes: heads.head_dim * format.element_bytes(),
+            };
             let scored = match (tile.pages, attention) {
                 (Pages::Everything, _) => 0,
                 // Of a lone query the kernel reads one corner of the two in each channel.
                 (Pages::Best { scored_by: Scored::Boxes, .. }, _) if heads.group() == 1 => {
                     pages * box_bytes / 2
                 }
-                (_, Attention::Policy(policy)) => policy.scorer.bytes_read(&ScoreCost {
-                    pages,
-                    budget: seen,
-                    page_size: size,
-                    head_dim: heads.head_dim,
-                    vector_bytes: heads.head_dim * format.element_bytes(),
-                }),
-                _ => pages * box_bytes,
+                (_, Attention::Policy(policy)) => policy.scorer.bytes_read(&cost),
+                (_, Attention::Custom(selector)) => selector.bytes_read((layer, kv_head), &cost),
+                (_, Attention::Dense) => 0,
             };
             // Codes mean nothing without their box, whatever was read to choose them.
             let (boxes, dense_boxes) = if format.is_quantised() {

@@ -1,10 +1,10 @@
-//! What attention is measured on.
+//! What is measured.
 
 use anyhow::Result;
 use tinyserve::TinyServeError;
 use tinyserve::kernels::{Backend, Cpu, Cuda, SelectionTimes};
 
-use crate::bench::bandwidth::read_bandwidth;
+use super::bandwidth::read_bandwidth;
 
 /// A backend, and what is known of its speed.
 pub(super) trait Measurable: Backend {
@@ -20,7 +20,10 @@ pub(super) trait Measurable: Backend {
     /// Waits for what was asked for; tells what went wrong.
     fn finish(&self) -> Result<()>;
 
-    /// What scoring and listing pages took since it was last asked, if it is timed.
+    /// Starts or stops timing how pages are chosen, where that can be timed.
+    fn time_selection(&self, on: bool);
+
+    /// What scoring and listing pages took since it was last asked, if that can be timed.
     fn take_selection_times(&self) -> Option<SelectionTimes>;
 
     /// Multiply-adds that it makes in a second, twice, where that can be measured.
@@ -47,8 +50,11 @@ impl Measurable for Cpu {
         Ok(())
     }
 
+    fn time_selection(&self, on: bool) {
+        Self::time_selection(self, on);
+    }
+
     fn take_selection_times(&self) -> Option<SelectionTimes> {
-        self.time_selection(true);
         Some(Self::take_selection_times(self))
     }
 
@@ -80,6 +86,8 @@ impl Measurable for Cuda {
     fn finish(&self) -> Result<()> {
         Ok(self.synchronize().map_err(TinyServeError::from)?)
     }
+
+    fn time_selection(&self, _on: bool) {}
 
     fn take_selection_times(&self) -> Option<SelectionTimes> {
         None
