@@ -12,4 +12,5 @@ mod logprobs;
 mod models;
 mod monitor;
 mod server;
+mod sessions;
 mod streams;
