@@ -226,8 +226,7 @@ pub(crate) fn serve(args: &ServeArgs, sources: Sources) -> Result<()> {
     let bound = Server::bind(server).map_err(by_flag)?;
     let device = args.forward.device.clone();
     let model = engine.model.clone();
-    bound.run(&model, move || device.prepare(engine))?;
-    Ok(())
+    bound.run(&model, move || device.prepare(engine)).map_err(by_flag)
 }
 
 /// A setting of the server's, called by its flag.
@@ -237,6 +236,8 @@ fn by_flag(error: ServerError) -> anyhow::Error {
             let flag = field.replace('_', "-");
             Usage(format!("--{flag} is {found}, expected {expected}")).into()
         }
+        // The engine's own error, so that its settings are called by their flags, too.
+        ServerError::Engine(error) => error.into(),
         error => error.into(),
     }
 }

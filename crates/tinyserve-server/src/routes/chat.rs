@@ -1,26 +1,14 @@
 //! `POST /v1/chat/completions`.
 
-use axum::Extension;
-use axum::extract::{Request, State};
-use axum::response::Response;
-
-use super::generate::{Asked, Envelope, Prepared, respond, room, truncate};
+use super::generate::{Asked, Envelope, Prepared, room, truncate};
 use crate::error::ApiError;
-use crate::middleware::RequestId;
 use crate::output::{ChatOutput, Form};
 use crate::request::ChatRequest;
-use crate::state::{App, Ready};
+use crate::state::{Ready, Shared};
 
-pub(super) async fn answer(
-    State(app): State<App>,
-    Extension(id): Extension<RequestId>,
-    request: Request,
-) -> Result<Response, ApiError> {
-    respond(&app, id, request, prepare).await
-}
-
-fn prepare(
-    app: &App,
+/// Makes of a body what is submitted, and what it is answered with.
+pub(super) fn prepare(
+    app: &Shared,
     ready: &Ready,
     envelope: &Envelope,
     json: &[u8],

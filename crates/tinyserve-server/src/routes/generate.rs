@@ -4,10 +4,12 @@ use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Extension;
 use axum::body::Body;
-use axum::extract::Request;
+use axum::extract::{Request, State};
 use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
+use axum::routing::{MethodRouter, post};
 
 use super::tokenize::blocking;
 use super::{body, json};
@@ -16,7 +18,7 @@ use crate::error::ApiError;
 use crate::middleware::{RequestId, SESSION_ID, name_in};
 use crate::output::{ChoiceEvent, EventStream, Header, Output};
 use crate::request::{Settings, StreamSettings};
-use crate::state::{App, Ready};
+use crate::state::{App, Ready, Shared};
 
 /// What a request says outside of its body.
 #[derive(Debug, Clone)]
@@ -33,7 +35,7 @@ impl Envelope {
     /// What every object of the answer says.
     pub(super) fn header(
         &self,
-        app: &App,
+        app: &Shared,
         prefix: &str,
         settings: &Settings,
     ) -> Result<Header, ApiError> {
@@ -108,7 +110,7 @@ pub(super) struct Asked {
 }
 
 impl Asked {
-    pub(super) fn new(app: &App, envelope: &Envelope, settings: Settings) -> Self {
+    pub(super) fn new(app: &Shared, envelope: &Envelope, settings: Settings) -> Self {
         app.log.unknown_fields(&envelope.id, &settings.unknown);
         let session = settings.extension.session.clone().or_else(|| envelope.session.clone());
         let seed = settings.seed.map(i64::cast_unsigned).or_else(|| app.next_seed());
@@ -137,26 +139,31 @@ impl Asked {
 
 /// How a request for one kind of answer becomes one that is ready: on a thread of its own, because
 /// long texts take long to tokenise.
-pub(super) type Prepare<O> = fn(&App, &Ready, &Envelope, &[u8]) -> Result<Prepared<O>, ApiError>;
+pub(super) type Prepare<O> = fn(&Shared, &Ready, &Envelope, &[u8]) -> Result<Prepared<O>, ApiError>;
 
-/// Reads, checks, submits and answers.
-///
+/// The route of one kind of answer: reads, checks, submits and answers.
+pub(super) fn answers<O: Output>(prepare: Prepare<O>) -> MethodRouter<App> {
+    post(move |State(app): State<App>, Extension(id): Extension<RequestId>, request| {
+        respond(app, id, request, prepare)
+    })
+}
+
 /// # Errors
 /// 503 when the engine takes nothing, 400 for what `prepare` refuses, and as [`answer`].
-pub(super) async fn respond<O: Output>(
-    app: &App,
+async fn respond<O: Output>(
+    app: App,
     id: RequestId,
     request: Request,
     prepare: Prepare<O>,
 ) -> Result<Response, ApiError> {
     let envelope = Envelope::new(id, request.headers());
     let ready = app.accepting()?;
-    let body = body(app, request).await?;
+    let body = body(&app, request).await?;
     let prepared = {
         let (app, ready) = (app.clone(), ready.clone());
         blocking(move || prepare(&app, &ready, &envelope, &body)).await?
     };
-    answer(app, &ready, prepared).await
+    answer(&app, &ready, prepared).await
 }
 
 /// Submits all choices, or none, and answers.
