@@ -67,8 +67,7 @@ impl ModelArgs {
 pub(crate) struct WeightsArgs {
     /// How weights are kept: auto (as stored), the stored type by name (f32, f16, bf16), or
     /// quantised while they are loaded: int8 or int4.
-    #[arg(long, visible_alias = "dtype", value_name = "DTYPE", env = "TINYSERVE_WEIGHTS",
-          value_parser = values::weights)]
+    #[arg(long, value_name = "DTYPE", env = "TINYSERVE_WEIGHTS", value_parser = values::weights)]
     weights: Option<Weights>,
 }
 

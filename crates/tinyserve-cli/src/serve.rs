@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use tinyserve::{AttentionMode, TinyServeConfig};
+use tinyserve::{AttentionMode, TinyServeConfig, Weights};
 use tinyserve_server::{
     LogLevel, SchedulingPolicy, Server, ServerConfig, ServerError, load_config, with_bounded_queue,
 };
@@ -29,6 +29,10 @@ pub(crate) struct ServeArgs {
     queue: QueueArgs,
     #[command(flatten)]
     forward: ForwardArgs,
+    /// The same as --weights, by vLLM's name.
+    #[arg(long, value_name = "DTYPE", help_heading = "Device", conflicts_with = "weights",
+          value_parser = values::weights)]
+    dtype: Option<Weights>,
     #[command(flatten)]
     memory: MemoryArgs,
     /// When decode steps select pages: auto (from --sparse-min-context tokens on), dense (never)
@@ -219,6 +223,7 @@ pub(crate) fn serve(args: &ServeArgs, sources: Sources) -> Result<()> {
     args.schedule.apply(&mut engine);
     args.queue.apply(&mut engine);
     args.memory.apply(&mut engine);
+    set(&mut engine.weights, args.dtype);
     args.plugins.offer(&mut engine);
     set(&mut engine.session_timeout, args.sessions.session_timeout);
     let engine = args.forward.selecting_from(engine, &args.selection, args.attention, sources)?;
