@@ -94,7 +94,9 @@ impl CompletionOutput {
         let echo = if first { choice.echo.take() } else { None };
         let text = echo.unwrap_or_default() + text;
         let mut logprobs = CompletionLogprobs::following(&choice.logprobs);
-        tokens.iter().for_each(|token| logprobs.push(token, &self.texts));
+        if self.logprobs {
+            tokens.iter().for_each(|token| logprobs.push(token, &self.texts));
+        }
         let ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
         let choice = &self.choices[index];
         let object = ChoiceObject {
