@@ -34,17 +34,18 @@ impl Served {
     fn start(flags: &[&str], variables: &[(&str, &str)]) -> Self {
         let mut command = command(&[&["serve", "--port", "0", "--threads", "1"], flags].concat());
         let mut child = command.envs(variables.iter().copied()).spawn().expect("the binary runs");
-        let mut stderr = BufReader::new(child.stderr.take().expect("a pipe"));
-        let mut said = Vec::new();
-        loop {
+        let stderr = BufReader::new(child.stderr.take().expect("a pipe"));
+        let mut served = Self { child, stderr, address: String::new(), said: Vec::new() };
+        while served.address.is_empty() {
             let mut line = String::new();
-            assert!(stderr.read_line(&mut line).expect("a line") > 0, "it ended: {said:?}");
-            if let Some((_, address)) = line.trim_end().split_once(" on http://") {
-                let address = address.to_owned();
-                return Self { child, stderr, address, said };
+            let read = served.stderr.read_line(&mut line).expect("a line");
+            assert!(read > 0, "it ended: {:?}", served.said);
+            match line.trim_end().split_once(" on http://") {
+                Some((_, address)) => address.clone_into(&mut served.address),
+                None => served.said.push(line.trim_end().to_owned()),
             }
-            said.push(line.trim_end().to_owned());
         }
+        served
     }
 
     /// Status and JSON of an answer.
