@@ -11,6 +11,7 @@ mod limits;
 mod logprobs;
 mod models;
 mod monitor;
+mod prefixes;
 mod server;
 mod sessions;
 mod streams;
