@@ -80,15 +80,14 @@ fn benchmarks_run_on_it() {
 
 #[test]
 fn what_is_missing_is_said_with_what_to_do() {
-    let cases: &[(&[(&str, &str)], &[&str])] = &[
-        (&[("CUDA_EMULATOR_DEVICES", "0")], &["no CUDA device", "nvidia-smi", "--device cpu"]),
-        (&[("CUDA_EMULATOR_DRIVER", "11040")], &["CUDA 11.4", "12.0 or later", "update"]),
-        (&[("CUDA_EMULATOR_CAPABILITY", "75")], &["cuda:0", "capability 7.5", "8.0"]),
-        (&[("CUDA_EMULATOR_FAIL", "rotary")], &["kernel rotary", "grid", "LAUNCH_FAILED"]),
-    ];
-    for (settings, expected) in cases {
-        let Some(ran) = emulated(RUN, settings) else { return };
-        ran.refused_with(1, expected);
+    for (setting, value, expected) in [
+        ("CUDA_EMULATOR_DEVICES", "0", ["no CUDA device", "nvidia-smi", "--device cpu"]),
+        ("CUDA_EMULATOR_DRIVER", "11040", ["CUDA 11.4", "12.0 or later", "update"]),
+        ("CUDA_EMULATOR_CAPABILITY", "75", ["cuda:0", "capability 7.5", "8.0"]),
+        ("CUDA_EMULATOR_FAIL", "rotary", ["kernel rotary", "grid", "LAUNCH_FAILED"]),
+    ] {
+        let Some(ran) = emulated(RUN, &[(setting, value)]) else { return };
+        ran.refused_with(1, &expected);
     }
     let Some(ran) = emulated(&RUN.replace("cuda", "cuda:3"), &[]) else { return };
     ran.refused_with(1, &["cuda:3 does not exist", "cuda:0"]);
