@@ -186,6 +186,8 @@ fn mistakes_are_answered_with_what_would_do() {
     refused(&format!("{needle} box --pairs 65"), &["--pairs is 65", "1 to 64"]);
     refused(&format!("{needle} box --samples 0"), &["--samples is 0"]);
     refused(&format!("{needle} box --plot x.png"), &["--plot is x.png", ".svg"]);
+    let nowhere = words("eval needle --policies dense --heat-map no/such/map.svg");
+    nowhere.refused_with(1, &["no/such/map.svg cannot be written", "no/such is no folder"]);
     refused(&format!("{needle} box --observe 8"), &["--observe", "h2o and snapkv"]);
     refused(&format!("{needle} box --reselect-interval 0"), &["--reselect-interval is 0"]);
     refused(&format!("{needle} box --text-file FILE"), &["--text-file", "lookup.json"]);

@@ -3,7 +3,7 @@
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tinyserve::kernels::CpuPath;
-use tinyserve::kv::{KvError, Method};
+use tinyserve::kv::{KvError, Method, Scorer};
 use tinyserve::{ApproximateAttention, Device, GroupReduceName, KvCacheDtype, ScorerName, Weights};
 
 /// A number of tokens: `512`, `4k` (4096), `1M`.
@@ -37,6 +37,18 @@ pub(crate) fn scorer(text: &str) -> Result<ScorerName, String> {
     })
 }
 
+/// What `--scorer` says about itself: the registry names what there is.
+pub(crate) fn scorer_help() -> String {
+    let hosted = |method| matches!(method, Method::Score(scorer) if scorer != Scorer::BOX);
+    let names = Method::names(hosted);
+    format!("What a page is scored by: box has kernels; {names} run on the host, for research")
+}
+
+/// What `--policies` says about itself.
+pub(crate) fn methods_help() -> String {
+    format!("Methods to compare: {}", Method::names(|_| true))
+}
+
 /// `off`, or the name of a scorer.
 pub(crate) fn approximate_attention(text: &str) -> Result<ApproximateAttention, String> {
     ApproximateAttention::try_from(text.to_owned()).map_err(|error| match error {
@@ -58,9 +70,15 @@ pub(crate) fn group_reduce(text: &str) -> Result<GroupReduceName, String> {
     name(text, "max or softmax-vote")
 }
 
-/// `auto`, a float type, `int8` or `int4`.
+/// `auto`, a float type by our name or vLLM's, `int8` or `int4`.
 pub(crate) fn weights(text: &str) -> Result<Weights, String> {
-    name(text, "auto, f32, f16, bf16, int8 or int4")
+    let ours = match text {
+        "float" | "float32" => "f32",
+        "half" | "float16" => "f16",
+        "bfloat16" => "bf16",
+        text => text,
+    };
+    name(ours, "auto, f32, f16, bf16, int8 or int4")
 }
 
 /// An instruction set of the CPU.
@@ -100,6 +118,7 @@ mod tests {
         assert!(scorer("bocks").unwrap_err().contains("cuboid-mean"));
         assert!(scorer("h2o").is_err());
         assert_eq!(weights("int8"), Ok(Weights::Int8));
+        assert_eq!(weights("bfloat16"), Ok(Weights::Bf16));
         assert!(weights("int3").unwrap_err().contains("int8 or int4"));
         assert!(cpu_path("sse").is_err());
     }

@@ -12,7 +12,6 @@ use super::options::{Lab, OutputArgs, TrialArgs, Watched, check_svg, draw, lab_e
 use super::table::{Column, Style, TRIAL};
 use crate::args::ForwardArgs;
 use crate::exit::{Quiet, Usage};
-use crate::progress::Progress;
 use crate::units::count;
 use crate::{output, prompt, values};
 
@@ -91,24 +90,31 @@ fn dense(args: &PerplexityArgs) -> Result<()> {
     // One window at a time: memory for others would only make the plan larger.
     config.max_num_seqs = 1;
     let engine = args.forward.device.load(config)?;
-    let mut progress = Progress::new("tokens");
-    let result = engine.perplexity(&text, args.stride, |done, total| {
-        progress.update(done, total);
-    })?;
-    progress.finish();
+    let mut watched = Watched::new()?;
+    let mut control = watched.control();
+    let result =
+        engine.perplexity(&text, args.stride, |done, total| control("tokens", done, total));
+    drop(control);
+    watched.quiet();
+    let result = result?;
+    if result.tokens == 0 {
+        return Err(Quiet::Interrupted.into());
+    }
     if args.output.json() {
-        return output::json(&json!({
+        output::json(&json!({
             "nll_mean": result.nll_mean,
             "perplexity": result.perplexity,
             "tokens": result.tokens,
-        }));
+        }))?;
+    } else {
+        output::text(&format!(
+            "perplexity {:.4} ({:.6} nats per token over {} tokens)\n",
+            result.perplexity,
+            result.nll_mean,
+            count(result.tokens as u64),
+        ))?;
     }
-    output::text(&format!(
-        "perplexity {:.4} ({:.6} nats per token over {} tokens)\n",
-        result.perplexity,
-        result.nll_mean,
-        count(result.tokens as u64),
-    ))
+    watched.finish()
 }
 
 /// A text that is not empty.
