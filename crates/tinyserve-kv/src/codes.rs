@@ -132,12 +132,14 @@ pub struct CodePage<'a> {
 }
 
 impl<'a> CodePage<'a> {
+    #[inline(always)]
     pub(crate) fn new(layout: CodeLayout, bytes: &'a [u8]) -> Self {
         Self { layout, bytes }
     }
 
     /// The head's bytes, as [`CodeLayout`] has them.
     #[must_use]
+    #[inline(always)]
     pub fn bytes(&self) -> &'a [u8] {
         self.bytes
     }
