@@ -23,7 +23,7 @@ mod table;
 mod top_p;
 mod transfer;
 
-pub use append::NewToken;
+pub use append::{LayerMut, NewToken};
 pub use codes::{CodeLayout, CodePage};
 pub use error::KvError;
 pub use format::{KvElement, KvFormat};
@@ -34,6 +34,7 @@ pub use methods::{
     AttentionObserver, Evictor, HeadAttention, METHODS, Method, PageScorer, PromptAttention,
     ScoreCost, Scorer, attention_weights, score_box,
 };
+pub use open::OpenPlaces;
 pub use pages::{HostPages, PageBox};
 pub use policy::{Budget, GroupReduce, SelectionPolicy};
 pub use pool::{PageId, PagePool};

@@ -242,6 +242,15 @@ pub(super) struct Scratch {
     choice: Choice,
     /// What the tile's softmax needs.
     tile: TileScratch,
+    /// What sealing a page needs.
+    sealed_rows: Vec<u8>,
+}
+
+impl Scratch {
+    /// Memory that sealing a page reuses.
+    pub(super) fn sealed_rows(&mut self) -> &mut Vec<u8> {
+        &mut self.sealed_rows
+    }
 }
 
 impl Context<'_> {

@@ -64,6 +64,17 @@ pub(crate) trait Simd: Copy {
     /// Asks for the cache line at `address`, which need not be one that may be read.
     fn prefetch<T>(self, address: *const T);
 
+    /// Stores the whole part of each element, which is not negative and below 256, as a byte.
+    #[inline(always)]
+    fn store_bytes(self, x: Self::V, out: &mut [u8]) {
+        let mut wide = [0.0; 16];
+        self.store(x, &mut wide);
+        for (out, x) in out[..Self::LANES].iter_mut().zip(wide) {
+            // It fits; what does not saturates.
+            *out = x as u8;
+        }
+    }
+
     // Numbers as bytes: what is added to [`SPLIT`] is rounded to a whole number of at most
     // [`LARGEST`] and split into signed bytes, `low + 256·middle + 65,536·high`.
 
@@ -357,6 +368,31 @@ mod tests {
                 let at = 32 * byte + lane;
                 let found = words.map(|words| words[lane].to_le_bytes()[byte]);
                 assert_eq!(found, [low[at], middle[at], high[at]], "{path}: {}", x[at]);
+            }
+        }
+    }
+
+    struct Bytes<'a>(&'a [f32], &'a mut [u8]);
+
+    impl Kernel for Bytes<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) {
+            let out = self.1.chunks_exact_mut(S::LANES);
+            for (x, out) in self.0.chunks_exact(S::LANES).zip(out) {
+                simd.store_bytes(simd.load(x), out);
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_are_the_whole_parts() {
+        let x: Vec<f32> = (0..1024).map(|i| i as f32 / 4.0).collect();
+        for path in CpuPath::available().skip(1) {
+            let mut bytes = vec![0; x.len()];
+            dispatch(path, Bytes(&x, &mut bytes));
+            for (i, &byte) in bytes.iter().enumerate() {
+                assert_eq!(usize::from(byte), i / 4, "{path}");
             }
         }
     }

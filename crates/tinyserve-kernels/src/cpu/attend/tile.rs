@@ -21,7 +21,9 @@ const CHUNK_TOKENS: usize = 256;
 const PART_TOKENS: usize = 1024;
 /// What the processor fetches at a time.
 const LINE_BYTES: usize = 64;
-/// How many pages ahead of the arithmetic listed pages are asked for.
+/// How far ahead of the arithmetic listed pages are asked for.
+const PREFETCH_BYTES: usize = 16 * 1024;
+/// Most pages ahead.
 const PREFETCH_PAGES: usize = 4;
 
 /// Pages of a chunk.
@@ -221,9 +223,10 @@ impl<P: StoredPages> Tile<'_, P> {
     /// before the processor guesses where the next one is; a tile of many rows is not.
     #[inline(always)]
     pub(super) fn prefetch_after<S: Simd>(&self, simd: S, i: usize) {
-        let ahead = i + PREFETCH_PAGES;
-        if self.unit.rows.len() == 1 && ahead < self.range.end {
-            P::prefetch(self, simd, ahead);
+        let bytes = self.context.pages.layout().head_bytes();
+        let pages = (PREFETCH_BYTES / bytes).min(PREFETCH_PAGES);
+        if self.unit.rows.len() == 1 && pages > 0 && i + pages < self.range.end {
+            P::prefetch(self, simd, i + pages);
         }
     }
 }

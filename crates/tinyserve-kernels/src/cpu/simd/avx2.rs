@@ -138,6 +138,16 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn store_bytes(self, x: __m256, out: &mut [u8]) {
+        let out = &mut out[..8];
+        intrinsic!({
+            let words = _mm256_cvttps_epi32(x);
+            let (low, high) = (_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+            let halves = _mm_packus_epi32(low, high);
+            _mm_storel_epi64(out.as_mut_ptr().cast(), _mm_packus_epi16(halves, halves));
+        });
+    }
+    #[inline(always)]
     fn split(self, sums: __m256, [low, middle, high]: [&mut [u8]; PIECES]) {
         let mut bytes = [0; 32];
         intrinsic!({

@@ -183,6 +183,14 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     }
 
     #[inline(always)]
+    fn store_bytes(self, x: __m512, out: &mut [u8]) {
+        let out = &mut out[..16];
+        intrinsic!({
+            let bytes = _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(x));
+            _mm_storeu_si128(out.as_mut_ptr().cast(), bytes);
+        });
+    }
+    #[inline(always)]
     fn split(self, sums: __m512, [low, middle, high]: [&mut [u8]; PIECES]) {
         let (low, middle, high) = (&mut low[..16], &mut middle[..16], &mut high[..16]);
         intrinsic!({
