@@ -85,18 +85,17 @@ pub(super) struct Bench {
 
 impl Bench {
     pub(super) fn new(backend: Cpu, args: &Setup) -> Result<Self> {
-        let shape = |layers| KvShape {
-            layers,
+        let shape = KvShape {
+            layers: 1,
             kv_heads: args.kv_heads,
             head_dim: args.head_dim,
             page_size: args.page_size,
             format: args.kv_cache_dtype.resolve(DType::F16),
         };
-        let layout = |layers| KvLayout::new(shape(layers)).map_err(TinyServeError::from);
+        let layout = KvLayout::new(shape).map_err(TinyServeError::from)?;
         let tokens = args.tokens.saturating_mul(args.sequences);
-        let of_one = layout(1)?.bytes_per_token().saturating_mul(tokens);
+        let of_one = layout.bytes_per_token().saturating_mul(tokens);
         let layers = LEAST_BYTES.div_ceil(of_one);
-        let layout = layout(1)?;
         let count = layout.pages_for(args.tokens).saturating_mul(args.sequences);
         let needed = layout.bytes_per_page().saturating_mul(count).saturating_mul(layers) as u64;
         if let Some(available) = memory::available().filter(|&available| needed > available) {
@@ -131,6 +130,11 @@ impl Bench {
         }
         append(&tables.iter().map(|table| table.slot(last)).collect::<Vec<_>>());
         Ok(Self { backend, heads, layers, tables, tokens: args.tokens })
+    }
+
+    /// Pages of all sequences in one layer.
+    pub(super) fn page_count(&self) -> usize {
+        self.tables.iter().map(|table| table.pages().len()).sum()
     }
 
     /// Seconds of one step through all layers, and what it read.
