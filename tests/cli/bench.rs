@@ -92,6 +92,10 @@ fn attention_modes_are_compared() {
     assert!(ratio > 0.25 && ratio < 0.40, "{ratio}");
     assert_eq!(rows[0]["median_ts_ratio"], Value::Null);
     assert!(number(&rows[1], "median_ts_ratio") > 0.1);
+    for part in ["score_ns", "select_ns"] {
+        assert_eq!(number(&rows[0]["step_split"], part), 0.0);
+        assert!(number(&rows[1]["step_split"], part) > 0.0, "{}", rows[1]);
+    }
 }
 
 #[test]

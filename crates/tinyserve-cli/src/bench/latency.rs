@@ -309,8 +309,8 @@ fn measure(
     if test.n_gen > 0 {
         // Reading the clock at every operation would slow a small model's counted runs down.
         for (mode, (_, _, split)) in modes.iter().zip(&mut measured) {
-            let (elapsed, profile) = runner.profile(filled, test.n_gen, mode.attention())?;
-            *split = Some(StepSplit::new(test.n_gen, elapsed, profile));
+            let spent = runner.profile(filled, test.n_gen, mode.attention())?;
+            *split = Some(StepSplit::new(test.n_gen, spent));
         }
     }
     Ok(measured)
