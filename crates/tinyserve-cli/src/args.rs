@@ -66,7 +66,8 @@ impl ModelArgs {
 #[command(next_help_heading = "Device")]
 pub(crate) struct WeightsArgs {
     /// How weights are kept: auto (as stored), the stored type by name (f32, f16, bf16), or
-    /// quantised while they are loaded: int8 or int4.
+    /// quantised while they are loaded: int8, or int4 (embedding, head and matrices of fewer than
+    /// 128 inputs: int8).
     #[arg(long, value_name = "DTYPE", env = "TINYSERVE_WEIGHTS", value_parser = values::weights)]
     weights: Option<Weights>,
 }

@@ -3,6 +3,7 @@
 use tinyserve_kernels::{DType, LinearSize, WeightFormat};
 use tinyserve_kv::KvLayout;
 
+use crate::load::matrix_format;
 use crate::{Architecture, Checkpoint, ModelConfig, ModelError};
 
 /// Attention's buffers of one thread: a tile's queries, scores and sums, at the largest heads.
@@ -179,6 +180,7 @@ impl ModelConfig {
             (wide, hidden, mlp),
         ];
         sizes.into_iter().fold(0, |sum: u64, (inputs, outputs, biased)| {
+            let format = matrix_format(format, inputs);
             sum.saturating_add(LinearSize { inputs, outputs, biased, stored, format }.bytes())
         })
     }

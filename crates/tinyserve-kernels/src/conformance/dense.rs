@@ -48,13 +48,15 @@ pub(super) fn run<B: Backend>(
     }
     for layout in [MatrixLayout::OutIn, MatrixLayout::InOut] {
         for dtype in DTYPES {
-            // Parts of one width with a tail, several of different widths, and enough to split.
+            // Parts of one width with a tail, several of different widths, enough to split, and
+            // inputs that no cache takes at once.
             for (inputs, parts) in [
                 (1, vec![1]),
                 (7, vec![5, 3]),
                 (64, vec![64, 16, 16]),
                 (100, vec![131]),
                 (259, vec![260, 131]),
+                (1100, vec![33]),
             ] {
                 for (rows, format) in ROWS.into_iter().flat_map(|r| FORMATS.map(|f| (r, f))) {
                     for store in STORES {

@@ -43,6 +43,7 @@ use activate::Activate;
 use clock::Clock;
 use columns::Columns;
 use embed::Embed;
+use memory::Aligned;
 use norm::Norm;
 use pool::Pool;
 use rotary::Rotary;
@@ -69,6 +70,8 @@ pub struct Cpu {
     plan: Mutex<attend::Plan>,
     /// Buffers of products of many rows, one for each thread.
     panels: Vec<Mutex<linear::PanelScratch>>,
+    /// Sums of products of many rows with quantised weights, one buffer for each thread.
+    sums: Vec<Mutex<Aligned>>,
     /// Input rows of the running product over quantised weights; grows, and is kept.
     quantised: Mutex<Vec<RowGroup>>,
     /// Times the choice of pages, when asked to.
@@ -108,8 +111,9 @@ impl Cpu {
         })?;
         let scratch = (0..threads).map(|_| Mutex::default()).collect();
         let panels = (0..threads).map(|_| Mutex::default()).collect();
+        let sums = (0..threads).map(|_| Mutex::default()).collect();
         let (plan, quantised) = Default::default();
-        Ok(Self { pool, path, scratch, plan, panels, quantised, clock: Clock::default() })
+        Ok(Self { pool, path, scratch, plan, panels, sums, quantised, clock: Clock::default() })
     }
 
     /// The scalar reference, on the thread that calls it: what other backends are held to.
@@ -121,6 +125,7 @@ impl Cpu {
             scratch: vec![Mutex::default()],
             plan: Mutex::default(),
             panels: Vec::new(),
+            sums: Vec::new(),
             quantised: Mutex::default(),
             clock: Clock::default(),
         }
@@ -384,7 +389,7 @@ impl Backend for Cpu {
         let AppendKvArgs { layer, heads, qkv, slots, pages } = args;
         assert_eq!(qkv.columns(), heads.qkv_width(), "width of queries, keys and values");
         assert_eq!(qkv.rows(), slots.len(), "one slot per row");
-        // One thread: rounding a chunk's keys takes less than a thousandth of projecting them.
+        // One thread: a chunk's keys and values take a hundredth of projecting them.
         let rows = qkv.values().chunks_exact(heads.qkv_width()).zip(slots);
         let tokens = rows.map(|(row, &slot)| {
             let (keys, values) = (&row[heads.k_columns()], &row[heads.v_columns()]);

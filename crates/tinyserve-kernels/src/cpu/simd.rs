@@ -88,6 +88,8 @@ pub(crate) trait Simd: Copy {
     ) -> Self::Block;
     /// `sums + block·factor`.
     fn add_block(self, sums: Self::Block, block: Self::Block, factor: f32) -> Self::Block;
+    /// The first sixteen numbers of `x`.
+    fn block(self, x: &[f32]) -> Self::Block;
     /// The numbers of a block.
     fn block_values(self, block: Self::Block) -> [f32; 16];
 

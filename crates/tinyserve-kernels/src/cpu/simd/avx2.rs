@@ -209,6 +209,10 @@ impl Simd for Avx2 {
         std::array::from_fn(|i| self.mul_add(block[i], self.splat(factor), sums[i]))
     }
     #[inline(always)]
+    fn block(self, x: &[f32]) -> [__m256; 2] {
+        [self.load(x), self.load(&x[8..])]
+    }
+    #[inline(always)]
     fn block_values(self, block: [__m256; 2]) -> [f32; 16] {
         let mut values = [0.0; 16];
         self.store(block[0], &mut values);

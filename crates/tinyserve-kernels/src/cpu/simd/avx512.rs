@@ -230,6 +230,10 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         self.mul_add(block, self.splat(factor), sums)
     }
     #[inline(always)]
+    fn block(self, x: &[f32]) -> __m512 {
+        self.load(x)
+    }
+    #[inline(always)]
     fn block_values(self, block: __m512) -> [f32; 16] {
         let mut values = [0.0; 16];
         self.store(block, &mut values);
