@@ -24,6 +24,9 @@ mod saved;
 /// Sequences of a step that need no allocation.
 const ON_STACK: usize = 16;
 
+/// Most tokens of prompts that one step scores: each of them has logits over the whole vocabulary.
+pub const MOST_SCORED_TOKENS: usize = 64;
+
 /// Requests over one runner. It knows no thread and no clock but the one of its configuration: an
 /// [`crate::Engine`] drives it on a thread, and tests drive it by hand.
 #[derive(Debug)]
@@ -189,7 +192,14 @@ impl<R: Runner> Scheduler<R> {
     /// Pages come, in order, from the free ones, from sessions that rest, and from running
     /// sequences that come later: lowest priority first, newest first.
     fn reserve(&mut self, index: usize, budget: &mut usize) {
-        let most = self.config.attention_chunk_size.min(*budget);
+        let mut most = self.config.attention_chunk_size.min(*budget);
+        if self.running[index].scores_prompt() {
+            let scoring = self.running.iter().filter(|sequence| sequence.scores_prompt());
+            most = most.min(MOST_SCORED_TOKENS - scoring.map(|s| s.planned).sum::<usize>());
+        }
+        if most == 0 {
+            return;
+        }
         let wanted = self.running[index].uniform(most);
         let planned = loop {
             if self.runner.extend(&mut self.running[index].table, wanted).is_ok() {
@@ -283,7 +293,8 @@ impl<R: Runner> Scheduler<R> {
             }
             None => {}
         }
-        if shares {
+        // A prompt that nobody knows is looked up, too, and counted as one that was not found.
+        if shares || of_session == 0 && !scores {
             let prefix = Prefix { salt: &sequence.cache_salt, tokens: &sequence.tokens };
             sequence.table = self.runner.start(prefix);
         }
@@ -412,10 +423,11 @@ impl<R: Runner> Scheduler<R> {
             self.remember(&mut sequence);
         }
         let dense = sequence.dense_tokens();
-        let Sequence { table, mut tokens, session, cache_salt, events, .. } = sequence;
+        let Sequence { mut table, mut tokens, session, cache_salt, events, .. } = sequence;
         let kept = match session {
             Some(session) => {
                 let total = tokens.len();
+                self.runner.rest(&mut table);
                 tokens.truncate(table.next_position());
                 let keeps = !failed && !table.is_empty();
                 if keeps {
@@ -460,9 +472,17 @@ impl<R: Runner> Scheduler<R> {
         gauge(&self.metrics.pages_used, pool.used_pages() - pool.idle_pages());
         gauge(&self.metrics.pages_idle, pool.idle_pages());
         if let Some(stats) = self.runner.prefix_stats() {
-            let evicted = stats.evicted_for_room + stats.evicted_for_limit;
-            gauge(&self.metrics.prefix_hits, stats.hits as usize);
-            gauge(&self.metrics.prefix_evicted_pages, evicted as usize);
+            let metrics = &self.metrics;
+            for (counter, n) in [
+                (&metrics.prefix_lookups, stats.lookups),
+                (&metrics.prefix_hits, stats.hits),
+                (&metrics.prefix_hit_tokens, stats.hit_tokens),
+                (&metrics.prefix_evicted_for_room, stats.evicted_for_room),
+                (&metrics.prefix_evicted_for_limit, stats.evicted_for_limit),
+                (&metrics.prefix_evicted_by_clear, stats.evicted_by_clear),
+            ] {
+                gauge(counter, n as usize);
+            }
         }
     }
 

@@ -17,6 +17,9 @@ pub(super) struct Page {
     peers: bool,
 }
 
+/// What a decode step is divided into.
+const PARTS: [&str; 5] = ["weights_ns", "score_ns", "select_ns", "attend_ns", "rest_ns"];
+
 /// A label, a row, why there is none, speeds, the peer's speeds.
 type Case<'a> = (String, Option<&'a Value>, Option<&'a str>, &'a [f64], &'a [f64]);
 
@@ -87,8 +90,7 @@ impl Page {
             notes.extend(refused.map(|sentence| format!("{label}: {sentence}.")));
             let field = |name: &str| row.and_then(|row| number(row, name));
             let part = |name: &str| row.and_then(|row| number(&row["step_split"], name));
-            let whole: f64 =
-                ["weights_ns", "attend_ns", "rest_ns"].into_iter().filter_map(part).sum();
+            let whole: f64 = PARTS.into_iter().filter_map(part).sum();
             let share = |name: &str| percent(part(name).map(|ns| ns / whole));
             let cells = vec![
                 label,
@@ -148,6 +150,8 @@ impl Page {
             "t/s",
             "ratio to dense",
             "of bandwidth",
+            "score",
+            "select",
             "attend",
             "peak GB",
             "weights + KV GB",
@@ -160,8 +164,8 @@ impl Page {
             for (row, speeds) in &line.ours {
                 let field = |name: &str| number(row, name);
                 let part = |name: &str| number(&row["step_split"], name);
-                let parts = ["weights_ns", "attend_ns", "rest_ns"];
-                let whole: f64 = parts.into_iter().filter_map(part).sum();
+                let whole: f64 = PARTS.into_iter().filter_map(part).sum();
+                let share = |name: &str| percent(part(name).map(|ns| ns / whole));
                 let speed = median(speeds);
                 let held = field("model_size").zip(field("kv_bytes")).map(|(w, kv)| (w + kv) / 1e9);
                 let cells = vec![
@@ -170,7 +174,9 @@ impl Page {
                     cell(speed, 2),
                     cell(speed.zip(dense).map(|(speed, dense)| speed / dense), 2),
                     percent(field("roofline_fraction")),
-                    percent(part("attend_ns").map(|ns| ns / whole)),
+                    share("score_ns"),
+                    share("select_ns"),
+                    share("attend_ns"),
                     cell(field("rss_bytes").map(|bytes| bytes / 1e9), 2),
                     cell(held, 2),
                 ];
@@ -279,7 +285,9 @@ mod tests {
             json!({
                 "attention": attention, "samples_ts": speeds,
                 "model_size": 1e9, "kv_bytes": 2e9, "rss_bytes": 3.2e9,
-                "step_split": { "weights_ns": 60, "attend_ns": 30, "rest_ns": 10 },
+                "step_split": {
+                    "weights_ns": 60, "score_ns": 6, "select_ns": 4, "attend_ns": 20, "rest_ns": 10
+                },
             })
         };
         let mut rows = DeepRows::default();
@@ -287,7 +295,7 @@ mod tests {
         rows.add(vec![row("sparse", [3.0, 3.0])]);
         let mut page = page(false);
         page.table_of_depth([("m".to_owned(), &rows)].into_iter());
-        let line = "| m | sparse | 3.00 | 3.00 | — | 30.0 % | 3.20 | 3.00 |";
+        let line = "| m | sparse | 3.00 | 3.00 | — | 6.0 % | 4.0 % | 20.0 % | 3.20 | 3.00 |";
         assert!(page.text.contains(line), "{}", page.text);
     }
 }
