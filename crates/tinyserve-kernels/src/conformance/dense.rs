@@ -58,15 +58,23 @@ pub(super) fn run<B: Backend>(
                 (259, vec![260, 131]),
                 (1100, vec![33]),
             ] {
-                for (rows, format) in ROWS.into_iter().flat_map(|r| FORMATS.map(|f| (r, f))) {
-                    for store in STORES {
-                        let spec = (layout, (dtype, format), inputs, parts.as_slice());
+                for format in FORMATS {
+                    // Loaded once for all rows: quantising takes longer than multiplying.
+                    let spec = (layout, (dtype, format), inputs, parts.as_slice());
+                    let (found, expected) = (load(backend, spec)?, load(reference, spec)?);
+                    for (rows, store) in ROWS.into_iter().flat_map(|r| STORES.map(|s| (r, s))) {
                         let case = format!(
                             "{layout:?} {dtype} as {format:?} [{rows}, {inputs}] to {parts:?} \
                              {store:?}"
                         );
-                        let found = linear(backend, spec, rows, store)?;
-                        check("linear", case, SUMS, found, linear(reference, spec, rows, store)?);
+                        let found = linear(backend, &found, rows, store);
+                        check(
+                            "linear",
+                            case,
+                            SUMS,
+                            found,
+                            linear(reference, &expected, rows, store),
+                        );
                     }
                 }
             }
@@ -145,7 +153,15 @@ fn norm<B: Backend>(
     Ok(values(backend, &out))
 }
 
-fn linear<B: Backend>(
+/// A linear layer of a case, and the numbers that its rows are drawn from.
+struct Layer<B: Backend> {
+    linear: B::Linear,
+    inputs: usize,
+    outputs: usize,
+    numbers: Numbers,
+}
+
+fn load<B: Backend>(
     backend: &B,
     (layout, (dtype, format), inputs, outputs): (
         MatrixLayout,
@@ -153,9 +169,7 @@ fn linear<B: Backend>(
         usize,
         &[usize],
     ),
-    rows: usize,
-    store: Store,
-) -> Result<Vec<f32>, KernelError> {
+) -> Result<Layer<B>, KernelError> {
     let mut numbers = Numbers::new(3);
     let parts = outputs
         .iter()
@@ -170,12 +184,16 @@ fn linear<B: Backend>(
             Ok(LinearPart { weight, bias: (i % 2 == 0).then_some(bias) })
         })
         .collect::<Result<_, KernelError>>()?;
-    let layer = backend.load_linear(LinearSpec { parts, layout, format })?;
-    let width = outputs.iter().sum();
-    let x = upload(backend, &numbers.take(rows * inputs), inputs);
-    let mut out = upload(backend, &numbers.take(rows * width), width);
-    backend.linear(LinearArgs { x: &x, linear: &layer, store, out: &mut out });
-    Ok(values(backend, &out))
+    let linear = backend.load_linear(LinearSpec { parts, layout, format })?;
+    Ok(Layer { linear, inputs, outputs: outputs.iter().sum(), numbers })
+}
+
+fn linear<B: Backend>(backend: &B, layer: &Layer<B>, rows: usize, store: Store) -> Vec<f32> {
+    let mut numbers = layer.numbers.clone();
+    let x = upload(backend, &numbers.take(rows * layer.inputs), layer.inputs);
+    let mut out = upload(backend, &numbers.take(rows * layer.outputs), layer.outputs);
+    backend.linear(LinearArgs { x: &x, linear: &layer.linear, store, out: &mut out });
+    values(backend, &out)
 }
 
 fn rotary<B: Backend>(backend: &B, heads: Heads, rows: usize) -> (Vec<f32>, Vec<f32>) {
