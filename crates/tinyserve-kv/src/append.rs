@@ -2,13 +2,14 @@
 
 use half::f16;
 
+#[cfg(doc)]
+use crate::KvLayout;
 use crate::codes::seal;
+use crate::open::OpenPlaces;
 use crate::{GROUP_PAGES, HostPages, KvElement, Slot, with_element};
 
 /// Channels of a key that are rounded at a time, on the stack.
 const KEY_PIECE: usize = 64;
-/// Tokens of a page that are appended together.
-const RUN: usize = 16;
 
 /// Keys and values of one token, `[kv_heads, head_dim]` each, and where they go.
 #[derive(Debug, Clone, Copy)]
@@ -21,7 +22,57 @@ pub struct NewToken<'a> {
     pub values: &'a [f32],
 }
 
+/// One layer of pages, borrowed for several heads to be written at once.
+#[derive(Debug)]
+pub struct LayerMut<'a> {
+    /// Keys and values of whole groups: [`KvLayout::head_range`] says where those of a head lie.
+    pub pages: &'a mut [u8],
+    /// Boxes of whole groups: [`KvLayout::box_offset`] says where those of a head begin, in
+    /// elements.
+    pub boxes: &'a mut [u8],
+    /// Keys and values of open pages, where the format has codes.
+    pub open: &'a mut [f16],
+    /// Where the layer's open pages lie in them.
+    pub places: OpenPlaces<'a>,
+}
+
 impl HostPages {
+    /// Has `write` do for the tokens that go to `slots` what [`Self::append_tokens`] does: keys,
+    /// values, boxes, and the codes of pages that they fill.
+    ///
+    /// # Panics
+    /// When an index is out of range, or a page is sealed already.
+    pub fn write_tokens(&mut self, layer: usize, slots: &[Slot], write: impl FnOnce(LayerMut<'_>)) {
+        let shape = self.layout.shape();
+        let quantised = shape.format.is_quantised();
+        assert!(layer < shape.layers, "layer {layer}");
+        self.open.close_full();
+        for slot in slots {
+            assert!(slot.offset < shape.page_size, "offset {} in a page", slot.offset);
+            self.check_page(slot.page);
+            if quantised && slot.offset == 0 {
+                self.open.open(layer, slot.page);
+            }
+            assert!(
+                !quantised || self.open.get(layer, slot.page).is_some(),
+                "page {} of layer {layer} is sealed",
+                slot.page.index()
+            );
+        }
+        let pages = layer * self.layer_bytes()..(layer + 1) * self.layer_bytes();
+        let element = shape.format.element_bytes();
+        let boxes = self.layer_box_elements() * element;
+        let (open, places) = self.open.layer_mut(layer, shape.kv_heads);
+        let (pages, boxes) = (
+            self.pages.elements_mut(pages),
+            self.boxes.elements_mut(layer * boxes..(layer + 1) * boxes),
+        );
+        write(LayerMut { pages, boxes, open, places });
+        for slot in slots.iter().filter(|slot| quantised && slot.offset + 1 == shape.page_size) {
+            self.open.fill(layer, slot.page);
+        }
+    }
+
     /// Writes the key and value of one token and grows the box of its page in the same pass.
     ///
     /// `keys` and `values` are `[kv_heads, head_dim]`. The tokens of a page are appended in order:
@@ -51,40 +102,19 @@ impl HostPages {
     ) {
         self.open.close_full();
         with_element!(self.layout.shape().format, E => {
-            let mut tokens = tokens.into_iter().peekable();
-            while let Some(first) = tokens.next() {
-                let (mut run, mut length) = ([first; RUN], 1);
-                let follows = |length, next: &NewToken<'_>| {
-                    next.slot.page == first.slot.page
-                        && next.slot.offset == first.slot.offset + length
-                };
-                while length < RUN
-                    && let Some(next) = tokens.next_if(|next| follows(length, next))
-                {
-                    run[length] = next;
-                    length += 1;
-                }
-                self.append_run::<E>(layer, &run[..length]);
+            for token in tokens {
+                self.append_as::<E>(layer, token);
             }
         });
     }
 
-    /// Appends tokens that follow each other in one page: each row of boxes, which lies far from
-    /// the next one, is read and written once for all of them.
-    fn append_run<E: KvElement>(&mut self, layer: usize, run: &[NewToken<'_>]) {
+    fn append_as<E: KvElement>(&mut self, layer: usize, token: NewToken<'_>) {
+        let NewToken { slot, keys, values } = token;
         let layout = self.layout;
         let (dim, size) = (layout.shape().head_dim, layout.page_size());
-        let slot = run[0].slot;
-        let end = slot.offset + run.len();
-        assert!(end <= size, "offset {} in a page", end - 1);
-        for token in run {
-            assert_eq!(
-                token.keys.len(),
-                layout.shape().kv_heads * dim,
-                "keys [kv_heads, head_dim]"
-            );
-            assert_eq!(token.values.len(), token.keys.len(), "values [kv_heads, head_dim]");
-        }
+        assert!(slot.offset < size, "offset {} in a page", slot.offset);
+        assert_eq!(keys.len(), layout.shape().kv_heads * dim, "keys [kv_heads, head_dim]");
+        assert_eq!(values.len(), keys.len(), "values [kv_heads, head_dim]");
         self.check_page(slot.page);
         let quantised = layout.shape().format.is_quantised();
         if quantised && slot.offset == 0 {
@@ -92,7 +122,8 @@ impl HostPages {
         }
         let (first, first_box) = (layer * self.layer_bytes(), layer * self.layer_box_elements());
         let page = slot.page.index();
-        for kv_head in 0..layout.shape().kv_heads {
+        let heads = keys.chunks_exact(dim).zip(values.chunks_exact(dim));
+        for (kv_head, (key, value)) in heads.enumerate() {
             let both: &mut [E] = if quantised {
                 let open = self.open.get_mut(layer, slot.page);
                 let Some(open) = open else { panic!("page {page} of layer {layer} is sealed") };
@@ -104,23 +135,30 @@ impl HostPages {
                 bytemuck::cast_slice_mut(self.pages.elements_mut::<u8>(bytes))
             };
             let (stored_keys, stored_values) = both.split_at_mut(layout.head_elements());
-            let head = kv_head * dim..(kv_head + 1) * dim;
-            let rows = stored_values[slot.offset * dim..end * dim].chunks_exact_mut(dim);
-            for (token, row) in run.iter().zip(rows) {
-                E::store(&token.values[head.clone()], row);
-            }
+            E::store(value, &mut stored_values[slot.offset * dim..(slot.offset + 1) * dim]);
             let start = first_box + layout.box_offset(page / GROUP_PAGES, kv_head);
             let boxes = self.boxes.elements_mut::<E>(start..start + layout.group_box_elements());
-            let columns = stored_keys.chunks_mut(KEY_PIECE * size);
-            let boxes = boxes.chunks_mut(KEY_PIECE * 2 * GROUP_PAGES);
-            for (piece, (columns, boxes)) in columns.zip(boxes).enumerate() {
-                let first = head.start + piece * KEY_PIECE;
-                let channels = first..(first + KEY_PIECE).min(head.end);
-                let keys = run.iter().map(|token| &token.keys[channels.clone()]);
-                append_keys(keys, columns, (slot.offset, size), boxes, page % GROUP_PAGES);
+            let columns = stored_keys.chunks_exact_mut(size);
+            let corners = boxes.chunks_exact_mut(2 * GROUP_PAGES);
+            let mut rounded = [E::zeroed(); KEY_PIECE];
+            let mut places = columns.zip(corners);
+            for key in key.chunks(KEY_PIECE) {
+                E::store(key, &mut rounded[..key.len()]);
+                for (&x, (column, corners)) in rounded[..key.len()].iter().zip(&mut places) {
+                    column[slot.offset] = x;
+                    let (max, min) = corners.split_at_mut(GROUP_PAGES);
+                    let (max, min) = (&mut max[page % GROUP_PAGES], &mut min[page % GROUP_PAGES]);
+                    // A NaN is neither above nor below, and does not go away again.
+                    if slot.offset == 0 || !(x <= *max || is_nan(*max)) {
+                        *max = x;
+                    }
+                    if slot.offset == 0 || !(x >= *min || is_nan(*min)) {
+                        *min = x;
+                    }
+                }
             }
         }
-        if quantised && end == size {
+        if quantised && slot.offset + 1 == size {
             self.seal(layer, slot);
         }
     }
@@ -149,51 +187,7 @@ impl HostPages {
     }
 }
 
-/// Writes the keys of tokens from `offset` on, [`KEY_PIECE`] channels of them at most, into columns
-/// `[channels, page_size]`, and grows row `page` of boxes `[channels, 2 (max, min), GROUP_PAGES]`.
-fn append_keys<'a, E: KvElement>(
-    keys: impl Iterator<Item = &'a [f32]>,
-    columns: &mut [E],
-    (offset, size): (usize, usize),
-    boxes: &mut [E],
-    page: usize,
-) {
-    let channels = columns.len() / size;
-    let (mut rounded, mut wide) = ([E::zeroed(); KEY_PIECE], [0.0; KEY_PIECE]);
-    let (rounded, wide) = (&mut rounded[..channels], &mut wide[..channels]);
-    let (mut max, mut min) = ([0.0; KEY_PIECE], [0.0; KEY_PIECE]);
-    let (max, min) = (&mut max[..channels], &mut min[..channels]);
-    if offset > 0 {
-        for (corners, row) in [(&mut *max, 0), (&mut *min, GROUP_PAGES)] {
-            for (x, boxes) in rounded.iter_mut().zip(boxes.chunks_exact(2 * GROUP_PAGES)) {
-                *x = boxes[row + page];
-            }
-            E::widen(rounded, corners);
-        }
-    }
-    for (key, offset) in keys.zip(offset..) {
-        E::store(key, rounded);
-        for (&x, column) in rounded.iter().zip(columns.chunks_exact_mut(size)) {
-            column[offset] = x;
-        }
-        E::widen(rounded, wide);
-        if offset == 0 {
-            max.copy_from_slice(wide);
-            min.copy_from_slice(wide);
-        }
-        // A NaN is neither above nor below, and does not go away again. Without branches: which
-        // keys make a box grow cannot be guessed.
-        for (max, &x) in max.iter_mut().zip(&*wide) {
-            *max = if (x <= *max) | max.is_nan() { *max } else { x };
-        }
-        for (min, &x) in min.iter_mut().zip(&*wide) {
-            *min = if (x >= *min) | min.is_nan() { *min } else { x };
-        }
-    }
-    for (corners, row) in [(max, 0), (min, GROUP_PAGES)] {
-        E::store(corners, rounded);
-        for (&x, boxes) in rounded.iter().zip(boxes.chunks_exact_mut(2 * GROUP_PAGES)) {
-            boxes[row + page] = x;
-        }
-    }
+/// Whether `x` is not a number, for any element.
+fn is_nan<E: KvElement>(x: E) -> bool {
+    x.partial_cmp(&x).is_none()
 }

@@ -120,12 +120,6 @@ pub trait KvElement: bytemuck::Pod + PartialOrd + Send + Sync {
     /// # Panics
     /// When the slices have different lengths.
     fn store(x: &[f32], out: &mut [Self]);
-
-    /// [`Self::to_f32`] of each element of `x`, with the processor's instructions for it.
-    ///
-    /// # Panics
-    /// When the slices have different lengths.
-    fn widen(x: &[Self], out: &mut [f32]);
 }
 
 /// Elements that are rounded at a time, on the stack.
@@ -167,11 +161,6 @@ impl KvElement for f32 {
     fn store(x: &[f32], out: &mut [Self]) {
         out.copy_from_slice(x);
     }
-
-    #[inline]
-    fn widen(x: &[Self], out: &mut [f32]) {
-        out.copy_from_slice(x);
-    }
 }
 
 impl KvElement for f16 {
@@ -192,11 +181,6 @@ impl KvElement for f16 {
     fn store(x: &[f32], out: &mut [Self]) {
         saturated(x, out, F16_MAX, |x, out| out.convert_from_f32_slice(x));
     }
-
-    #[inline]
-    fn widen(x: &[Self], out: &mut [f32]) {
-        x.convert_to_f32_slice(out);
-    }
 }
 
 impl KvElement for bf16 {
@@ -215,11 +199,6 @@ impl KvElement for bf16 {
     #[inline]
     fn store(x: &[f32], out: &mut [Self]) {
         saturated(x, out, BF16_MAX, |x, out| out.convert_from_f32_slice(x));
-    }
-
-    #[inline]
-    fn widen(x: &[Self], out: &mut [f32]) {
-        x.convert_to_f32_slice(out);
     }
 }
 
