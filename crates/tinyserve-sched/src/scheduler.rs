@@ -155,6 +155,7 @@ impl<R: Runner> Scheduler<R> {
             return false;
         }
         let start = self.config.clock.now();
+        self.metrics.step_tokens.record(members.iter().map(|&i| self.running[i].planned).sum());
         self.run(&members);
         count(&self.metrics.steps, 1);
         self.metrics.step.record(self.config.clock.now().saturating_duration_since(start));
