@@ -90,6 +90,9 @@ pub(crate) enum BenchCommand {
     /// Memory that a token of the cache takes, by the formats of keys and values.
     #[command(after_help = NOTES)]
     Memory(bench::MemoryArgs),
+    /// Time to the first token of each turn of a conversation, beside that without a session.
+    #[command(after_help = NOTES)]
+    Conversation(bench::ConversationArgs),
     /// Time of restoring a session from a file beside that of computing it again.
     #[command(after_help = NOTES)]
     Session(bench::SessionArgs),

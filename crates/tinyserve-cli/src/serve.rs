@@ -9,7 +9,9 @@ use tinyserve_server::{
     LogLevel, Server, ServerConfig, ServerError, load_config, with_bounded_queue,
 };
 
-use crate::args::{self, ForwardArgs, MemoryArgs, ScheduleArgs, SelectionArgs, Sources};
+use crate::args::{
+    self, AdaptiveArgs, ForwardArgs, MemoryArgs, QueueArgs, ScheduleArgs, SelectionArgs, Sources,
+};
 use crate::exit::Usage;
 use crate::values;
 
@@ -24,6 +26,8 @@ pub(crate) struct ServeArgs {
     #[command(flatten)]
     queue: QueueArgs,
     #[command(flatten)]
+    wait: WaitArgs,
+    #[command(flatten)]
     forward: ForwardArgs,
     #[command(flatten)]
     memory: MemoryArgs,
@@ -34,6 +38,8 @@ pub(crate) struct ServeArgs {
     attention: Option<AttentionMode>,
     #[command(flatten)]
     selection: SelectionArgs,
+    #[command(flatten)]
+    adaptive: AdaptiveArgs,
 }
 
 /// Who is answered, and as whom.
@@ -112,16 +118,10 @@ struct LimitArgs {
     drain_timeout: Option<f64>,
 }
 
-/// Who waits, and for how long.
+/// What waiting is worth, and how long a session stays.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Scheduling")]
-struct QueueArgs {
-    /// Requests that may wait; more are answered with 429 [default: 1024].
-    #[arg(long, value_name = "N", env = "TINYSERVE_MAX_NUM_QUEUED_REQS", value_parser = values::size)]
-    max_num_queued_reqs: Option<usize>,
-    /// Prompt tokens that may wait; more are answered with 429 [default: 1M].
-    #[arg(long, value_name = "TOKENS", env = "TINYSERVE_MAX_NUM_QUEUED_TOKENS", value_parser = values::size)]
-    max_num_queued_tokens: Option<usize>,
+struct WaitArgs {
     /// Seconds of waiting that count as much as one step of priority [default: 10].
     #[arg(long, value_name = "SECONDS", env = "TINYSERVE_PRIORITY_AGEING")]
     priority_ageing: Option<f64>,
@@ -130,10 +130,8 @@ struct QueueArgs {
     session_timeout: Option<f64>,
 }
 
-impl QueueArgs {
+impl WaitArgs {
     fn apply(&self, config: &mut TinyServeConfig) {
-        set_some(&mut config.max_num_queued_reqs, self.max_num_queued_reqs);
-        set_some(&mut config.max_num_queued_tokens, self.max_num_queued_tokens);
         set(&mut config.priority_ageing, self.priority_ageing);
         set(&mut config.session_timeout, self.session_timeout);
     }
@@ -175,13 +173,16 @@ pub(crate) fn serve(args: &ServeArgs, sources: Sources) -> Result<()> {
     let mut engine = engine;
     args.schedule.apply(&mut engine);
     args.queue.apply(&mut engine);
+    args.wait.apply(&mut engine);
     args.memory.apply(&mut engine);
+    args.adaptive.apply(&mut engine)?;
     let engine = args.forward.selecting_from(engine, &args.selection, args.attention, sources)?;
     let engine = with_bounded_queue(engine);
+    let tells_moves = server.log_level >= LogLevel::Info;
     let bound = Server::bind(server)?;
     let device = args.forward.device.clone();
     let model = engine.model.clone();
-    bound.run(&model, move || device.prepare(engine))?;
+    bound.run(&model, move || device.prepare(engine, tells_moves))?;
     Ok(())
 }
 

@@ -65,7 +65,7 @@ impl Engine {
         }
         let patience = config.max_num_seqs as u64;
         let workers = replicas.into_iter().enumerate().map(|(index, runner)| {
-            Worker::start(format!("{name}-{index}"), runner, config.clone())
+            Worker::start((name, index), runner, config.clone())
         });
         let workers = workers.collect::<Result<_, _>>()?;
         Ok(Self { workers, blocks: Mutex::default(), patience })

@@ -5,16 +5,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use smallvec::SmallVec;
-use tinyserve_kernels::Attention;
-use tinyserve_kv::{PageId, PageTable, Prefix};
+use tinyserve_kernels::{Attention, PageLists};
+use tinyserve_kv::{KvError, PageId, Prefix};
 use tinyserve_model::{Batch, LogitRows, ModelError, SequenceStep};
 
+use crate::adaptive::Controller;
 use crate::intake::{Intake, Submission};
 use crate::metrics::{Metrics, count, gauge};
 use crate::sequence::{End, Sequence};
 use crate::session::{Kept, SessionInfo, Sessions};
 use crate::{
-    EngineConfig, Event, Failure, FailureKind, FinishReason, Finished, RequestId, Runner, Stats,
+    AttentionChoice, EngineConfig, Event, Failure, FailureKind, FinishReason, Finished, RequestId, Runner, Stats,
 };
 
 mod commit;
@@ -41,6 +42,10 @@ pub struct Scheduler<R: Runner> {
     decode_steps: u64,
     /// Logits that plugins may change.
     logits: Vec<f32>,
+    /// Moves the budget of the engine's own policy.
+    controller: Option<Controller>,
+    /// What the last step that was listed selected.
+    selected: Selected,
 }
 
 impl<R: Runner> Scheduler<R> {
@@ -54,6 +59,12 @@ impl<R: Runner> Scheduler<R> {
         let pages = runner.pool().capacity();
         gauge(&metrics.pages, pages);
         let intake = Intake::new(config.clone(), (runner.shape(), pages), Arc::clone(&metrics));
+        let controller = match (&config.adaptive, &config.attention) {
+            (Some(adaptive), AttentionChoice::Policy(policy)) => {
+                Some(Controller::new(adaptive.clone(), policy.budget))
+            }
+            _ => None,
+        };
         let sessions = Sessions::new(config.clock.clone(), config.session_timeout);
         Ok(Self {
             runner,
@@ -64,6 +75,8 @@ impl<R: Runner> Scheduler<R> {
             sessions,
             decode_steps: 0,
             logits: Vec::new(),
+            controller,
+            selected: Selected::default(),
             config,
         })
     }
@@ -110,6 +123,9 @@ impl<R: Runner> Scheduler<R> {
         if let Some(session) = &sequence.session {
             self.sessions.open(session);
         }
+        if let Some(controller) = &self.controller {
+            sequence.set_budget(controller.budget());
+        }
         hooks::request(&mut sequence);
         if sequence.end.is_some() {
             self.retire([sequence]);
@@ -148,15 +164,42 @@ impl<R: Runner> Scheduler<R> {
         let members: SmallVec<[usize; ON_STACK]> =
             (0..self.running.len()).filter(|&i| self.running[i].planned > 0).collect();
         if members.is_empty() {
-            self.give_up();
+            // A sequence that could not be pruned has ended in the plan.
+            if !self.sweep() {
+                self.give_up();
+            }
             return false;
         }
+        let decodes = members.iter().any(|&i| self.running[i].is_planned_decode());
+        let followed = self.controller.is_some() && self.follows_budget(&members);
         let start = self.config.clock.now();
         self.run(&members);
+        self.decode_steps += u64::from(decodes);
+        let took = self.config.clock.now().saturating_duration_since(start);
         count(&self.metrics.steps, 1);
-        self.metrics.step.record(self.config.clock.now().saturating_duration_since(start));
+        self.metrics.step.record(took);
+        if followed {
+            self.adapt(took);
+        }
         self.sweep();
         true
+    }
+
+    /// Whether the step that is planned only decodes, and the budget matters to it: what prompts
+    /// take is not the budget's doing.
+    fn follows_budget(&self, members: &[usize]) -> bool {
+        let mut members = members.iter().map(|&i| &self.running[i]);
+        members.clone().all(Sequence::is_planned_decode) && members.any(Sequence::follows_budget)
+    }
+
+    /// Lets the controller know what a decode step took, and every sequence what it decides.
+    fn adapt(&mut self, took: Duration) {
+        let moved = self.controller.as_mut().and_then(|controller| controller.note(took));
+        if let Some(moved) = moved {
+            count(&self.metrics.budget_moves, 1);
+            let all = self.running.iter_mut().chain(&mut self.waiting);
+            all.for_each(|sequence| sequence.set_budget(moved.to));
+        }
     }
 
     /// Hands out, in order: one token to each sequence that decodes, chunks of prompts to those
@@ -189,6 +232,9 @@ impl<R: Runner> Scheduler<R> {
     /// Pages come, in order, from the free ones, from sessions that rest, and from running
     /// sequences that come later: lowest priority first, newest first.
     fn reserve(&mut self, index: usize, budget: &mut usize) {
+        if !self.prune(index, budget) {
+            return;
+        }
         let most = self.config.attention_chunk_size.min(*budget);
         let wanted = self.running[index].uniform(most);
         let planned = loop {
@@ -214,18 +260,46 @@ impl<R: Runner> Scheduler<R> {
         *budget -= planned;
     }
 
+    /// Prunes what is to be pruned before the next token of a running sequence; tells whether that
+    /// is done. Where it needs pages, they come from where [`Self::reserve`] has them from.
+    fn prune(&mut self, index: usize, budget: &mut usize) -> bool {
+        loop {
+            let sequence = &mut self.running[index];
+            match hooks::prune(&mut self.runner, sequence) {
+                Ok(()) => return true,
+                Err(ModelError::Kv(KvError::OutOfPages { .. })) => {
+                    if self.evict_session(None) {
+                        continue;
+                    }
+                    let last = self.running.len() - 1;
+                    if last > index {
+                        *budget += self.preempt(last);
+                        continue;
+                    }
+                    if last == 0 {
+                        // Nobody is left to wait for: pages that nobody else knows can be pruned
+                        // where they are.
+                        sequence.shares = false;
+                        *budget += self.preempt(index);
+                    }
+                    return false;
+                }
+                Err(error) => {
+                    let failure = hooks::cannot_prune(sequence, &error);
+                    sequence.end_with(End::Failed(failure));
+                    return false;
+                }
+            }
+        }
+    }
+
     /// Takes the pages of a running sequence away, to be computed again later; returns the tokens
     /// that had been planned for it.
     fn preempt(&mut self, index: usize) -> usize {
         let mut sequence = self.running.remove(index);
-        let empty = PageTable::new(sequence.table.page_size());
-        self.runner.release(std::mem::replace(&mut sequence.table, empty));
-        sequence.times.preemptions += 1;
-        sequence.fresh = true;
-        sequence.dense = usize::MAX;
-        sequence.remembered = false;
+        let planned = sequence.planned;
+        self.runner.release(sequence.begin_again());
         count(&self.metrics.preemptions, 1);
-        let planned = std::mem::take(&mut sequence.planned);
         insert(&mut self.waiting, sequence);
         planned
     }
@@ -248,10 +322,10 @@ impl<R: Runner> Scheduler<R> {
         let session = sequence.session.as_deref();
         let kept = session.and_then(|session| self.sessions.kept(session));
         let of_session = kept.map_or(0, |kept| reusable(sequence, kept));
-        let prefix = Prefix { salt: &sequence.cache_salt, tokens: &sequence.tokens };
+        let prefix = sharable(sequence);
         // Prompts whose every token is scored are computed whole.
-        let scores = sequence.prompt_logprobs.is_some();
-        let known = if scores { 0 } else { self.runner.known(prefix) };
+        let shares = sequence.prompt_logprobs.is_none() && sequence.shares;
+        let known = if shares { self.runner.known(prefix) } else { 0 };
         let shares = known > of_session;
         let reused = of_session.max(known);
         let reused_pages =
@@ -272,10 +346,12 @@ impl<R: Runner> Scheduler<R> {
         let mut left = reused;
         match kept {
             Some(Kept { table, .. }) if shares => self.runner.release(table),
-            Some(Kept { mut table, tokens, dense, .. }) => {
+            Some(Kept { mut table, tokens, dense, prunings, .. }) => {
                 if reused < tokens.len() {
                     // A sealed page of codes goes whole.
                     left = self.runner.truncate(&mut table, reused);
+                } else {
+                    sequence.prunings = prunings;
                 }
                 sequence.table = table;
                 // What follows tokens of selecting steps is not what any request would compute.
@@ -284,8 +360,7 @@ impl<R: Runner> Scheduler<R> {
             None => {}
         }
         if shares {
-            let prefix = Prefix { salt: &sequence.cache_salt, tokens: &sequence.tokens };
-            sequence.table = self.runner.start(prefix);
+            sequence.table = self.runner.start(sharable(&sequence));
         }
         let reused = if shares { sequence.table.len() } else { left };
         self.tell_started(&mut sequence, reused);
@@ -311,19 +386,21 @@ impl<R: Runner> Scheduler<R> {
     /// those that fail alone do fail.
     fn run(&mut self, members: &[usize]) {
         let interval = self.config.recall_interval as u64;
-        let decodes = |sequence: &Sequence| {
-            sequence.planned == 1 && sequence.computed() > sequence.prompt_len
-        };
-        let mut decoding =
-            members.iter().map(|&i| &self.running[i]).filter(|s| decodes(s)).peekable();
+        let members_now = members.iter().map(|&i| &self.running[i]);
+        let mut decoding = members_now.filter(|s| s.is_planned_decode()).peekable();
         let somebody = decoding.peek().is_some();
         let measure_recall = interval > 0
             && somebody
             && (self.decode_steps.is_multiple_of(interval)
                 || decoding.any(|sequence| sequence.kv.decode_steps == 0));
-        self.decode_steps += u64::from(somebody);
-        let failure = match self.forward(members, measure_recall) {
+        // Reuse compares a step with the one before it.
+        let list_pages = interval > 0 && somebody && self.decode_steps % interval <= 1 % interval;
+        let sampled = Sampled { measure_recall, list_pages };
+        let failure = match self.forward(members, sampled) {
             Ok(Ok(())) => {
+                if list_pages {
+                    self.note_reuse(members);
+                }
                 // Prompts are read in full, whatever the selection: they would hide it.
                 if members.iter().all(|&i| self.running[i].planned == 1) {
                     self.metrics.read_in_layers(self.runner.layers());
@@ -346,20 +423,44 @@ impl<R: Runner> Scheduler<R> {
     fn forward(
         &mut self,
         members: &[usize],
-        measure_recall: bool,
+        Sampled { measure_recall, list_pages }: Sampled,
     ) -> std::thread::Result<Result<(), ModelError>> {
         let (runner, running) = (&mut self.runner, &self.running);
         let steps: SmallVec<[_; ON_STACK]> = members.iter().map(|&i| step(&running[i])).collect();
-        let batch = Batch { sequences: &steps, measure_recall };
+        let batch = Batch { sequences: &steps, measure_recall, list_pages };
         // What a step that panicked has written, the next one writes again before it reads it.
         catch_unwind(AssertUnwindSafe(|| runner.run(&batch)))
     }
 
-    /// Ends sequences that have come to an end.
-    fn sweep(&mut self) {
+    /// Compares what the last step selected with what the one before did, where that was listed.
+    fn note_reuse(&mut self, members: &[usize]) {
+        let Self { runner, running, selected, metrics, .. } = self;
+        let Some(lists) = runner.page_lists() else { return };
+        if selected.step + 1 == self.decode_steps {
+            for (row, &i) in members.iter().enumerate() {
+                let sequence = &mut running[i];
+                let mut before = selected.sequences.iter();
+                if let Some(before) = before.position(|other| *other == sequence.selects_as()) {
+                    let reuse = lists.reuse(row, &selected.lists, before);
+                    sequence.kv.decode.reuse.add(reuse);
+                    count(&metrics.pages_compared, reuse.compared);
+                    count(&metrics.pages_reused, reuse.reused);
+                }
+            }
+        }
+        selected.step = self.decode_steps;
+        selected.lists.clone_from(lists);
+        selected.sequences.clear();
+        selected.sequences.extend(members.iter().map(|&i| running[i].selects_as()));
+    }
+
+    /// Ends sequences that have come to an end; tells whether there were any.
+    fn sweep(&mut self) -> bool {
         let ended: Vec<_> =
             self.running.extract_if(.., |sequence| sequence.end.is_some()).collect();
+        let some = !ended.is_empty();
         self.retire(ended);
+        some
     }
 
     /// Gives pages back or leaves them to sessions, then tells everybody that it is over.
@@ -412,14 +513,15 @@ impl<R: Runner> Scheduler<R> {
             self.remember(&mut sequence);
         }
         let dense = sequence.dense_tokens();
-        let Sequence { table, mut tokens, session, cache_salt, events, .. } = sequence;
+        let Sequence { table, mut tokens, session, cache_salt, events, prunings, .. } = sequence;
         let kept = match session {
             Some(session) => {
                 let total = tokens.len();
                 tokens.truncate(table.next_position());
                 let keeps = !failed && !table.is_empty();
                 if keeps {
-                    let kept = Kept { table, tokens, cache_salt, dense };
+                    let prunings = prunings.into_made();
+                    let kept = Kept { table, tokens, cache_salt, dense, prunings };
                     self.sessions.close(&session, total, Some(kept)).map(|kept| kept.table)
                 } else {
                     self.sessions.close(&session, total, None);
@@ -528,6 +630,24 @@ impl<R: Runner> Scheduler<R> {
     }
 }
 
+/// What is measured in some steps only.
+#[derive(Debug, Clone, Copy)]
+struct Sampled {
+    measure_recall: bool,
+    list_pages: bool,
+}
+
+/// What the sequences of a step selected.
+#[derive(Debug, Default)]
+struct Selected {
+    /// The number of the step among those in which somebody decoded.
+    step: u64,
+    /// In the order of the batch: the request, and how many of its tokens were pruned. After a
+    /// pruning pages have other numbers.
+    sequences: Vec<(RequestId, u64)>,
+    lists: PageLists,
+}
+
 /// Puts a sequence into its place by rank; returns the place.
 fn insert(sequences: &mut Vec<Sequence>, sequence: Sequence) -> usize {
     let index = sequences.partition_point(|other| other.rank < sequence.rank);
@@ -552,6 +672,13 @@ fn reusable(sequence: &Sequence, kept: &Kept) -> usize {
         // Where tokens were pruned, what lies behind them is all that follows or nothing.
         some => some.min(intact) - some.min(intact) % page_size,
     }
+}
+
+/// What of a sequence may be found among what others have computed, and one token more, which is
+/// always computed, for its logits.
+fn sharable(sequence: &Sequence) -> Prefix<'_> {
+    let most = (sequence.alike().len() + 1).min(sequence.tokens.len());
+    Prefix { salt: &sequence.cache_salt, tokens: &sequence.tokens[..most] }
 }
 
 /// What a sequence does in the step that is planned.

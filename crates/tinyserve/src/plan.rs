@@ -46,11 +46,12 @@ impl PlannedMemory {
         let resident = memory::resident().unwrap_or(0);
         let wanted = MemoryPlan::new(checkpoint, weights, layout, step, pages);
         let wanted = wanted.process_bytes(resident);
+        let engines = config.replicas.max(config.cuda_devices().len()) as u64;
         let target_bytes = match config.target_memory_gb {
-            Some(gigabytes) => Some((gigabytes * 1e9) as u64 / config.replicas as u64),
+            Some(gigabytes) => Some((gigabytes * 1e9) as u64 / engines),
             None => memory::available()
                 .map(|available| resident + (available as f64 * SHARE_OF_AVAILABLE) as u64)
-                .map(|all| all / config.replicas as u64),
+                .map(|all| all / engines),
         };
         let largest = match target_bytes {
             Some(target) => wanted.fit(target, u32::MAX as usize)?,

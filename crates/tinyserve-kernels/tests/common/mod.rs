@@ -147,6 +147,7 @@ impl Cache {
             sequences: &sequences,
             pages: &self.pages,
             measure_recall,
+            page_lists: None,
             sequence_stats: Some(&mut of_sequences),
             observe: None,
             out: &mut out,

@@ -155,6 +155,7 @@ impl Bench {
                 sequences: &sequences,
                 pages: &self.pages,
                 measure_recall: false,
+                page_lists: None,
                 sequence_stats: None,
                 observe: None,
                 out: &mut out,
