@@ -181,16 +181,28 @@ pub(crate) struct AdaptiveArgs {
           value_parser = clap::builder::BoolishValueParser::new())]
     adaptive: bool,
     /// Milliseconds per generated token that --adaptive keeps to [default: 50].
-    #[arg(long, value_name = "MS", env = "TINYSERVE_TARGET_LATENCY_MS",
-          allow_negative_numbers = true)]
+    #[arg(
+        long,
+        value_name = "MS",
+        env = "TINYSERVE_TARGET_LATENCY_MS",
+        allow_negative_numbers = true
+    )]
     target_latency_ms: Option<f64>,
     /// Least budget that --adaptive moves to, as a multiple of the stated one [default: 0.25].
-    #[arg(long, value_name = "FACTOR", env = "TINYSERVE_ADAPTIVE_MIN_BUDGET",
-          allow_negative_numbers = true)]
+    #[arg(
+        long,
+        value_name = "FACTOR",
+        env = "TINYSERVE_ADAPTIVE_MIN_BUDGET",
+        allow_negative_numbers = true
+    )]
     adaptive_min_budget: Option<f64>,
     /// Largest budget that --adaptive moves to, as a multiple of the stated one [default: 1].
-    #[arg(long, value_name = "FACTOR", env = "TINYSERVE_ADAPTIVE_MAX_BUDGET",
-          allow_negative_numbers = true)]
+    #[arg(
+        long,
+        value_name = "FACTOR",
+        env = "TINYSERVE_ADAPTIVE_MAX_BUDGET",
+        allow_negative_numbers = true
+    )]
     adaptive_max_budget: Option<f64>,
 }
 

@@ -11,7 +11,9 @@ use tinyserve::{
     TinyServeResponse,
 };
 
-use crate::args::{self, AdaptiveArgs, ForwardArgs, MemoryArgs, PluginArgs, SelectionArgs, Sources};
+use crate::args::{
+    self, AdaptiveArgs, ForwardArgs, MemoryArgs, PluginArgs, SelectionArgs, Sources,
+};
 use crate::exit::{Quiet, out_of_range};
 use crate::interrupt::{Conversation, Interrupt};
 use crate::run::SamplingArgs;

@@ -12,7 +12,9 @@ use tinyserve::{
     TinyServeResponse,
 };
 
-use crate::args::{self, AdaptiveArgs, ForwardArgs, MemoryArgs, PluginArgs, SelectionArgs, Sources};
+use crate::args::{
+    self, AdaptiveArgs, ForwardArgs, MemoryArgs, PluginArgs, SelectionArgs, Sources,
+};
 use crate::exit::{Quiet, out_of_range};
 use crate::interrupt::Interrupt;
 use crate::progress::Progress;

@@ -141,7 +141,7 @@ impl EngineConfig {
 #[allow(clippy::needless_pass_by_value)]
 pub(crate) fn setting(
     name: &'static str,
-    found: impl std::fmt::Display,
+    found: impl fmt::Display,
     expected: &str,
 ) -> AdmissionError {
     AdmissionError::Setting { name, found: found.to_string(), expected: expected.to_owned() }

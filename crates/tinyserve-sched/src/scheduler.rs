@@ -1,13 +1,11 @@
 //! Who runs next: a state machine that plans a step, runs it and hands its results out.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
 use smallvec::SmallVec;
-use tinyserve_kernels::{Attention, PageLists};
-use tinyserve_kv::{KvError, PageId, Prefix};
-use tinyserve_model::{Batch, LogitRows, ModelError, SequenceStep};
+use tinyserve_kv::{PageId, Prefix};
+use tinyserve_model::ModelError;
 
 use crate::adaptive::Controller;
 use crate::intake::{Intake, Submission};
@@ -15,12 +13,17 @@ use crate::metrics::{Metrics, count, gauge};
 use crate::sequence::{End, Sequence};
 use crate::session::{Kept, SessionInfo, Sessions};
 use crate::{
-    AttentionChoice, EngineConfig, Event, Failure, FailureKind, FinishReason, Finished, RequestId, Runner, Stats,
+    AttentionChoice, EngineConfig, Event, Failure, FailureKind, FinishReason, Finished, RequestId,
+    Runner, Stats,
 };
 
 mod commit;
 mod hooks;
+mod plan;
+mod run;
 mod saved;
+
+use run::Selected;
 
 /// Sequences of a step that need no allocation.
 const ON_STACK: usize = 16;
@@ -202,258 +205,6 @@ impl<R: Runner> Scheduler<R> {
         }
     }
 
-    /// Hands out, in order: one token to each sequence that decodes, chunks of prompts to those
-    /// that run already, then places to those that wait.
-    fn plan(&mut self) {
-        let mut budget = self.config.max_num_batched_tokens;
-        let preemptions = self.metrics.preemptions.load(std::sync::atomic::Ordering::Relaxed);
-        for decoding in [true, false] {
-            let mut i = 0;
-            while i < self.running.len() && budget > 0 {
-                let sequence = &self.running[i];
-                if sequence.planned == 0 && sequence.is_decoding() == decoding {
-                    self.reserve(i, &mut budget);
-                }
-                i += 1;
-            }
-        }
-        if self.metrics.preemptions.load(std::sync::atomic::Ordering::Relaxed) > preemptions {
-            // Who waits would take the pages that were just taken from somebody.
-            return;
-        }
-        while self.running.len() < self.config.max_num_seqs && budget > 0 {
-            let Some(index) = self.next_waiting().and_then(|next| self.start(next)) else { break };
-            self.reserve(index, &mut budget);
-        }
-    }
-
-    /// Plans the next tokens of a running sequence, as many as `budget` and pages allow.
-    ///
-    /// Pages come, in order, from the free ones, from sessions that rest, and from running
-    /// sequences that come later: lowest priority first, newest first.
-    fn reserve(&mut self, index: usize, budget: &mut usize) {
-        if !self.prune(index, budget) {
-            return;
-        }
-        let most = self.config.attention_chunk_size.min(*budget);
-        let wanted = self.running[index].uniform(most);
-        let planned = loop {
-            if self.runner.extend(&mut self.running[index].table, wanted).is_ok() {
-                break wanted;
-            }
-            if self.evict_session(None) {
-                continue;
-            }
-            let last = self.running.len() - 1;
-            if last > index {
-                *budget += self.preempt(last);
-                continue;
-            }
-            // Nobody comes later: take what there is, or wait for those who come before.
-            let table = &mut self.running[index].table;
-            let page_size = table.page_size();
-            let room = (table.pages().len() + self.runner.pool().free_pages()) * page_size;
-            let room = wanted.min(room - table.len());
-            break if room > 0 && self.runner.extend(table, room).is_ok() { room } else { 0 };
-        };
-        self.running[index].planned = planned;
-        *budget -= planned;
-    }
-
-    /// Prunes what is to be pruned before the next token of a running sequence; tells whether that
-    /// is done. Where it needs pages, they come from where [`Self::reserve`] has them from.
-    fn prune(&mut self, index: usize, budget: &mut usize) -> bool {
-        loop {
-            let sequence = &mut self.running[index];
-            match hooks::prune(&mut self.runner, sequence) {
-                Ok(()) => return true,
-                Err(ModelError::Kv(KvError::OutOfPages { .. })) => {
-                    if self.evict_session(None) {
-                        continue;
-                    }
-                    let last = self.running.len() - 1;
-                    if last > index {
-                        *budget += self.preempt(last);
-                        continue;
-                    }
-                    if last == 0 {
-                        // Nobody is left to wait for: pages that nobody else knows can be pruned
-                        // where they are.
-                        sequence.shares = false;
-                        *budget += self.preempt(index);
-                    }
-                    return false;
-                }
-                Err(error) => {
-                    let failure = hooks::cannot_prune(sequence, &error);
-                    sequence.end_with(End::Failed(failure));
-                    return false;
-                }
-            }
-        }
-    }
-
-    /// Takes the pages of a running sequence away, to be computed again later; returns the tokens
-    /// that had been planned for it.
-    fn preempt(&mut self, index: usize) -> usize {
-        let mut sequence = self.running.remove(index);
-        let planned = sequence.planned;
-        self.runner.release(sequence.begin_again());
-        count(&self.metrics.preemptions, 1);
-        insert(&mut self.waiting, sequence);
-        planned
-    }
-
-    /// The first that waits for nothing but capacity: of each session, the oldest request waits
-    /// for the one that runs, and the others wait for the oldest.
-    fn next_waiting(&self) -> Option<usize> {
-        self.waiting.iter().position(|sequence| {
-            let Some(session) = &sequence.session else { return true };
-            let same = |other: &&Sequence| other.session.as_ref() == Some(session);
-            self.running.iter().find(same).is_none()
-                && self.waiting.iter().filter(same).all(|other| other.id >= sequence.id)
-        })
-    }
-
-    /// Lets a waiting sequence run if its tokens fit beside those that run; returns its place.
-    fn start(&mut self, index: usize) -> Option<usize> {
-        let sequence = &self.waiting[index];
-        let page_size = sequence.table.page_size();
-        let session = sequence.session.as_deref();
-        let kept = session.and_then(|session| self.sessions.kept(session));
-        let of_session = kept.map_or(0, |kept| reusable(sequence, kept));
-        let prefix = sharable(sequence);
-        // Prompts whose every token is scored are computed whole.
-        let shares = sequence.prompt_logprobs.is_none() && sequence.shares;
-        let known = if shares { self.runner.known(prefix) } else { 0 };
-        let shares = known > of_session;
-        let reused = of_session.max(known);
-        let reused_pages =
-            if shares { 0 } else { kept.map_or(0, |kept| kept.pages_of(of_session)) };
-        // Where tokens were pruned, a few fewer would do.
-        let needed = (sequence.tokens.len() - reused + 1).div_ceil(page_size);
-        let own = kept.map_or(0, |kept| kept.table.pages().len() - reused_pages);
-        let others = self.sessions.kept_pages(session);
-        // Pages that only the index holds are available until they are shared.
-        let shared = if shares { known / page_size } else { 0 };
-        let available = (self.runner.available_pages() + own + others).saturating_sub(shared);
-        // Each that runs may need a page soon; it would have to be taken away again.
-        if !self.running.is_empty() && needed + self.running.len() > available {
-            return None;
-        }
-        let mut sequence = self.waiting.remove(index);
-        let kept = sequence.session.as_deref().and_then(|session| self.sessions.take(session));
-        let mut left = reused;
-        match kept {
-            Some(Kept { table, .. }) if shares => self.runner.release(table),
-            Some(Kept { mut table, tokens, dense, prunings, .. }) => {
-                if reused < tokens.len() {
-                    // A sealed page of codes goes whole.
-                    left = self.runner.truncate(&mut table, reused);
-                } else {
-                    sequence.prunings = prunings;
-                }
-                sequence.table = table;
-                // What follows tokens of selecting steps is not what any request would compute.
-                sequence.dense = if left > dense { dense } else { usize::MAX };
-            }
-            None => {}
-        }
-        if shares {
-            sequence.table = self.runner.start(sharable(&sequence));
-        }
-        let reused = if shares { sequence.table.len() } else { left };
-        self.tell_started(&mut sequence, reused);
-        Some(insert(&mut self.running, sequence))
-    }
-
-    fn tell_started(&mut self, sequence: &mut Sequence, cached_tokens: usize) {
-        // One that comes back after a preemption has left the queue already.
-        if sequence.place.take().is_none() {
-            return;
-        }
-        let now = self.config.clock.now();
-        let queued = now.saturating_duration_since(sequence.times.submitted);
-        sequence.times.started = Some(now);
-        sequence.cached_tokens = cached_tokens;
-        count(&self.metrics.prompt_tokens, sequence.prompt_len as u64);
-        count(&self.metrics.cached_tokens, cached_tokens as u64);
-        self.metrics.queue_time.record(queued);
-        sequence.events.send(Event::Started { cached_tokens, queued });
-    }
-
-    /// Runs the planned tokens of `members` together; if that fails, each alone, so that only
-    /// those that fail alone do fail.
-    fn run(&mut self, members: &[usize]) {
-        let interval = self.config.recall_interval as u64;
-        let members_now = members.iter().map(|&i| &self.running[i]);
-        let mut decoding = members_now.filter(|s| s.is_planned_decode()).peekable();
-        let somebody = decoding.peek().is_some();
-        let measure_recall = interval > 0
-            && somebody
-            && (self.decode_steps.is_multiple_of(interval)
-                || decoding.any(|sequence| sequence.kv.decode_steps == 0));
-        // Reuse compares a step with the one before it.
-        let list_pages = interval > 0 && somebody && self.decode_steps % interval <= 1 % interval;
-        let sampled = Sampled { measure_recall, list_pages };
-        let failure = match self.forward(members, sampled) {
-            Ok(Ok(())) => {
-                if list_pages {
-                    self.note_reuse(members);
-                }
-                // Prompts are read in full, whatever the selection: they would hide it.
-                if members.iter().all(|&i| self.running[i].planned == 1) {
-                    self.metrics.read_in_layers(self.runner.layers());
-                }
-                for (row, &i) in members.iter().enumerate() {
-                    self.commit(row, i);
-                }
-                return;
-            }
-            Ok(Err(error)) => model_failure(&error),
-            Err(panic) => panicked("the step", panic.as_ref()),
-        };
-        match members {
-            [i] => self.running[*i].end_with(End::Failed(failure)),
-            _ => members.iter().for_each(|&i| self.run(&[i])),
-        }
-    }
-
-    /// Computes the planned tokens of `members`.
-    fn forward(
-        &mut self,
-        members: &[usize],
-        Sampled { measure_recall, list_pages }: Sampled,
-    ) -> std::thread::Result<Result<(), ModelError>> {
-        let (runner, running) = (&mut self.runner, &self.running);
-        let steps: SmallVec<[_; ON_STACK]> = members.iter().map(|&i| step(&running[i])).collect();
-        let batch = Batch { sequences: &steps, measure_recall, list_pages };
-        // What a step that panicked has written, the next one writes again before it reads it.
-        catch_unwind(AssertUnwindSafe(|| runner.run(&batch)))
-    }
-
-    /// Compares what the last step selected with what the one before did, where that was listed.
-    fn note_reuse(&mut self, members: &[usize]) {
-        let Self { runner, running, selected, metrics, .. } = self;
-        let Some(lists) = runner.page_lists() else { return };
-        if selected.step + 1 == self.decode_steps {
-            for (row, &i) in members.iter().enumerate() {
-                let sequence = &mut running[i];
-                let mut before = selected.sequences.iter();
-                if let Some(before) = before.position(|other| *other == sequence.selects_as()) {
-                    let reuse = lists.reuse(row, &selected.lists, before);
-                    sequence.kv.decode.reuse.add(reuse);
-                    count(&metrics.pages_compared, reuse.compared);
-                    count(&metrics.pages_reused, reuse.reused);
-                }
-            }
-        }
-        selected.step = self.decode_steps;
-        selected.lists.clone_from(lists);
-        selected.sequences.clear();
-        selected.sequences.extend(members.iter().map(|&i| running[i].selects_as()));
-    }
-
     /// Ends sequences that have come to an end; tells whether there were any.
     fn sweep(&mut self) -> bool {
         let ended: Vec<_> =
@@ -630,77 +381,11 @@ impl<R: Runner> Scheduler<R> {
     }
 }
 
-/// What is measured in some steps only.
-#[derive(Debug, Clone, Copy)]
-struct Sampled {
-    measure_recall: bool,
-    list_pages: bool,
-}
-
-/// What the sequences of a step selected.
-#[derive(Debug, Default)]
-struct Selected {
-    /// The number of the step among those in which somebody decoded.
-    step: u64,
-    /// In the order of the batch: the request, and how many of its tokens were pruned. After a
-    /// pruning pages have other numbers.
-    sequences: Vec<(RequestId, u64)>,
-    lists: PageLists,
-}
-
 /// Puts a sequence into its place by rank; returns the place.
 fn insert(sequences: &mut Vec<Sequence>, sequence: Sequence) -> usize {
     let index = sequences.partition_point(|other| other.rank < sequence.rank);
     sequences.insert(index, sequence);
     index
-}
-
-/// Tokens at the start of a sequence that a session's pages hold, one fewer than it has at most:
-/// the last token is always computed, for its logits.
-///
-/// A cut inside a page would leave a box that is larger than its keys, so cuts are whole pages.
-fn reusable(sequence: &Sequence, kept: &Kept) -> usize {
-    if sequence.cache_salt != kept.cache_salt || sequence.prompt_logprobs.is_some() {
-        return 0;
-    }
-    let most = sequence.tokens.len() - 1;
-    let intact = kept.table.intact();
-    let same = sequence.tokens.iter().zip(&kept.tokens).take_while(|(a, b)| a == b).count();
-    let page_size = kept.table.page_size();
-    match same.min(most) {
-        all if all == kept.tokens.len() => all,
-        // Where tokens were pruned, what lies behind them is all that follows or nothing.
-        some => some.min(intact) - some.min(intact) % page_size,
-    }
-}
-
-/// What of a sequence may be found among what others have computed, and one token more, which is
-/// always computed, for its logits.
-fn sharable(sequence: &Sequence) -> Prefix<'_> {
-    let most = (sequence.alike().len() + 1).min(sequence.tokens.len());
-    Prefix { salt: &sequence.cache_salt, tokens: &sequence.tokens[..most] }
-}
-
-/// What a sequence does in the step that is planned.
-fn step(sequence: &Sequence) -> SequenceStep<'_> {
-    let end = sequence.computed();
-    let start = end - sequence.planned;
-    let in_prompt = start < sequence.prompt_len;
-    let logits = if in_prompt && sequence.prompt_logprobs.is_some() {
-        LogitRows::All
-    } else if end == sequence.tokens.len() {
-        LogitRows::Last
-    } else {
-        LogitRows::None
-    };
-    let attention = if in_prompt { Attention::Dense } else { sequence.attention.as_kernel() };
-    SequenceStep {
-        tokens: &sequence.tokens[start..end],
-        table: &sequence.table,
-        attention,
-        logits,
-        observe: hooks::observe(sequence, end),
-    }
 }
 
 fn model_failure(error: &ModelError) -> Failure {

@@ -614,7 +614,11 @@ mod tests {
             ("f.toml", "kv_cache_dtype = \"int3\"", "int3"),
             ("g.json", "{", "EOF"),
             ("h.yaml", "", ".json or .toml"),
-            ("q.toml", "adaptive = true\nattention = \"dense\"", "adaptive is true, expected false"),
+            (
+                "q.toml",
+                "adaptive = true\nattention = \"dense\"",
+                "adaptive is true, expected false",
+            ),
             ("r.toml", "adaptive_min_budget = 0.0", "adaptive_min_budget is 0"),
             ("s.toml", "adaptive_max_budget = 0.5", "adaptive_max_budget is 0.5"),
             ("t.toml", "adaptive = true\nadaptive_min_budget = 1.0", "no room to move"),

@@ -129,11 +129,14 @@ fn converse(
     for turn in 0..args.turns {
         let message = if turn == 0 { args.n_prompt } else { args.n_new };
         text.extend((0..message).map(|_| tokens.next()));
-        let (_, alone) = answer(engine, Request {
-            // Nobody else's pages are found under a salt of its own.
-            cache_salt: format!("{name} {turn}"),
-            ..Request::new(&text[..]).max_tokens(1)
-        })?;
+        let (_, alone) = answer(
+            engine,
+            Request {
+                // Nobody else's pages are found under a salt of its own.
+                cache_salt: format!("{name} {turn}"),
+                ..Request::new(&text[..]).max_tokens(1)
+            },
+        )?;
         let alone = ttft(&alone)?;
         let request = Request::new(&text[..]).max_tokens(args.n_gen).session(name);
         let (answer, summary) = answer(engine, request)?;

@@ -25,9 +25,7 @@ use super::select::{Choice, Chosen, choose};
 use super::simd::{Element, Kernel, Simd, dispatch};
 use super::{Cpu, CpuTensor};
 use crate::reference;
-use crate::{
-    AttendArgs, AttendSequence, AttendStats, Attention, Heads, KernelError, PageLists,
-};
+use crate::{AttendArgs, AttendSequence, AttendStats, Attention, Heads, KernelError, PageLists};
 
 use observe::Observed;
 use softmax::{Shape, State};

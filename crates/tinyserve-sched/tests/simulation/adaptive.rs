@@ -134,7 +134,8 @@ fn later_requests_start_with_the_budget_of_now_and_own_policies_stay() {
 fn without_a_policy_there_is_nothing_to_move() {
     let refused = |attention, min_budget, target| {
         let adaptive = Adaptive { target, min_budget, max_budget: 1.0, on_move: Arc::new(|_| {}) };
-        let config = EngineConfig { attention, adaptive: Some(adaptive), ..EngineConfig::default() };
+        let config =
+            EngineConfig { attention, adaptive: Some(adaptive), ..EngineConfig::default() };
         match Scheduler::new(Toy::new(10, 4), config) {
             Err(AdmissionError::Setting { name, .. }) => name,
             other => panic!("{:?}", other.map(|_| ())),

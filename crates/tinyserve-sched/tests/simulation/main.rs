@@ -10,9 +10,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use tinyserve_model::SamplingParams;
-use tinyserve_plugins::{
-    Action, HookResult, Plugin, PluginManager, PrefillContext, StepContext,
-};
+use tinyserve_plugins::{Action, HookResult, Plugin, PluginManager, PrefillContext, StepContext};
 use tinyserve_sched::{
     AdmissionError, Clock, Engine, EngineConfig, EngineState, Event, EventStream, FailureKind,
     Finished, Request, RequestId, Runner, Scheduler,
@@ -540,7 +538,10 @@ fn what_a_dead_replica_had_fails_and_others_go_on() {
     assert_eq!(engine.state(), EngineState::Running);
     // Its sessions start again elsewhere.
     for session in 0..20 {
-        assert!(matches!(engine.submit(request(session)).unwrap().last(), Some(Event::Finished(_))));
+        assert!(matches!(
+            engine.submit(request(session)).unwrap().last(),
+            Some(Event::Finished(_))
+        ));
     }
     assert_eq!(engine.list_sessions().wait().unwrap().len(), 20);
 }

@@ -15,8 +15,7 @@ use tinyserve_sched::{
 use super::TinyServe;
 use crate::affinity::Pinning;
 use crate::{
-    AttentionMode, PlannedMemory, RopeFrequencyDtype, TinyServeConfig, TinyServeError,
-    Weights,
+    AttentionMode, PlannedMemory, RopeFrequencyDtype, TinyServeConfig, TinyServeError, Weights,
 };
 
 /// Collects settings and builds a [`TinyServe`].
@@ -163,8 +162,7 @@ impl TinyServeBuilder {
         let threads = threads.map(|all| (all / replicas).max(1));
         let pinning = threads.and_then(|threads| Pinning::plan(replicas, threads));
         let options = CpuOptions { threads, ..self.cpu };
-        let backends =
-            (0..replicas).map(|replica| pinned_cpu(options, replica, pinning.as_ref()));
+        let backends = (0..replicas).map(|replica| pinned_cpu(options, replica, pinning.as_ref()));
         let backends = backends.collect::<Result<Vec<_>, _>>()?;
         let (path, threads) = (backends[0].path(), backends[0].threads());
         let backend_name = match (&cudas[..], replicas) {
