@@ -268,12 +268,9 @@ impl DeviceArgs {
 
     /// The CPU backend that `config` and the flags ask for.
     pub(crate) fn backend(&self, config: &TinyServeConfig) -> Result<Cpu> {
-        if let Device::Cuda(_) = config.device {
-            return Err(out_of_range(
-                "--device",
-                String::from(config.device),
-                "cpu for this command",
-            ));
+        if !config.cuda_devices().is_empty() {
+            let device = String::from(config.device);
+            return Err(out_of_range("--device", device, "cpu for this command"));
         }
         let options = CpuOptions { threads: config.threads, path: self.cpu };
         Ok(Cpu::new(options).map_err(TinyServeError::from)?)

@@ -27,7 +27,8 @@ impl<R: Runner> Scheduler<R> {
                 i += 1;
             }
         }
-        if self.metrics.preemptions.load(Ordering::Relaxed) > preemptions {
+        let preempted = self.metrics.preemptions.load(Ordering::Relaxed) > preemptions;
+        if preempted && !self.running.is_empty() {
             // Who waits would take the pages that were just taken from somebody.
             return;
         }

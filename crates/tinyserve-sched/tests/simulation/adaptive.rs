@@ -113,7 +113,8 @@ fn later_requests_start_with_the_budget_of_now_and_own_policies_stay() {
     let step = |world: &mut World| {
         let before = world.scheduler.stats().step.sum;
         world.step();
-        Duration::from_secs_f64(world.scheduler.stats().step.sum - before)
+        let seconds = world.scheduler.stats().step.sum - before;
+        Duration::from_micros((1e6 * seconds).round() as u64)
     };
     let pages = |ratio: f64| PAGE * (ratio * 201.0) as u32;
     world.submit(plan()).unwrap();

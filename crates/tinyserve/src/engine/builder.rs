@@ -214,7 +214,7 @@ impl TinyServeBuilder {
             target: Duration::from_secs_f64(config.target_latency_ms / 1e3),
             min_budget: config.adaptive_min_budget,
             max_budget: config.adaptive_max_budget,
-            on_move: self.on_budget_move.unwrap_or_else(|| Arc::new(|_| {})),
+            on_move: self.on_budget_move.unwrap_or_else(|| Arc::new(|_: &BudgetMove| {})),
         });
         let layers = checkpoint.config().layers;
         if config.adaptive && config.dense_layers >= layers {
