@@ -16,7 +16,7 @@ use tinyserve_sched::{AttentionChoice, EngineConfig, Event, ModelRunner, Request
 
 /// The counters themselves, which only the engine's thread can write otherwise.
 #[path = "../src/metrics.rs"]
-#[allow(dead_code, unreachable_pub)]
+#[allow(dead_code, unreachable_pub, unused_imports)]
 mod metrics;
 
 use metrics::{Metrics, count, gauge};

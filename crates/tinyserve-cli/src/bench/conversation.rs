@@ -143,8 +143,10 @@ fn converse(
         text.extend(answer);
         turns.push((summary, alone));
     }
-    engine.delete_session(name).wait();
-    Ok(turns)
+    match engine.delete_session(name).wait() {
+        Some(_) => Ok(turns),
+        None => Err(anyhow!("the engine stopped at the end of a conversation")),
+    }
 }
 
 /// The tokens of an answer, and what it took.

@@ -39,8 +39,9 @@ fn world(ratio: f64, fixed: Duration, target: Duration) -> (World, Moves) {
         clock: clock.clone(),
         ..EngineConfig::default()
     };
-    let takes = Some((clock, fixed, PAGE));
-    (World::of(Toy { takes, ..Toy::new(2000, 4) }, config), moves)
+    let mut toy = Toy::new(2000, 4);
+    toy.takes = Some((clock, fixed, PAGE));
+    (World::of(toy, config), moves)
 }
 
 fn last(moves: &Moves) -> Option<BudgetMove> {
@@ -127,7 +128,7 @@ fn later_requests_start_with_the_budget_of_now_and_own_policies_stay() {
     own.attention = Some(AttentionChoice::Policy(policy(0.9)));
     let (submission, _stream) = world.scheduler.intake().take(own, |_| {}).unwrap();
     world.scheduler.add(submission);
-    (0..4).for_each(|_| drop(step(&mut world)));
+    (0..4).for_each(|_| world.step());
     assert_eq!(step(&mut world), pages(0.9));
 }
 
