@@ -88,7 +88,7 @@ fn perplexity_lost(model: &str, weights: Weights) -> f64 {
             });
             texts.collect()
         });
-        (engine.perplexity(&text, None, |_, _| {}).unwrap().perplexity, text)
+        (engine.perplexity(&text, None, |_, _| true).unwrap().perplexity, text)
     };
     let (stored, text) = perplexity(Weights::Auto, None);
     perplexity(weights, Some(text)).0 / stored - 1.0

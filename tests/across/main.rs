@@ -4,4 +4,5 @@ mod activations;
 mod batch;
 mod embedded;
 mod golden;
+mod prefixes;
 mod pruning;

@@ -30,7 +30,7 @@ fn a_run_becomes_a_page_that_needs_nothing_else() {
     let lines: Vec<serde_json::Value> =
         lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(lines.len(), 13);
-    assert_eq!((&lines[0]["format"], &lines[0]["version"]), (&"tinyserve-trace".into(), &1.into()));
+    assert_eq!((&lines[0]["format"], &lines[0]["version"]), (&"tinyserve-trace".into(), &2.into()));
     for step in &lines[1..] {
         let heads = step["heads"].as_array().unwrap();
         assert_eq!(heads.len(), 5 * 4);
@@ -38,6 +38,15 @@ fn a_run_becomes_a_page_that_needs_nothing_else() {
             let mass: Vec<f64> = serde_json::from_value(head["mass"].clone()).unwrap();
             assert_eq!(mass.len(), 2, "query heads of a KV head");
             assert!(mass.iter().all(|x| (0.0..1.0001).contains(x)), "{mass:?}");
+            // Each page that was read has a score, and no order of pages holds more than the best.
+            let scores = head["scores"].as_array().map(Vec::len);
+            assert_eq!(scores, head["pages"].as_array().map(Vec::len), "{head}");
+            let curve = |name: &str| serde_json::from_value::<Option<Vec<f64>>>(head[name].clone());
+            let (best, scored) = (curve("best_curve").unwrap(), curve("score_curve").unwrap());
+            assert_eq!(scored.is_some(), head["layer"] != 0, "a dense layer scores nothing");
+            for (best, scored) in best.unwrap().iter().zip(scored.iter().flatten()) {
+                assert!(*scored <= best + 1e-3, "{head}");
+            }
             // Four pages: the budget.
             let pages = head["pages"].as_array().map(Vec::len);
             assert_eq!(pages, if head["layer"] == 0 { None } else { Some(4) });
@@ -59,8 +68,11 @@ fn a_run_becomes_a_page_that_needs_nothing_else() {
         let stderr = tinyserve(&["analyze", "--from", text(&broken)]).refused(1);
         assert!(words.iter().all(|word| stderr.contains(word)), "{words:?}: {stderr}");
     };
-    write(&lines[0].to_string().replace("\"version\":1", "\"version\":2"));
-    refused(&["b.trace", "a trace of version 2", "expected a trace of version 1"]);
+    for other in ["1", "3"] {
+        write(&lines[0].to_string().replace("\"version\":2", &format!("\"version\":{other}")));
+        let found = format!("a trace of version {other}");
+        refused(&["b.trace", &found, "expected a trace of version 2"]);
+    }
     write("{\"hello\":1}\n");
     refused(&["b.trace", "found something else"]);
     write(&format!("{}\n{{\"tokens\":5}}\n", lines[0]));
@@ -87,4 +99,8 @@ fn mistakes_are_sentences() {
     refused(&["--from", "x.trace", "--policies", "box"], "nothing is run");
     refused(&["-p", "a", "-n", "0"], "--steps is 0");
     refused(&["-p", "a", "-n", "512"], "--steps is 512");
+    for flag in ["--report", "--trace"] {
+        let nowhere = tinyserve(&["analyze", "-p", "a", flag, "no/such/file"]);
+        nowhere.refused_with(1, &["no/such/file cannot be written", "no/such is no folder"]);
+    }
 }

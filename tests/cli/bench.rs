@@ -92,6 +92,10 @@ fn attention_modes_are_compared() {
     assert!(ratio > 0.25 && ratio < 0.40, "{ratio}");
     assert_eq!(rows[0]["median_ts_ratio"], Value::Null);
     assert!(number(&rows[1], "median_ts_ratio") > 0.1);
+    for part in ["score_ns", "select_ns"] {
+        assert_eq!(number(&rows[0]["step_split"], part), 0.0);
+        assert!(number(&rows[1]["step_split"], part) > 0.0, "{}", rows[1]);
+    }
 }
 
 #[test]
@@ -258,9 +262,14 @@ fn attention_is_swept_and_split() {
         let [score, select, attend] =
             ["score_ns", "select_ns", "attend_ns"].map(|phase| number(row, phase));
         assert!(attend > 0.0, "{row}");
+        // Keys and values of two heads in f16, and boxes of a page's two corners.
+        let [tokens, page] = [number(row, "n_tokens"), number(row, "page_size")];
+        let kept = 2.0 * 64.0 * 2.0 * (2.0 * tokens + 2.0 * tokens / page);
+        assert_eq!(number(row, "bytes_resident"), kept, "{row}");
         assert_eq!(score + select > 0.0, row["attention"] == "sparse", "{row}");
     }
-    assert!(std::fs::read_to_string(&plot).unwrap().contains("ratio 0.25, pages of 32"));
+    let svg = std::fs::read_to_string(&plot).unwrap();
+    assert!(svg.contains("ratio 0.25, pages of 32") && svg.contains("dense"), "{svg}");
     let table = words(&format!("{sweep} --page-size 16")).done();
     let last = table.trim_end().lines().last().unwrap();
     assert!(last.starts_with("ratio 0.25, pages of 16, f16, 8/2 heads: "), "{table}");

@@ -63,3 +63,48 @@ fn ctrl_c_stops_the_answer_and_not_the_program() {
         "{ran:?}"
     );
 }
+
+#[test]
+fn a_conversation_is_saved_and_another_process_goes_on_with_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let talk = folder.path().join("talk");
+    let talk = talk.to_str().unwrap();
+    let args = ["chat", "--temperature", "0", "-n", "24"];
+    let first = "Once upon a time there was a little girl named Lily who had a big red ball";
+    let told = |stderr: &str, what: &str| {
+        stderr.lines().find(|line| line.contains(what)).map(str::to_owned).unwrap_or_default()
+    };
+    let whole = with_stdin(&args, format!("{first}\n/save {talk}\nThen\n/stats\n").as_bytes());
+    assert!(whole.stderr.contains("saved 2 messages, and keys and values of "), "{whole:?}");
+    let stats = told(&whole.stderr, "kept from before");
+    let whole = whole.done();
+    let answers: Vec<_> = whole.lines().filter(|line| !line.is_empty()).collect();
+    assert_eq!(answers.len(), 2, "{answers:?}");
+
+    let again = with_stdin(&args, format!("/load {talk}\nThen\n/stats\n").as_bytes());
+    assert!(again.stderr.contains("loaded 2 messages, and keys and values of "), "{again:?}");
+    let kept = told(&again.stderr, "kept from before");
+    assert!(!kept.contains(" 0 of them") && !stats.is_empty(), "{again:?}");
+    let again = again.done();
+    assert_eq!(again.lines().find(|line| !line.is_empty()), Some(answers[1]));
+
+    // Damaged keys and values are computed again, and what was said is not lost.
+    let session = format!("{talk}.session");
+    let mut bytes = std::fs::read(&session).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&session, bytes).unwrap();
+    let damaged = with_stdin(&args, format!("/load {talk}\nThen\n").as_bytes());
+    assert!(damaged.stderr.contains("computed again") && damaged.stderr.contains(&session));
+    let damaged = damaged.done();
+    assert_eq!(damaged.lines().find(|line| !line.is_empty()), Some(answers[1]));
+
+    std::fs::write(format!("{talk}.json"), "[1]").unwrap();
+    let said = format!("/save {talk}\n/load {talk}\n/load\n/load {talk}-not\n");
+    let refused = with_stdin(&args, said.as_bytes());
+    for part in
+        ["nothing was said yet", "no saved conversation", "needs the name", "cannot be read"]
+    {
+        assert!(refused.stderr.contains(part), "{part:?} is not in {refused:?}");
+    }
+    refused.done();
+}

@@ -111,6 +111,24 @@ fn predictions_through_policies_are_held_against_dense_ones() {
 }
 
 #[test]
+fn the_divergence_of_codes_is_from_dense_attention_over_floats() {
+    let (home, _) = induction();
+    let file = story(&home);
+    let kl = |dtype: &str, reference: &[&str]| {
+        let mut args = vec!["eval", "kl", "--text-file", text(&file), "--kv-cache-dtype", dtype];
+        args.extend(reference);
+        args.extend("--policies dense --window 128 --samples 1 --json".split_whitespace());
+        let rows = tinyserve(&args).json();
+        assert_eq!(rows[0]["kv_cache_dtype"], dtype);
+        number(&rows[0], "kl_mean")
+    };
+    let from_f32 = |dtype| kl(dtype, &["--reference-kv-cache-dtype", "f32"]);
+    assert_eq!((from_f32("f32"), kl("int4", &[])), (0.0, 0.0));
+    let [f16, int8, int4] = ["f16", "int8", "int4"].map(from_f32);
+    assert!(f16 < int8 && int8 < int4 && int4 < 0.1, "{f16} {int8} {int4}");
+}
+
+#[test]
 fn recall_is_told_by_layer_and_head() {
     let (home, _) = induction();
     let file = story(&home);
@@ -168,6 +186,8 @@ fn mistakes_are_answered_with_what_would_do() {
     refused(&format!("{needle} box --pairs 65"), &["--pairs is 65", "1 to 64"]);
     refused(&format!("{needle} box --samples 0"), &["--samples is 0"]);
     refused(&format!("{needle} box --plot x.png"), &["--plot is x.png", ".svg"]);
+    let nowhere = words("eval needle --policies dense --heat-map no/such/map.svg");
+    nowhere.refused_with(1, &["no/such/map.svg cannot be written", "no/such is no folder"]);
     refused(&format!("{needle} box --observe 8"), &["--observe", "h2o and snapkv"]);
     refused(&format!("{needle} box --reselect-interval 0"), &["--reselect-interval is 0"]);
     refused(&format!("{needle} box --text-file FILE"), &["--text-file", "lookup.json"]);

@@ -64,6 +64,108 @@ fn json_says_that_it_was_cancelled() {
     panic!("no moment was found");
 }
 
+/// What a long command prints, as JSON, when Ctrl-C comes while it works.
+///
+/// Nothing tells when that is, so the moment has to be found: early ones end the process before it
+/// listens or before there is anything to print, late ones find it done.
+fn interrupted(args: &[&str]) -> serde_json::Value {
+    for wait in [100, 200, 400, 800, 1600, 3200, 6400, 12_800] {
+        let Some(ran) = interrupted_after(Duration::from_millis(wait), args) else { continue };
+        match ran.code {
+            Some(130) if ran.stdout.is_empty() => assert_eq!(ran.stderr, ""),
+            Some(130) => return serde_json::from_str(&ran.stdout).unwrap(),
+            None => assert_eq!(ran.stdout, ""),
+            Some(_) => panic!("it was over before it could be interrupted: {args:?} {ran:?}"),
+        }
+    }
+    panic!("no moment was found for {args:?}");
+}
+
+/// How the command ended, interrupted after `wait`; `None` when it did not end: a shell that runs
+/// tests in the background has Ctrl-C ignored until the command listens to it.
+fn interrupted_after(wait: Duration, args: &[&str]) -> Option<Ran> {
+    let mut child = command(args).spawn().unwrap();
+    std::thread::sleep(wait);
+    interrupt(&child);
+    let start = Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        if start.elapsed() > Duration::from_secs(10) {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            return None;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Some(Ran::new(child.wait_with_output().unwrap()))
+}
+
+/// A text that takes longer to read than any test waits.
+fn long_text(home: &tempfile::TempDir) -> std::path::PathBuf {
+    let file = home.path().join("long.txt");
+    let story = "Once upon a time there was a little girl named Lily. She loved to play outside. ";
+    std::fs::write(&file, story.repeat(2_500)).unwrap();
+    file
+}
+
+#[test]
+fn a_comparison_keeps_the_windows_that_all_policies_have_read() {
+    let home = tempfile::tempdir().unwrap();
+    let file = long_text(&home);
+    let flags = ["eval", "kl", "--text-file", text(&file), "--json", "--dense-layers", "0"];
+    let windows = ["--window", "64", "--samples", "100k", "--policies", "dense,box,h2o"];
+    let rows = interrupted(&[&flags[..], &windows].concat());
+    let tokens: Vec<_> = rows.as_array().unwrap().iter().map(|row| &row["tokens"]).collect();
+    let read = tokens[0].as_u64().unwrap();
+    assert!(tokens.len() == 3 && tokens.iter().all(|&n| n == tokens[0]), "{rows}");
+    // A window predicts 31 tokens.
+    assert!(read > 0 && read.is_multiple_of(31), "{rows}");
+    assert!(rows[1]["perplexity"].as_f64().unwrap() > 1.0, "{rows}");
+}
+
+#[test]
+fn needles_keep_the_questions_that_all_policies_have_answered() {
+    let flags = "eval needle --context 200 --pairs 2 --samples 1m --policies dense,box,snapkv \
+                 --dense-layers 0 --json";
+    let rows = interrupted(&flags.split_whitespace().collect::<Vec<_>>());
+    let samples: Vec<_> = rows.as_array().unwrap().iter().map(|row| &row["samples"]).collect();
+    let asked = samples[0].as_u64().unwrap();
+    assert!(samples.len() == 3 && samples.iter().all(|&n| n == samples[0]), "{rows}");
+    assert!(asked > 0 && asked < 1 << 20, "{rows}");
+}
+
+#[test]
+fn a_perplexity_is_of_what_was_read_until_then() {
+    let home = tempfile::tempdir().unwrap();
+    let file = long_text(&home);
+    let told = interrupted(&["eval", "perplexity", "--text-file", text(&file), "--json"]);
+    assert!(told["tokens"].as_u64().unwrap() > 0, "{told}");
+    assert!(told["perplexity"].as_f64().unwrap() > 1.0, "{told}");
+}
+
+#[test]
+fn a_report_is_of_the_steps_until_then() {
+    let home = tempfile::tempdir().unwrap();
+    let [page, trace] = ["a.html", "a.trace"].map(|name| home.path().join(name));
+    let run = ["analyze", "-p", "Once upon a time", "-n", "500", "--cpu", "scalar"];
+    let files = ["--report", text(&page), "--trace", text(&trace), "--dense-layers", "0"];
+    for wait in [50, 100, 200, 400, 800, 1600] {
+        let run = [&run[..], &files].concat();
+        let Some(ran) = interrupted_after(Duration::from_millis(wait), &run) else { continue };
+        assert_ne!(ran.code, Some(0), "it was over before it could be interrupted: {ran:?}");
+        if page.exists() {
+            assert_eq!(ran.code, Some(130), "{ran:?}");
+            let steps = ran.stdout.split(": ").nth(1).unwrap().trim_end();
+            let count: usize = steps.split(' ').next().unwrap().parse().unwrap();
+            assert!(count > 0 && count < 500, "{ran:?}");
+            let again = home.path().join("b.html");
+            let told = command(&["analyze", "--from", text(&trace), "--report", text(&again)]);
+            assert!(Ran::new({ told }.output().unwrap()).done().contains(steps));
+            return;
+        }
+    }
+    panic!("no moment was found");
+}
+
 #[test]
 fn the_second_time_ends_at_once() {
     // One prefill step of seconds, which the first Ctrl-C would wait for.

@@ -15,7 +15,7 @@ use clap::ValueEnum;
 use serde_json::Value;
 
 use child::{Peer, Ran, Tinyserve};
-use page::{Page, number};
+use page::Page;
 
 /// What to measure, and where to write it.
 #[derive(clap::Args)]
@@ -37,6 +37,10 @@ pub(crate) struct Args {
     /// The llama-bench of a build of llama.cpp: takes turns with ours, and ratios are printed.
     #[arg(long, value_name = "PATH", requires = "gguf")]
     llama_bench: Option<PathBuf>,
+    /// Built from tools/llama-deep against the same llama.cpp: takes turns in the rows deep in the
+    /// context, which llama-bench needs a quarter of an hour for.
+    #[arg(long, value_name = "PATH", requires = "llama_bench")]
+    llama_deep: Option<PathBuf>,
     /// Folder of its models: SHAPE-f16.gguf, SHAPE-q8_0.gguf, SHAPE-q4_0.gguf.
     #[arg(long, value_name = "DIR", requires = "llama_bench")]
     gguf: Option<PathBuf>,
@@ -53,7 +57,7 @@ enum Part {
     Prefill,
     /// One attention step alone
     Attention,
-    /// Generation 16K tokens deep, dense beside sparse, with peak memory
+    /// Generation 8K and 16K tokens deep, dense beside sparse, with peak memory
     Depth,
 }
 
@@ -66,12 +70,30 @@ const MODELS: [(&str, &[&str]); 5] = [
     ("gpt2-124m", &["f16", "int8"]),
     (EMBEDDED, &["auto"]),
 ];
-/// Shape, weights, sequences.
-const DEEP: [(&str, &str, u32); 4] = [
-    ("gpt2-345m", "int8", 8),
-    ("tinyllama-1.1b", "int8", 1),
-    ("tinyllama-1.1b", "int4", 1),
-    ("llama-15m", "f16", 1),
+/// Sequences that are this deep in their context.
+struct Deep {
+    shape: &'static str,
+    weights: &'static str,
+    kv: &'static str,
+    sequences: u32,
+    depth: u32,
+}
+
+/// Tokens that each sequence generates in a run deep in the context.
+const DEEP_STEPS: &str = "8";
+
+const fn deep(shape: &'static str, weights: &'static str, kv: &'static str) -> Deep {
+    Deep { shape, weights, kv, sequences: 1, depth: 16_384 }
+}
+
+const DEEP: [Deep; 7] = [
+    Deep { sequences: 8, ..deep("gpt2-345m", "int8", "f16") },
+    deep("tinyllama-1.1b", "int8", "f16"),
+    deep("tinyllama-1.1b", "int8", "int8"),
+    deep("tinyllama-1.1b", "int4", "f16"),
+    deep("llama-15m", "f16", "f16"),
+    deep("llama-15m", "f16", "int8"),
+    Deep { depth: 8_192, ..deep("gpt2-124m", "f16", "int8") },
 ];
 
 /// Measures, prints and writes the page.
@@ -114,8 +136,13 @@ fn peer(args: &Args) -> Result<Option<Peer>> {
             program.display(),
             models.display()
         ),
-        (Some(program), Some(models)) => {
-            Ok(Some(Peer { program: program.clone(), models: models.clone() }))
+        (Some(llama_bench), Some(models)) => {
+            let llama_deep = args.llama_deep.clone();
+            if let Some(program) = llama_deep.as_ref().filter(|program| !program.is_file()) {
+                bail!("--llama-deep {}: expected a program", program.display());
+            }
+            let (llama_bench, models) = (llama_bench.clone(), models.clone());
+            Ok(Some(Peer { llama_bench, llama_deep, models }))
         }
         _ => Ok(None),
     }
@@ -198,8 +225,7 @@ impl Session<'_> {
         }
         if let Some(peer) = &self.peer {
             let threads = self.tinyserve.threads();
-            let rows = peer.rows(shape, weights, threads, test)?;
-            speeds.peers.extend(rows.iter().flat_map(samples));
+            speeds.peers.extend(peer.speeds(shape, weights, threads, test)?);
         }
         Ok(())
     }
@@ -218,42 +244,73 @@ impl Session<'_> {
     }
 
     fn depth(&self, page: &mut Page) -> Result<()> {
-        page.heading("16,384 tokens deep");
+        page.heading("Deep in the context");
         page.text(
-            "Synthetic keys and values, f16; dense and a tenth of the pages take turns in one \
-             process, the ratio is of medians. KV is what the whole cache would take.",
+            "Synthetic keys and values; dense and a tenth of the pages take turns in one process, \
+             and so do the peer's processes with ours. KV is what the whole cache would take. The \
+             peer's cache has the same type: f16, or q8_0 for int8.",
         );
-        let mut rows = Vec::new();
-        for (shape, weights, batch) in DEEP.into_iter().filter(|it| self.args.wants_shape(it.0)) {
-            eprintln!("depth: {shape} {weights}, {batch} sequences");
-            let batch = batch.to_string();
-            let test = ["-p", "0", "-n", "8", "-d", "16384", "-r", "5"];
-            let ours = [
-                &test[..],
-                &["-b", &batch, "--kv-cache-dtype", "f16", "--attention", "dense,sparse"],
-                &["--selection-ratio", "0.1"],
-            ]
-            .concat();
-            let label = format!("{shape} {weights} x{batch}");
-            let ran = self.tinyserve.latency(shape, weights, &ours)?;
-            // llama-bench has no batch of sequences.
-            let peers = match &self.peer {
-                Some(peer) if batch == "1" => {
-                    peer.rows(shape, weights, self.tinyserve.threads(), &test)?
+        let mut rows: Vec<_> = DEEP
+            .iter()
+            .filter(|deep| self.args.wants_shape(deep.shape))
+            .map(|deep| (deep, DeepRows::default()))
+            .collect();
+        for round in 0..self.args.rounds {
+            for (deep, found) in &mut rows {
+                eprintln!("depth, round {}: {}", round + 1, deep.label());
+                let [sequences, depth] = [deep.sequences, deep.depth].map(|n| n.to_string());
+                let test: [&[&str]; 3] = [
+                    &["-p", "0", "-n", DEEP_STEPS, "-d", &depth, "-r", "3", "-b", &sequences],
+                    &["--kv-cache-dtype", deep.kv, "--attention", "dense,sparse"],
+                    &["--selection-ratio", "0.1"],
+                ];
+                let test = test.concat();
+                match self.tinyserve.latency(deep.shape, deep.weights, &test)? {
+                    Ran::Rows(rows) => found.add(rows),
+                    Ran::Refused(sentence) => found.refused = Some(sentence),
                 }
-                _ => Vec::new(),
-            };
-            rows.push((label, ran, peers.iter().flat_map(samples).collect::<Vec<_>>()));
+                if let Some(peer) = &self.peer {
+                    found.peers.extend(peer.deep(deep, self.tinyserve.threads())?);
+                }
+            }
         }
-        page.table_of_depth(&rows);
+        page.table_of_depth(rows.iter().map(|(deep, rows)| (deep.label(), rows)));
         Ok(())
     }
 }
 
-/// Speeds of the runs of a row.
-fn samples(row: &Value) -> Vec<f64> {
-    match row["samples_ts"].as_array() {
-        Some(samples) => samples.iter().filter_map(Value::as_f64).collect(),
-        None => number(row, "avg_ts").into_iter().collect(),
+impl Deep {
+    fn label(&self) -> String {
+        let Self { shape, weights, kv, sequences, depth } = self;
+        format!("{shape} {weights}, {kv} KV, {sequences} × {}K", depth / 1024)
     }
+}
+
+/// What the rounds gave for one line deep in the context.
+#[derive(Default)]
+struct DeepRows {
+    /// The last row of each kind of attention, with the speeds of all rounds.
+    ours: Vec<(Value, Vec<f64>)>,
+    peers: Vec<f64>,
+    refused: Option<String>,
+}
+
+impl DeepRows {
+    fn add(&mut self, rows: Vec<Value>) {
+        for row in rows {
+            let mut speeds: Vec<_> = samples(&row).collect();
+            match self.ours.iter_mut().find(|(old, _)| old["attention"] == row["attention"]) {
+                Some((old, all)) => {
+                    all.append(&mut speeds);
+                    *old = row;
+                }
+                None => self.ours.push((row, speeds)),
+            }
+        }
+    }
+}
+
+/// Speeds of the runs of a row.
+fn samples(row: &Value) -> impl Iterator<Item = f64> {
+    row["samples_ts"].as_array().into_iter().flatten().filter_map(Value::as_f64)
 }

@@ -46,6 +46,9 @@ const STEPS: usize = 64;
 
 /// Runs, or reads a trace, and writes the report.
 pub(crate) fn analyze(args: &AnalyzeArgs) -> Result<()> {
+    for file in std::iter::once(&args.report).chain(&args.trace) {
+        output::has_place(file)?;
+    }
     let (trace, watched) = match &args.from {
         Some(file) => {
             let idle = args.trials.given().then_some("--policies").or(args.trials.idle_flag());

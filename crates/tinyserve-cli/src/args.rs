@@ -537,9 +537,8 @@ pub(crate) struct SelectionArgs {
     /// the pages.
     #[arg(long, value_name = "P", env = "TINYSERVE_TOP_P_PAGES", allow_negative_numbers = true)]
     top_p_pages: Option<f64>,
-    /// What a page is scored by: box has kernels; mean-std, cuboid-mean, two-boxes, two-stage,
-    /// oracle, oracle-mass, streaming and random run on the host, for research.
-    #[arg(long, value_name = "NAME", env = "TINYSERVE_SCORER", value_parser = values::scorer)]
+    #[arg(long, value_name = "NAME", env = "TINYSERVE_SCORER", value_parser = values::scorer,
+          help = values::scorer_help())]
     scorer: Option<ScorerName>,
     /// A scorer by which every step approximates attention, or off: the same as --attention sparse
     /// with that --scorer [default: off].

@@ -1,5 +1,7 @@
 //! `tinyserve chat`: a conversation in the terminal, in one session whose keys and values stay.
 
+mod saved;
+
 use std::io::{self, BufRead, IsTerminal};
 use std::ops::ControlFlow;
 
@@ -21,10 +23,12 @@ use crate::units::{bytes, count, milliseconds, percent};
 use crate::{output, values};
 
 const HELP: &str = "\
-/reset   forget the conversation
-/stats   what the last answer cost, and what the conversation holds
-/help    these lines
-/exit    leave (as Ctrl-D does)
+/reset       forget the conversation
+/save NAME   write the conversation to NAME.json, its keys and values to NAME.session
+/load NAME   go on with a conversation that was saved
+/stats       what the last answer cost, and what the conversation holds
+/help        these lines
+/exit        leave (as Ctrl-D does)
 Ctrl-C stops an answer.
 ";
 const LEAVE: &str = "(/exit or Ctrl-D leaves, and so does Ctrl-C once more)\n> ";
@@ -102,8 +106,11 @@ pub(crate) fn chat(args: &ChatArgs, sources: Sources) -> Result<()> {
         if read == 0 {
             return Ok(());
         }
+        let (command, name) = line.trim().split_once(' ').unwrap_or((line.trim(), ""));
         match line.trim() {
             "" => {}
+            _ if command == "/save" => told(chat.save(name.trim())),
+            _ if command == "/load" => told(chat.load(name.trim())),
             "/exit" | "/quit" | "/bye" => return Ok(()),
             "/help" => eprint!("{HELP}"),
             "/reset" => chat.reset()?,
@@ -116,6 +123,14 @@ pub(crate) fn chat(args: &ChatArgs, sources: Sources) -> Result<()> {
                 chat.say(said, &conversation)?;
             }
         }
+    }
+}
+
+/// Tells what a command did, or why it did not; the conversation goes on.
+fn told(done: Result<String>) {
+    match done {
+        Ok(lines) => eprint!("{lines}"),
+        Err(error) => eprintln!("error: {error:#}"),
     }
 }
 

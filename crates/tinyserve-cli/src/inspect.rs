@@ -41,6 +41,7 @@ struct PlanRow {
     weight_bytes: u64,
     kv_bytes: u64,
     box_bytes: u64,
+    open_bytes: u64,
     scratch_bytes: u64,
     process_bytes: u64,
     total_bytes: u64,
@@ -66,7 +67,8 @@ pub(crate) fn inspect(args: &InspectArgs) -> Result<()> {
     let tokenizer = checkpoint.tokenizer().map_err(|error| error.to_string());
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = config.threads.unwrap_or(threads);
-    let largest = LargestStep { tokens: config.attention_chunk_size, logits: 1, threads };
+    let tokens = config.attention_chunk_size;
+    let largest = LargestStep { tokens, sequences: 1, logits: 1, threads };
     let one_page = MemoryPlan::new(&checkpoint, weights, layout, largest, 1)
         .process_bytes(memory::resident().unwrap_or(0));
     let report = Report {
@@ -102,6 +104,7 @@ fn rows(one_page: &MemoryPlan, longest: usize) -> Vec<PlanRow> {
                 weight_bytes: plan.weight_bytes,
                 kv_bytes: plan.kv_bytes(),
                 box_bytes: plan.box_bytes(),
+                open_bytes: plan.open_bytes(),
                 scratch_bytes: plan.scratch_bytes,
                 process_bytes: plan.process_bytes,
                 total_bytes: plan.total_bytes(),
@@ -261,7 +264,7 @@ impl Report<'_> {
                 bytes(row.weight_bytes),
                 bytes(row.kv_bytes),
                 bytes(row.box_bytes),
-                bytes(row.scratch_bytes),
+                bytes(row.scratch_bytes + row.open_bytes),
                 bytes(row.total_bytes)
             ));
         }

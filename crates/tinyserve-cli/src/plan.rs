@@ -38,6 +38,12 @@ pub(crate) fn lines(memory: &PlannedMemory) -> String {
         format!("  boxes       {}", bytes(plan.box_bytes())),
         format!("  total       {}, resident once every page was in use", bytes(plan.total_bytes())),
     ];
+    if plan.open_bytes() > 0 {
+        lines.insert(
+            4,
+            format!("  open pages  {}: f16 until they are full", bytes(plan.open_bytes())),
+        );
+    }
     if plan.loading_bytes > 0 {
         lines.push(format!(
             "  loading     {} beside the weights, given back before pages fill",
@@ -86,6 +92,7 @@ pub(crate) fn object(memory: &PlannedMemory) -> Value {
         "weight_bytes": plan.weight_bytes,
         "loading_bytes": plan.loading_bytes,
         "scratch_bytes": plan.scratch_bytes,
+        "open_bytes": plan.open_bytes(),
         "pages": plan.pages,
         "kv_bytes": plan.kv_bytes(),
         "box_bytes": plan.box_bytes(),

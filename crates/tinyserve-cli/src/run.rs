@@ -174,12 +174,7 @@ pub(crate) fn run(args: &RunArgs, sources: Sources) -> Result<()> {
         return Err(anyhow!("{} is empty, expected text to continue", args.prompt.place()));
     }
     if let Some(file) = &args.save_session {
-        // An answer that takes minutes is not followed by the news that it cannot be kept.
-        let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty());
-        if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
-            let (file, folder) = (file.display(), folder.display());
-            return Err(anyhow!("{file} cannot be written: {folder} is no folder"));
-        }
+        output::has_place(file)?;
     }
     let engine = args.forward.device.load(config)?;
     // Without a tokenizer there would be no text to stream, whatever the prompt is.

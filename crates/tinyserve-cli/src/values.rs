@@ -3,7 +3,7 @@
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tinyserve::kernels::CpuPath;
-use tinyserve::kv::{KvError, Method};
+use tinyserve::kv::{KvError, Method, Scorer};
 use tinyserve::{ApproximateAttention, Device, GroupReduceName, KvCacheDtype, ScorerName, Weights};
 
 /// A number of tokens: `512`, `4k` (4096), `1M`.
@@ -35,6 +35,18 @@ pub(crate) fn scorer(text: &str) -> Result<ScorerName, String> {
         KvError::Invalid { expected, .. } => format!("expected one of {expected}"),
         error => error.to_string(),
     })
+}
+
+/// What `--scorer` says about itself: the registry names what there is.
+pub(crate) fn scorer_help() -> String {
+    let hosted = |method| matches!(method, Method::Score(scorer) if scorer != Scorer::BOX);
+    let names = Method::names(hosted);
+    format!("What a page is scored by: box has kernels; {names} run on the host, for research")
+}
+
+/// What `--policies` says about itself.
+pub(crate) fn methods_help() -> String {
+    format!("Methods to compare: {}", Method::names(|_| true))
 }
 
 /// `off`, or the name of a scorer.

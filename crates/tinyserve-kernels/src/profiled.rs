@@ -39,6 +39,11 @@ impl<B: Backend> Profiled<B> {
         Self { inner, on: AtomicBool::new(false), linear: zero(), attend: zero() }
     }
 
+    /// What does the work.
+    pub fn inner(&self) -> &B {
+        &self.inner
+    }
+
     /// Starts or stops timing.
     pub fn switch(&self, on: bool) {
         self.on.store(on, Ordering::Relaxed);

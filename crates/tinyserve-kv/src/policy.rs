@@ -1,7 +1,7 @@
 //! Selection policies: which pages a decode step reads, as data that every backend can run.
 
 use crate::top_p::{estimated_mass, select_mass};
-use crate::{KvError, PageSelector, Scorer, SelectInput, score_box, select_pages};
+use crate::{KvError, PageSelector, ScoreCost, Scorer, SelectInput, score_box, select_pages};
 
 /// How many pages are read.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -34,13 +34,19 @@ impl Budget {
 }
 
 /// How the scores of the query heads that share a KV head become one.
+///
+/// Attention reads one page list for all heads of a group, so they have to agree. The mean of the
+/// queries would be one more way; it bounds nothing, and a head that looks the other way cancels
+/// what its neighbour is sure of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum GroupReduce {
-    /// The largest: still an upper bound for every query of the group.
+    /// The largest: still an upper bound for every query of the group. A head with long queries
+    /// is heard before one with short ones.
     #[default]
     Max,
     /// Each query's scores become shares by a softmax over the pages, which are added up: a head
-    /// that is sure of its pages outvotes one that is indifferent.
+    /// that is sure of its pages outvotes one that is indifferent (the soft vote of TokenSelect,
+    /// arXiv 2411.02886, there over tokens and all heads).
     SoftmaxVote,
 }
 
@@ -217,5 +223,14 @@ impl PageSelector for SelectionPolicy {
 
     fn needs_keys(&self) -> bool {
         self.scorer.needs_keys() || matches!(self.budget, Budget::TopP(_))
+    }
+
+    fn bytes_read(&self, _head: (usize, usize), cost: &ScoreCost) -> usize {
+        self.scorer.bytes_read(cost)
+    }
+
+    fn page_scores(&self, input: &SelectInput<'_>) -> Option<Vec<f32>> {
+        let budget = self.page_budget(input.layer(), input.tokens(), input.page_size())?;
+        Some(self.scores(input, budget))
     }
 }

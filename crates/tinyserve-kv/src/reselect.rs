@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
-use crate::{PageSelector, SelectInput};
+use crate::{PageSelector, ScoreCost, SelectInput};
 
 /// When a selection is made again.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -34,6 +34,7 @@ struct Selection {
     listed: bool,
     pages: usize,
     queries: Vec<f32>,
+    /// Steps that read it.
     age: usize,
 }
 
@@ -93,6 +94,19 @@ impl<S: PageSelector> PageSelector for Reselecting<S> {
     fn needs_keys(&self) -> bool {
         self.inner.needs_keys()
     }
+
+    fn bytes_read(&self, head: (usize, usize), cost: &ScoreCost) -> usize {
+        let heads = self.heads.lock().unwrap_or_else(PoisonError::into_inner);
+        match heads.get(&head) {
+            // Nothing was scored.
+            Some(selection) if selection.age > 1 => 0,
+            _ => self.inner.bytes_read(head, cost),
+        }
+    }
+
+    fn page_scores(&self, input: &SelectInput<'_>) -> Option<Vec<f32>> {
+        self.inner.page_scores(input)
+    }
 }
 
 impl PageSelector for Box<dyn PageSelector> {
@@ -102,5 +116,13 @@ impl PageSelector for Box<dyn PageSelector> {
 
     fn needs_keys(&self) -> bool {
         self.as_ref().needs_keys()
+    }
+
+    fn bytes_read(&self, head: (usize, usize), cost: &ScoreCost) -> usize {
+        self.as_ref().bytes_read(head, cost)
+    }
+
+    fn page_scores(&self, input: &SelectInput<'_>) -> Option<Vec<f32>> {
+        self.as_ref().page_scores(input)
     }
 }

@@ -1,6 +1,6 @@
 //! The seam for custom page selectors on the host.
 
-use crate::PageKeys;
+use crate::{PageKeys, ScoreCost};
 
 /// What a selector sees: one decode step of one KV head of one sequence.
 #[derive(Debug, Clone, Copy)]
@@ -174,5 +174,18 @@ pub trait PageSelector: Send + Sync {
     /// refuses such a selector, or copies the keys.
     fn needs_keys(&self) -> bool {
         false
+    }
+
+    /// Bytes of summaries that the last choice of KV head `head.1` in layer `head.0` took, as a
+    /// kernel would read them: a box for each page unless the selector says otherwise. For whoever
+    /// counts what a step reads.
+    fn bytes_read(&self, _head: (usize, usize), cost: &ScoreCost) -> usize {
+        2 * cost.pages * cost.vector_bytes
+    }
+
+    /// The scores of all pages `[pages]`, the higher the sooner read, if that is how it chooses:
+    /// for whoever watches a selection. `None` where it reads everything.
+    fn page_scores(&self, _input: &SelectInput<'_>) -> Option<Vec<f32>> {
+        None
     }
 }

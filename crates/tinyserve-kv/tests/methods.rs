@@ -5,8 +5,8 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use tinyserve_kv::{
     AttentionObserver, Budget, GroupReduce, METHODS, Method, PageKeys, PageSelector,
-    PromptAttention, Reselect, Reselecting, Scorer, SelectFields, SelectInput, SelectionPolicy,
-    attention_mass,
+    PromptAttention, Reselect, Reselecting, ScoreCost, Scorer, SelectFields, SelectInput,
+    SelectionPolicy, attention_mass, select_pages,
 };
 
 /// Keys of one head of one sequence, their boxes, and queries.
@@ -150,7 +150,7 @@ proptest! {
         prop_assert_eq!(select(&observer, &case), None, "observing reads everything");
         let prompt = Arc::new(observer.finish());
         let later = case.grown(1, seed);
-        for method in METHODS {
+        for &method in METHODS {
             let expected = match method {
                 Method::Dense => None,
                 _ => policy("box", budget).page_budget(3, later.tokens, later.page_size),
@@ -262,6 +262,146 @@ proptest! {
     }
 
     #[test]
+    fn moving_all_keys_moves_scores_and_stretching_the_query_stretches_them(
+        case in case(), seed in any::<u64>(), stretch in 0.25f32..4.0,
+    ) {
+        let mut state = seed;
+        let by: Vec<f32> = (0..case.dim).map(|_| number(&mut state)).collect();
+        let mut moved = case.clone();
+        moved.keys.chunks_exact_mut(case.dim).for_each(|key| {
+            key.iter_mut().zip(&by).for_each(|(k, b)| *k += b);
+        });
+        let moved = moved.boxed();
+        let queries = case.queries.iter().map(|q| stretch * q).collect();
+        let stretched = Case { queries, ..case.clone() };
+        let slack = 1e-3 * case.dim as f32;
+        // The int8 keys of two-stage move by up to half a step.
+        for name in ["box", "mean-std", "cuboid-mean", "two-boxes", "oracle"] {
+            let score = |case: &Case| case.scores(name, case.pages());
+            let (here, there, long) = (score(&case), score(&moved), score(&stretched));
+            for (i, here) in here.iter().enumerate() {
+                let query = &case.queries[i / case.pages() * case.dim..][..case.dim];
+                let shift: f32 = query.iter().zip(&by).map(|(q, b)| q * b).sum();
+                prop_assert!((there[i] - here - shift).abs() <= slack, "{name}: {} {here}", there[i]);
+                prop_assert!((long[i] - stretch * here).abs() <= slack, "{name}: {} {here}", long[i]);
+            }
+        }
+    }
+
+    #[test]
+    fn the_order_of_tokens_in_a_page_and_of_heads_in_a_group_says_nothing(
+        case in case(), budget in 1usize..8,
+    ) {
+        let mut turned = case.clone();
+        let size = case.page_size * case.dim;
+        for page in turned.keys.chunks_mut(size) {
+            let reversed: Vec<f32> = page.chunks_exact(case.dim).rev().flatten().copied().collect();
+            page.copy_from_slice(&reversed);
+        }
+        let turned = turned.boxed();
+        for name in ["box", "mean-std", "cuboid-mean", "two-stage", "oracle", "oracle-mass"] {
+            let scores = case.scores(name, case.pages()).into_iter();
+            for (one, other) in scores.zip(turned.scores(name, case.pages())) {
+                prop_assert!((one - other).abs() <= 1e-3 * case.dim as f32, "{name}: {one} {other}");
+            }
+        }
+        let heads = case.queries.chunks_exact(case.dim).rev().flatten().copied().collect();
+        let turned = Case { queries: heads, ..case.clone() };
+        let scored = policy("oracle", Budget::Tokens(budget * case.page_size));
+        for group_reduce in [GroupReduce::Max, GroupReduce::SoftmaxVote] {
+            let policy = SelectionPolicy { group_reduce, ..scored };
+            let [one, other] = [&case, &turned].map(|case| policy.scores(&case.input(), budget));
+            for (one, other) in one.iter().zip(&other) {
+                prop_assert!((one - other).abs() <= 1e-4 * one.abs().max(1.0), "{one} {other}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_group_s_maximum_bounds_each_head_and_its_votes_are_one_for_each(
+        case in case(), budget in 1usize..8,
+    ) {
+        let scored = policy("box", Budget::Tokens(budget * case.page_size));
+        let best = scored.scores(&case.input(), budget);
+        let heads = case.scores("box", budget);
+        for scores in heads.chunks_exact(case.pages()) {
+            prop_assert!(best.iter().zip(scores).all(|(best, score)| best >= score));
+        }
+        let votes = SelectionPolicy { group_reduce: GroupReduce::SoftmaxVote, ..scored };
+        let votes: f32 = votes.scores(&case.input(), budget).iter().sum();
+        prop_assert!((votes - case.group() as f32).abs() < 1e-3, "{votes} of {}", case.group());
+    }
+
+    #[test]
+    fn what_a_policy_says_of_its_scores_is_what_it_selects_by(
+        case in case(), budget in 1usize..8,
+        scorer in prop::sample::select(METHODS.to_vec()),
+    ) {
+        let Method::Score(scorer) = scorer else { return Ok(()) };
+        let policy = policy(scorer.name(), Budget::Tokens(budget * case.page_size));
+        let list = select(&policy, &case);
+        let scores = policy.page_scores(&case.input());
+        prop_assert_eq!(list.is_some(), scores.is_some());
+        let (Some(list), Some(scores)) = (list, scores) else { return Ok(()) };
+        let mut expected = Vec::new();
+        select_pages(&scores, list.len(), policy.sink_pages, policy.recent_pages, &mut expected);
+        prop_assert_eq!(list, expected);
+    }
+
+    #[test]
+    fn summaries_are_read_when_pages_are_scored_and_not_when_a_choice_is_kept(
+        case in case(), steps in 2usize..4,
+    ) {
+        let cost = ScoreCost {
+            pages: case.pages(), budget: 1, page_size: case.page_size, head_dim: case.dim,
+            vector_bytes: 2 * case.dim,
+        };
+        let bytes = |selector: &dyn PageSelector| {
+            select(selector, &case);
+            selector.bytes_read((3, 1), &cost)
+        };
+        let boxes = 2 * cost.pages * cost.vector_bytes;
+        let scored = policy("two-boxes", Budget::Tokens(case.page_size));
+        prop_assert_eq!(bytes(&scored), 2 * boxes);
+        let kept = Reselecting::new(scored, Reselect::Every(steps));
+        for step in 0..2 * steps {
+            let expected = if step % steps == 0 { 2 * boxes } else { 0 };
+            prop_assert_eq!(bytes(&kept), expected, "step {}", step);
+        }
+        for name in ["h2o", "snapkv"] {
+            let evictor = selector(Method::named(name).unwrap(), Budget::Tokens(1), &Arc::default());
+            prop_assert_eq!(bytes(evictor.as_ref()), 0, "{} scores no page", name);
+        }
+    }
+
+    #[test]
+    fn streaming_is_sinks_and_a_window(case in case(), budget in 1usize..12) {
+        let list = select(&policy("streaming", Budget::Tokens(budget * case.page_size)), &case);
+        let pages = case.pages() as u32;
+        let kept = budget.max(3) as u32;
+        let window = (kept < pages).then(|| {
+            std::iter::once(0).chain(pages - (kept - 1)..pages).collect::<Vec<_>>()
+        });
+        prop_assert_eq!(list, window);
+    }
+
+    #[test]
+    fn h2o_begins_with_the_pages_that_the_prompt_used_most(case in case(), budget in 4usize..9) {
+        let observer = AttentionObserver::default();
+        prop_assert_eq!(select(&observer, &case), None);
+        let seen = observer.finish();
+        let used: Vec<f32> = seen.head(3, 1).unwrap().mass
+            .chunks(case.page_size).map(|page| page.iter().sum()).collect();
+        let budget = Budget::Tokens(budget * case.page_size);
+        let list = select(selector(Method::named("h2o").unwrap(), budget, &Arc::new(seen)).as_ref(), &case);
+        if let Some(list) = list {
+            let mut expected = Vec::new();
+            select_pages(&used, list.len(), 1, 2, &mut expected);
+            prop_assert_eq!(list, expected);
+        }
+    }
+
+    #[test]
     fn one_query_votes_as_it_scores(case in case(), budget in 1usize..20) {
         let case = Case { queries: case.queries[..case.dim].to_vec(), ..case };
         let policy = policy("oracle", Budget::Tokens(budget * case.page_size));
@@ -308,6 +448,22 @@ fn names_are_unique_and_unknown_ones_are_answered_with_the_list() {
     let error = Method::named("bocks").unwrap_err().to_string();
     assert!(names.iter().all(|name| error.contains(name)) && error.contains("bocks"), "{error}");
     assert!(Scorer::named("h2o").is_err(), "an evictor scores nothing");
+}
+
+#[test]
+fn lots_fall_evenly() {
+    // 20 of 64 pages in 400 draws: three are always read, 17 of the other 61 are drawn.
+    let mut drawn = [0; 64];
+    for seed in 0..400 {
+        let case = Case::new((64, 1), 2, 1, seed);
+        let list = select(&policy("random", Budget::Tokens(20)), &case).unwrap();
+        list.iter().for_each(|&page| drawn[page as usize] += 1);
+    }
+    assert_eq!((drawn[0], drawn[62], drawn[63]), (400, 400, 400));
+    let (mean, deviation) = (400.0 * 17.0 / 61.0, (400.0f64 * 17.0 * 44.0).sqrt() / 61.0);
+    for (page, &n) in drawn.iter().enumerate().take(62).skip(1) {
+        assert!((f64::from(n) - mean).abs() < 4.5 * deviation, "page {page}: {n} of {mean}");
+    }
 }
 
 #[test]

@@ -45,22 +45,28 @@ pub fn report(trace: &Trace) -> Result<String, LabError> {
             })
         })
         .collect();
-    let curve: Vec<Value> = CURVE
-        .iter()
-        .enumerate()
-        .map(|(i, share)| {
-            let best = trace.steps.iter().flat_map(|step| &step.heads);
-            let best = mean(best.filter_map(|seen| seen.best_curve.get(i)).copied());
-            json!({ "share": share, "best": best })
-        })
-        .collect();
     let data = json!({
-        "header": trace.header, "stretch": stretch, "maps": maps, "steps": steps, "curve": curve,
+        "header": trace.header, "stretch": stretch, "maps": maps, "steps": steps, "curve": curve(trace),
         "chosen": chosen(trace), "reuse": reuse_by_distance(trace),
     });
     // Nothing in the data may end the script that it lies in.
     let data = data.to_string().replace("</", "<\\/");
     Ok(PAGE.replacen(PLACE, &data, 1))
+}
+
+/// Attention held at fixed shares of the pages: by the best of them, and by those with the best
+/// scores.
+fn curve(trace: &Trace) -> Vec<Value> {
+    let heads = || trace.steps.iter().flat_map(|step| &step.heads);
+    // Dense layers have no scores: they would be in one line and not in the other.
+    let scored = heads().any(|seen| seen.score_curve.is_some());
+    let counted = || heads().filter(|seen| seen.score_curve.is_some() || !scored);
+    let at = |i: usize, share: &f64| {
+        let best = mean(counted().filter_map(|seen| seen.best_curve.get(i)).copied());
+        let by_score = counted().filter_map(|seen| seen.score_curve.as_ref()?.get(i));
+        json!({ "share": share, "best": best, "scored": mean(by_score.copied()) })
+    };
+    CURVE.iter().enumerate().map(|(i, share)| at(i, share)).collect()
 }
 
 /// Mean of what there is; null of nothing.

@@ -22,6 +22,8 @@ pub struct TextTest {
 /// How one trial predicted.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct TextRow {
+    /// How keys and values were stored.
+    pub kv_cache_dtype: &'static str,
     /// The method's name.
     pub policy: &'static str,
     /// Its budget.
@@ -66,10 +68,13 @@ struct Sums {
 /// Feeds the end of each window token by token through each trial's selection; stops early when
 /// `control` says no, with the windows that all trials have read until then.
 ///
+/// The dense predictions that trials diverge from are those of `reference`, the same model with
+/// keys and values stored in another way, or without one those of `probe` itself.
+///
 /// # Errors
 /// When a window does not fit the model or the text, or the model fails.
 pub fn text<B: Backend>(
-    probe: &mut Probe<B>,
+    (probe, mut reference): (&mut Probe<B>, Option<&mut Probe<B>>),
     tokens: &[u32],
     test: &TextTest,
     trials: &[Trial],
@@ -101,9 +106,22 @@ pub fn text<B: Backend>(
         let (prefix, rest) = window.split_at(test.prefix);
         let Some((table, prompt)) = probe.prefill(prefix, control)? else { break };
         let mut dense = Vec::new();
-        let read = feed(probe, &table, rest, Attention::Dense, &mut |_, logits, _| {
-            dense.push(log_softmax(logits));
-        });
+        let mut on_step = |_: usize, logits: &[f32], _: u32| dense.push(log_softmax(logits));
+        let read = match &mut reference {
+            None => feed(probe, &table, rest, Attention::Dense, &mut on_step),
+            Some(reference) => match reference.prefill(prefix, control) {
+                Ok(Some((table, _))) => {
+                    let read = feed(reference, &table, rest, Attention::Dense, &mut on_step);
+                    reference.release(table);
+                    read
+                }
+                other => {
+                    probe.release(table);
+                    other?;
+                    break;
+                }
+            },
+        };
         let mut of_window = Vec::new();
         let mut result = read.map(|_| ());
         for trial in trials {
@@ -128,7 +146,9 @@ pub fn text<B: Backend>(
             sums.merge(of_window);
         }
     }
-    Ok(trials.iter().zip(&sums).map(|(trial, sums)| sums.row(trial, test)).collect())
+    let stored = probe.cache().layout().shape().format.name();
+    let rows = trials.iter().zip(&sums).map(|(trial, sums)| sums.row(stored, trial, test));
+    Ok(rows.collect())
 }
 
 /// Feeds all of `rest` but its last token to a fork of `table`; `on_step` gets the step's number,
@@ -187,10 +207,11 @@ impl Sums {
         self.stats.add(&other.stats);
     }
 
-    fn row(&self, trial: &Trial, test: &TextTest) -> TextRow {
+    fn row(&self, kv_cache_dtype: &'static str, trial: &Trial, test: &TextTest) -> TextRow {
         let tokens = self.tokens.max(1) as f64;
         let nll_mean = self.nll / tokens;
         TextRow {
+            kv_cache_dtype,
             policy: trial.name(),
             budget: trial.budget(),
             window: test.window,

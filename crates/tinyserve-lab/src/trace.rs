@@ -1,12 +1,13 @@
 //! The file of a run: which pages each layer and head read at each step.
 //!
-//! Format, version 1: a gzip stream of JSON, one object a line.
+//! Format, version 2: a gzip stream of JSON, one object a line.
 //!
-//! The first line is the header: `{"format":"tinyserve-trace","version":1,"model":…,"policy":…,
-//! "page_size":…,"layers":…,"kv_heads":…,"q_heads":…,"prompt_tokens":…}`.
-//! Each other line is one step: `{"tokens":…,"bytes_read":…,"bytes_dense":…,"nanoseconds":…,
-//! "heads":[…]}`, with one object of `heads` for each layer and KV head that was watched; its
-//! fields are those of [`Seen`]. Page masses are rounded to four digits, so that they compress.
+//! The first line is the header: `{"format":"tinyserve-trace","version":2,"model":…,"policy":…,
+//! "page_size":…,"layers":…,"kv_heads":…,"q_heads":…,"prompt_tokens":…,"step_split_ns":[…]}`.
+//! Each other line is one step: `{"tokens":…,"bytes_read":…,"bytes_dense":…,"heads":[…]}`, with one
+//! object of `heads` for each layer and KV head that was watched; its fields are those of [`Seen`].
+//! Masses and scores are rounded to four digits after the point, so that they compress.
+//! Version 1 had no scores.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, BufWriter, Write};
@@ -20,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::{LabError, Seen};
 
 /// The version that is written and read.
-pub const TRACE_VERSION: u32 = 1;
+pub const TRACE_VERSION: u32 = 2;
 const FORMAT: &str = "tinyserve-trace";
 
 /// What all steps of a trace share.
@@ -95,9 +96,7 @@ impl Trace {
         line(serde_json::to_string(&self.header))?;
         for step in &self.steps {
             let mut step = step.clone();
-            for mass in step.heads.iter_mut().flat_map(|seen| &mut seen.page_mass) {
-                *mass = (*mass * 1e4).round() / 1e4;
-            }
+            step.heads.iter_mut().for_each(round);
             line(serde_json::to_string(&step))?;
         }
         let file = out.finish().map_err(|error| wrong(&error))?;
@@ -133,7 +132,11 @@ impl Trace {
             let fits = step.heads.iter().all(|seen| {
                 let pages = seen.tokens.div_ceil(header.page_size.max(1));
                 let listed = seen.pages.iter().flatten().all(|&page| (page as usize) < pages);
+                let scored = seen.scores.as_ref().is_none_or(|scores| {
+                    seen.pages.as_ref().is_some_and(|pages| pages.len() == scores.len())
+                });
                 listed
+                    && scored
                     && seen.page_mass.len() == pages
                     && seen.layer < header.layers
                     && seen.kv_head < header.kv_heads
@@ -144,6 +147,17 @@ impl Trace {
             steps.push(step);
         }
         Ok(Self { header, steps })
+    }
+}
+
+fn round(seen: &mut Seen) {
+    let Seen { scores, mass, entropy, page_mass, best_curve, score_curve, .. } = seen;
+    let scores = scores.iter_mut().flatten().flatten();
+    let masses = [mass, entropy, page_mass, best_curve].into_iter().flatten();
+    for x in masses.chain(score_curve.iter_mut().flatten()).chain(scores) {
+        // What is too large for digits after the point stays as it is.
+        let rounded = (*x * 1e4).round() / 1e4;
+        *x = if rounded.is_finite() { rounded } else { *x };
     }
 }
 

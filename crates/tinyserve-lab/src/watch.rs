@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
-use tinyserve_kv::{PageSelector, SelectInput, attention_weights};
+use tinyserve_kv::{PageSelector, ScoreCost, SelectInput, attention_weights};
 
 /// Shares of the pages at which recall is noted.
 pub(crate) const CURVE: [f64; 8] = [0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75];
@@ -20,6 +20,9 @@ pub struct Seen {
     pub tokens: usize,
     /// Pages that were read, ascending; `None` is all of them.
     pub pages: Option<Vec<u32>>,
+    /// Scores of the pages that were read, in their order and in the method's own units; `None`
+    /// where everything was read or the method has no scores. An infinite one is `None`, too.
+    pub scores: Option<Vec<Option<f32>>>,
     /// Share of each query head's dense attention that the pages hold.
     pub mass: Vec<f32>,
     /// Share of the pages that were chosen among those that hold the most attention: as many as
@@ -34,6 +37,8 @@ pub struct Seen {
     /// Share of the attention in the pages with the most of it, at fixed shares of the pages: what
     /// a selection could hold at best.
     pub best_curve: Vec<f32>,
+    /// The same in the pages with the best scores: what the method would hold at other budgets.
+    pub score_curve: Option<Vec<f32>>,
 }
 
 /// A selector that does what another one does, and notes it.
@@ -68,6 +73,27 @@ impl std::fmt::Debug for Watch<'_> {
     }
 }
 
+/// Page numbers, those with the largest `values` `[pages]` first; a NaN ranks with +∞, as it does
+/// where pages are selected.
+fn best_first(values: &[f32]) -> Vec<u32> {
+    let rank = |page: u32| {
+        let value = values[page as usize];
+        if value.is_nan() { f32::INFINITY } else { value }
+    };
+    let mut pages: Vec<u32> = (0..values.len() as u32).collect();
+    pages.sort_by(|&a, &b| rank(b).total_cmp(&rank(a)));
+    pages
+}
+
+/// Attention in the first of `order` `[pages]`, at each share of [`CURVE`].
+fn curve(order: &[u32], page_mass: &[f32]) -> Vec<f32> {
+    let held = |share: &f64| {
+        let kept = ((share * order.len() as f64) as usize).max(1);
+        order[..kept].iter().map(|&page| page_mass[page as usize]).sum()
+    };
+    CURVE.iter().map(held).collect()
+}
+
 impl PageSelector for Watch<'_> {
     fn select(&self, input: &SelectInput<'_>, selected: &mut Vec<u32>) -> bool {
         let listed = self.inner.is_some_and(|inner| inner.select(input, selected));
@@ -89,17 +115,16 @@ impl PageSelector for Watch<'_> {
             .iter()
             .map(|&page| weights.iter().map(|w| sum_of(w, page)).sum::<f32>() / heads)
             .collect();
-        let mut best = all.clone();
-        best.sort_by(|&a, &b| page_mass[b as usize].total_cmp(&page_mass[a as usize]));
+        let best = best_first(&page_mass);
         let found = best[..list.len()].iter().filter(|page| list.binary_search(page).is_ok());
         let top_pages = found.count() as f32 / list.len() as f32;
-        let best_curve = CURVE
-            .iter()
-            .map(|share| {
-                let kept = ((share * pages as f64) as usize).max(1);
-                best[..kept].iter().map(|&page| page_mass[page as usize]).sum()
-            })
-            .collect();
+        let best_curve = curve(&best, &page_mass);
+        let all_scores = self.inner.and_then(|inner| inner.page_scores(input));
+        let score_curve = all_scores.as_ref().map(|scores| curve(&best_first(scores), &page_mass));
+        let scores = all_scores.filter(|_| listed).map(|scores| {
+            let of_page = |&page: &u32| Some(scores[page as usize]).filter(|x| x.is_finite());
+            list.iter().map(of_page).collect()
+        });
         let key = (input.layer(), input.kv_head());
         let mut before = self.before.lock().unwrap_or_else(PoisonError::into_inner);
         let reuse = before.insert(key, list.to_vec()).map(|before| {
@@ -112,12 +137,14 @@ impl PageSelector for Watch<'_> {
             kv_head: input.kv_head(),
             tokens: input.tokens(),
             pages: listed.then(|| list.to_vec()),
+            scores,
             mass,
             top_pages,
             entropy,
             reuse,
             page_mass,
             best_curve,
+            score_curve,
         };
         self.seen.lock().unwrap_or_else(PoisonError::into_inner).push(seen);
         listed
@@ -125,5 +152,9 @@ impl PageSelector for Watch<'_> {
 
     fn needs_keys(&self) -> bool {
         true
+    }
+
+    fn bytes_read(&self, head: (usize, usize), cost: &ScoreCost) -> usize {
+        self.inner.map_or(0, |inner| inner.bytes_read(head, cost))
     }
 }

@@ -199,6 +199,16 @@ impl<B: Backend> KvCache<B> {
         tokens
     }
 
+    /// Forgets the open page of a sequence that is to rest, where open pages lie apart from those
+    /// that hold codes: there is memory for those of sequences that run, and for no more.
+    pub fn rest(&mut self, table: &mut PageTable) {
+        if self.layout.shape().format.is_quantised() {
+            let full = table.len() - table.len() % self.layout.page_size();
+            let left = self.truncate(table, full);
+            debug_assert_eq!(left, full, "pages are cut at their borders");
+        }
+    }
+
     /// Gives the pages of a sequence back.
     pub fn release(&mut self, table: PageTable) {
         table.release(&mut self.pool);

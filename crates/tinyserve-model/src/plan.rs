@@ -16,6 +16,8 @@ const ROW_GROUP: u64 = 32;
 pub struct LargestStep {
     /// Tokens that are computed in one step.
     pub tokens: usize,
+    /// Sequences that begin a page and do not fill it.
+    pub sequences: usize,
     /// Tokens of one step that yield logits.
     pub logits: usize,
     /// Threads that compute it.
@@ -36,6 +38,8 @@ pub struct MemoryPlan {
     pub loading_bytes: u64,
     /// Activations of the largest step, and buffers of the threads.
     pub scratch_bytes: u64,
+    /// Most pages of single layers that hold no codes yet, where the format has codes.
+    pub open_pages: usize,
     /// Layout of the pages.
     pub layout: KvLayout,
     /// Pages of the pool.
@@ -64,8 +68,18 @@ impl MemoryPlan {
                 stored_bytes - config.later_bytes(checkpoint.dtype()).min(stored_bytes)
             }
         };
-        let scratch_bytes = config.scratch_bytes(format, largest) + open_bytes(&layout, largest);
-        Self { process_bytes: 0, weight_bytes, loading_bytes, scratch_bytes, layout, pages }
+        // Each sequence's last page in every layer, and in one of them those that the step fills.
+        let filled = layout.pages_for(largest.tokens).saturating_add(largest.sequences);
+        let open_pages = largest.sequences.saturating_mul(config.layers).saturating_add(filled);
+        Self {
+            process_bytes: 0,
+            weight_bytes,
+            loading_bytes,
+            scratch_bytes: config.scratch_bytes(format, largest),
+            open_pages,
+            layout,
+            pages,
+        }
     }
 
     /// Counts what the process holds beside the model.
@@ -79,8 +93,8 @@ impl MemoryPlan {
     /// # Errors
     /// When not one page fits.
     pub fn fit(self, target: u64, most: usize) -> Result<Self, ModelError> {
-        let fixed = self.process_bytes + self.weight_bytes;
-        let room = target.saturating_sub(fixed + self.scratch_bytes);
+        let fixed = self.process_bytes + self.weight_bytes + self.scratch_bytes;
+        let room = target.saturating_sub(fixed + self.open_bytes());
         let pages = (room / self.layout.bytes_per_page() as u64).min(most as u64);
         let plan = Self { pages: pages as usize, ..self };
         if pages == 0 || plan.total_bytes() > target {
@@ -117,6 +131,17 @@ impl MemoryPlan {
         self.layout.box_bytes_per_page() as u64
     }
 
+    /// Bytes of the pages that hold no codes yet; none where pages never hold codes.
+    #[must_use]
+    pub fn open_bytes(&self) -> u64 {
+        let format = self.layout.shape().format;
+        if !format.is_quantised() {
+            return 0;
+        }
+        let page = self.layout.page_elements() * format.element_bytes();
+        (page as u64).saturating_mul(self.open_pages as u64)
+    }
+
     /// Tokens that the pages hold: the longest context, if one sequence has them all.
     #[must_use]
     pub fn tokens(&self) -> usize {
@@ -127,22 +152,12 @@ impl MemoryPlan {
     #[must_use]
     pub fn total_bytes(&self) -> u64 {
         let cache = self.kv_bytes().saturating_add(self.box_bytes());
-        let after_loading = cache.saturating_add(self.scratch_bytes);
+        let working = self.scratch_bytes.saturating_add(self.open_bytes());
+        let after_loading = cache.saturating_add(working);
         self.process_bytes
             .saturating_add(self.weight_bytes)
             .saturating_add(after_loading.max(self.loading_bytes))
     }
-}
-
-/// Bytes of the pages that hold no codes yet, where the format has codes: the open page in every
-/// layer, and in one of them the pages of the largest step.
-fn open_bytes(layout: &KvLayout, largest: LargestStep) -> u64 {
-    let shape = layout.shape();
-    if !shape.format.is_quantised() {
-        return 0;
-    }
-    let pages = shape.layers + layout.pages_for(largest.tokens) + 1;
-    (pages * layout.page_elements() * shape.format.element_bytes()) as u64
 }
 
 fn gigabytes(bytes: u64) -> String {
@@ -232,7 +247,8 @@ impl ModelConfig {
         let wide = (gate + 1) * self.intermediate_size;
         let qkv = q + 2 * self.kv_heads * self.head_dim;
         let row = 2 * self.hidden_size + qkv + self.head_dim + q + wide;
-        let logits_row = self.hidden_size + self.vocab_size;
+        // Logits are computed in one place and told in another.
+        let logits_row = self.hidden_size + 2 * self.vocab_size;
         let (tokens, logits) = (largest.tokens as u64, largest.logits as u64);
         let quantised = match format {
             WeightFormat::Stored => 0,
@@ -255,9 +271,14 @@ mod tests {
     use tinyserve_kv::KvFormat;
 
     use super::*;
-    use crate::{Model, SyntheticModel, SyntheticShape};
+    use tinyserve_kernels::Attention;
 
-    const STEP: LargestStep = LargestStep { tokens: 256, logits: 1, threads: 2 };
+    use crate::{
+        Activations, Batch, KvCache, LogitRows, Model, Observe, SequenceStep, StepOutput,
+        SyntheticModel, SyntheticShape,
+    };
+
+    const STEP: LargestStep = LargestStep { tokens: 256, sequences: 1, logits: 1, threads: 2 };
 
     fn checkpoints() -> Vec<Checkpoint> {
         let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden");
@@ -278,6 +299,49 @@ mod tests {
                 assert_eq!(planned, model.weight_bytes() as u64, "{:?}", checkpoint.config());
             }
         }
+    }
+
+    #[test]
+    fn open_pages_of_all_sequences_are_planned() {
+        let checkpoint =
+            SyntheticModel::new(SyntheticShape::TinyLlama, DType::F16).checkpoint().unwrap();
+        let config = checkpoint.config();
+        let layout = config.kv_layout(8, KvFormat::Int4).unwrap();
+        let largest = LargestStep { tokens: 60, sequences: 3, logits: 3, threads: 1 };
+        let pages = 40;
+        let plan = MemoryPlan::new(&checkpoint, WeightFormat::Stored, layout, largest, pages);
+        let model = Model::load(Cpu::reference(), &checkpoint, |_, _| {}).unwrap();
+        let mut cache = KvCache::new(model.backend(), layout, pages).unwrap();
+        let (mut activations, mut output) = (Activations::new(&model), StepOutput::default());
+        let mut tables = [(); 3].map(|()| cache.new_table());
+        let mut most = 0;
+        // Each begins pages and leaves them open, again and again.
+        for lengths in [[5, 5, 5], [20, 20, 20], [1, 58, 1], [1, 1, 1], [6, 6, 6]] {
+            let tokens = [7; 60];
+            for (table, length) in tables.iter_mut().zip(lengths) {
+                cache.extend(model.backend(), table, length).unwrap();
+            }
+            let step = |(table, length): (_, usize)| SequenceStep {
+                tokens: &tokens[..length],
+                table,
+                attention: Attention::Dense,
+                logits: LogitRows::Last,
+                observe: Observe::NOTHING,
+            };
+            let steps: Vec<_> = tables.iter().zip(lengths).map(step).collect();
+            let batch = Batch { sequences: &steps, measure_recall: false, list_pages: false };
+            model.forward(&mut activations, &mut cache, &batch, &mut output).unwrap();
+            most = most.max(cache.pages.open_bytes());
+        }
+        let index = config.layers * pages * size_of::<u32>();
+        let (held, planned) = ((most - index) as u64, plan.open_bytes());
+        assert!(held <= planned && 2 * held > planned, "{held} of {planned}");
+        // Sequences that rest hold none: what they let go serves the next ones.
+        tables.iter_mut().for_each(|table| cache.rest(table));
+        assert!(tables.iter().all(|table| table.len() % 8 == 0));
+        let mut next = cache.new_table();
+        cache.extend(model.backend(), &mut next, 1).unwrap();
+        assert_eq!(cache.pages.open_bytes(), most);
     }
 
     #[test]

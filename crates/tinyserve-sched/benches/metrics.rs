@@ -149,7 +149,15 @@ fn counting() -> f64 {
         for now in [&metrics.pages_used, &metrics.pages_idle, &metrics.prefix_hits] {
             gauge(now, std::hint::black_box(1));
         }
-        gauge(&metrics.prefix_evicted_pages, std::hint::black_box(1));
+        for now in [
+            &metrics.prefix_lookups,
+            &metrics.prefix_hit_tokens,
+            &metrics.prefix_evicted_for_room,
+            &metrics.prefix_evicted_for_limit,
+            &metrics.prefix_evicted_by_clear,
+        ] {
+            gauge(now, std::hint::black_box(1));
+        }
     }
     let seconds = start.elapsed().as_secs_f64() / f64::from(TIMES);
     assert_eq!(metrics.read().step.count(), u64::from(TIMES));

@@ -31,6 +31,6 @@ pub use engine::Engine;
 pub use intake::{Intake, Limits, Submission};
 pub use metrics::{Histogram, LayerPages, Stats};
 pub use runner::{ModelRunner, Runner, RunnerShape};
-pub use scheduler::Scheduler;
+pub use scheduler::{MOST_SCORED_TOKENS, Scheduler};
 pub use session::SessionInfo;
 pub use worker::EngineState;

@@ -264,10 +264,18 @@ counters! {
     pages_used,
     /// Pages that nobody uses and that are kept to be found again, until their room is needed.
     pages_idle,
+    /// Prompts that were looked for among kept pages.
+    prefix_lookups,
     /// Prompts that shared kept pages.
     prefix_hits,
-    /// Kept pages that were given up.
-    prefix_evicted_pages,
+    /// Tokens of kept pages that prompts shared.
+    prefix_hit_tokens,
+    /// Kept pages that were given up because a sequence needed room.
+    prefix_evicted_for_room,
+    /// Kept pages that were given up because as many were kept as may be.
+    prefix_evicted_for_limit,
+    /// Kept pages that were given up because somebody asked for it.
+    prefix_evicted_by_clear,
     /// Pages that finished requests held at their ends, added up.
     finished_pages,
     /// Bytes that decode steps read in the cache.

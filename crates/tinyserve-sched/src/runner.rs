@@ -98,6 +98,10 @@ pub trait Runner: Send {
         Err(no_files())
     }
 
+    /// Lets go of what only sequences that run have memory for; see [`KvCache::rest`]. Unless it
+    /// says otherwise, a runner keeps everything.
+    fn rest(&mut self, _table: &mut PageTable) {}
+
     /// Gives the pages of a sequence back.
     fn release(&mut self, table: PageTable);
 
@@ -236,6 +240,10 @@ impl<B: Backend> Runner for ModelRunner<B> {
         identity: &str,
     ) -> Result<RestoredSession, ModelError> {
         self.cache.restore_session(self.model.backend(), path, identity)
+    }
+
+    fn rest(&mut self, table: &mut PageTable) {
+        self.cache.rest(table);
     }
 
     fn release(&mut self, table: PageTable) {

@@ -28,6 +28,9 @@ use run::Selected;
 /// Sequences of a step that need no allocation.
 const ON_STACK: usize = 16;
 
+/// Most tokens of prompts that one step scores: each of them has logits over the whole vocabulary.
+pub const MOST_SCORED_TOKENS: usize = 64;
+
 /// Requests over one runner. It knows no thread and no clock but the one of its configuration: an
 /// [`crate::Engine`] drives it on a thread, and tests drive it by hand.
 #[derive(Debug)]
@@ -264,14 +267,15 @@ impl<R: Runner> Scheduler<R> {
             self.remember(&mut sequence);
         }
         let dense = sequence.dense_tokens();
-        let Sequence { table, mut tokens, session, cache_salt, events, prunings, .. } = sequence;
+        let prunings = std::mem::take(&mut sequence.prunings).into_made();
+        let Sequence { mut table, mut tokens, session, cache_salt, events, .. } = sequence;
         let kept = match session {
             Some(session) => {
                 let total = tokens.len();
+                self.runner.rest(&mut table);
                 tokens.truncate(table.next_position());
                 let keeps = !failed && !table.is_empty();
                 if keeps {
-                    let prunings = prunings.into_made();
                     let kept = Kept { table, tokens, cache_salt, dense, prunings };
                     self.sessions.close(&session, total, Some(kept)).map(|kept| kept.table)
                 } else {
@@ -313,9 +317,17 @@ impl<R: Runner> Scheduler<R> {
         gauge(&self.metrics.pages_used, pool.used_pages() - pool.idle_pages());
         gauge(&self.metrics.pages_idle, pool.idle_pages());
         if let Some(stats) = self.runner.prefix_stats() {
-            let evicted = stats.evicted_for_room + stats.evicted_for_limit;
-            gauge(&self.metrics.prefix_hits, stats.hits as usize);
-            gauge(&self.metrics.prefix_evicted_pages, evicted as usize);
+            let metrics = &self.metrics;
+            for (counter, n) in [
+                (&metrics.prefix_lookups, stats.lookups),
+                (&metrics.prefix_hits, stats.hits),
+                (&metrics.prefix_hit_tokens, stats.hit_tokens),
+                (&metrics.prefix_evicted_for_room, stats.evicted_for_room),
+                (&metrics.prefix_evicted_for_limit, stats.evicted_for_limit),
+                (&metrics.prefix_evicted_by_clear, stats.evicted_by_clear),
+            ] {
+                gauge(counter, n as usize);
+            }
         }
     }
 

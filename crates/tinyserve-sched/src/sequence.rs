@@ -181,6 +181,11 @@ impl Sequence {
         self.planned == 1 && self.computed() > self.prompt_len
     }
 
+    /// Whether its next tokens, or those that are planned, are prompt tokens to be scored.
+    pub(crate) fn scores_prompt(&self) -> bool {
+        self.prompt_logprobs.is_some() && self.computed() - self.planned < self.prompt_len
+    }
+
     /// Most tokens that one step may compute: prompts read every page and what was generated
     /// selects, so a step has only one of them.
     pub(crate) fn uniform(&self, most: usize) -> usize {

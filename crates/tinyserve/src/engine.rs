@@ -241,7 +241,8 @@ impl TinyServe {
     }
 
     /// Perplexity of `text` in windows of the context that start `stride` tokens apart (half the
-    /// context unless given); `progress` is told windows done and windows in all, in tokens.
+    /// context unless given); `progress` is told windows done and windows in all, in tokens, and
+    /// returns whether to go on: when it does not, what was predicted until then counts.
     ///
     /// # Errors
     /// When the text has fewer than two tokens, the stride is out of range, or the model fails.
@@ -249,7 +250,7 @@ impl TinyServe {
         &self,
         text: &str,
         stride: Option<usize>,
-        mut progress: impl FnMut(usize, usize),
+        mut progress: impl FnMut(usize, usize) -> bool,
     ) -> Result<Perplexity, TinyServeError> {
         let tokens = self.tokenizer()?.encode(text, true)?;
         let window = self.max_sequence_length();
@@ -257,7 +258,7 @@ impl TinyServe {
         let windows = perplexity_windows(tokens.len(), (window, stride), window)?;
         let total = windows.iter().map(|window| window.text.len()).sum();
         let (mut logprobs, mut computed) = (Vec::new(), 0);
-        for PerplexityWindow { text, targets } in windows {
+        'windows: for PerplexityWindow { text, targets } in windows {
             let events = self.engine.submit(Request {
                 max_tokens: 0,
                 prompt_logprobs: Some(0),
@@ -271,7 +272,10 @@ impl TinyServe {
                             logprobs.extend(token.logprob.filter(|_| targets.contains(&next)));
                             next += 1;
                         }
-                        progress(computed + next - text.start, total);
+                        if !progress(computed + next - text.start, total) {
+                            // Nobody listens any more, which ends the window's request.
+                            break 'windows;
+                        }
                     }
                     Event::Failed(failure) => return Err(failure.into()),
                     _ => {}

@@ -1,6 +1,7 @@
 //! The memory of an engine, planned before its model is loaded.
 
 use tinyserve_model::{Checkpoint, LargestStep, MemoryPlan};
+use tinyserve_sched::MOST_SCORED_TOKENS;
 
 use crate::{TinyServeConfig, TinyServeError, memory};
 
@@ -40,7 +41,8 @@ impl PlannedMemory {
         let sequences = config.max_num_seqs;
         let chunks = config.attention_chunk_size.saturating_mul(sequences);
         let tokens = config.scheduling().max_num_batched_tokens.min(chunks);
-        let step = LargestStep { tokens, logits: sequences, threads };
+        let logits = sequences.saturating_add(MOST_SCORED_TOKENS);
+        let step = LargestStep { tokens, sequences, logits, threads };
         // Room for the longest sequence as often as sequences run together, or for what fits.
         let pages = layout.pages_for(limit).saturating_mul(sequences).min(u32::MAX as usize);
         let resident = memory::resident().unwrap_or(0);

@@ -99,36 +99,73 @@ impl Tinyserve {
     }
 }
 
-/// llama-bench and a folder of its models.
+/// llama.cpp's programs and a folder of its models.
 pub(super) struct Peer {
-    pub(super) program: PathBuf,
+    pub(super) llama_bench: PathBuf,
+    /// Built from tools/llama-deep.
+    pub(super) llama_deep: Option<PathBuf>,
     pub(super) models: PathBuf,
 }
 
 impl Peer {
-    /// Rows of the same test; none where the folder has no such model.
-    pub(super) fn rows(
+    /// Speeds of the same test at depth 0.
+    pub(super) fn speeds(
         &self,
         shape: &str,
         weights: &str,
         threads: &str,
         test: &[&str],
-    ) -> Result<Vec<Value>> {
-        let kind = match weights {
-            "int8" => "q8_0",
-            "int4" => "q4_0",
-            "auto" => "f32",
-            other => other,
-        };
-        let model = self.models.join(format!("{shape}-{kind}.gguf"));
+    ) -> Result<Vec<f64>> {
+        self.faster(&self.llama_bench, (shape, weights, "f16"), threads, &[test, &JSON].concat())
+    }
+
+    /// Speeds of sequences that are `depth` tokens deep; none without the program for it.
+    pub(super) fn deep(&self, deep: &super::Deep, threads: &str) -> Result<Vec<f64>> {
+        let Some(program) = &self.llama_deep else { return Ok(Vec::new()) };
+        let [sequences, depth] = [deep.sequences, deep.depth].map(|n| n.to_string());
+        let test = ["-s", &sequences, "-d", &depth, "-n", super::DEEP_STEPS, "-r", "3"];
+        self.faster(program, (deep.shape, deep.weights, deep.kv), threads, &test)
+    }
+
+    /// The faster of flash attention and the older path, which differ by a factor of two in
+    /// either direction; nothing where the folder has no such model.
+    fn faster(
+        &self,
+        program: &Path,
+        (shape, weights, kv): (&str, &str, &str),
+        threads: &str,
+        test: &[&str],
+    ) -> Result<Vec<f64>> {
+        let model = self.models.join(format!("{shape}-{}.gguf", peers_type(weights)));
         if !model.is_file() {
             return Ok(Vec::new());
         }
-        let mut command = Command::new(&self.program);
-        command.arg("-m").arg(model).args(["-t", threads, "-fa", "1"]);
-        command.args(["-ctk", "f16", "-ctv", "f16", "-o", "json"]).args(test);
-        let output = command.output().with_context(|| format!("cannot start {command:?}"))?;
-        rows(&command, &output)
+        let kv = peers_type(kv);
+        // Values that are quantised need flash attention there.
+        let flash = if kv == "f16" { "0,1" } else { "1" };
+        let mut command = Command::new(program);
+        command.arg("-m").arg(model).args(["-t", threads, "-fa", flash, "-ctk", kv, "-ctv", kv]);
+        let output =
+            command.args(test).output().with_context(|| format!("cannot start {command:?}"))?;
+        let rows = rows(&command, &output)?;
+        let speeds = rows.iter().map(|row| super::samples(row).collect::<Vec<_>>());
+        Ok(speeds.max_by(|a, b| total(a).total_cmp(&total(b))).unwrap_or_default())
+    }
+}
+
+const JSON: [&str; 2] = ["-o", "json"];
+
+fn total(speeds: &[f64]) -> f64 {
+    speeds.iter().sum()
+}
+
+/// llama.cpp's word for a type of weights or of the cache.
+fn peers_type(ours: &str) -> &str {
+    match ours {
+        "int8" => "q8_0",
+        "int4" => "q4_0",
+        "auto" => "f32",
+        other => other,
     }
 }
 

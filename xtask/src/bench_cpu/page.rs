@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::Result;
 use serde_json::Value;
 
-use super::child::Ran;
+use super::DeepRows;
 
 /// Markdown that grows.
 pub(super) struct Page {
@@ -16,6 +16,9 @@ pub(super) struct Page {
     date: String,
     peers: bool,
 }
+
+/// What a decode step is divided into.
+const PARTS: [&str; 5] = ["weights_ns", "score_ns", "select_ns", "attend_ns", "rest_ns"];
 
 /// A label, a row, why there is none, speeds, the peer's speeds.
 type Case<'a> = (String, Option<&'a Value>, Option<&'a str>, &'a [f64], &'a [f64]);
@@ -87,8 +90,7 @@ impl Page {
             notes.extend(refused.map(|sentence| format!("{label}: {sentence}.")));
             let field = |name: &str| row.and_then(|row| number(row, name));
             let part = |name: &str| row.and_then(|row| number(&row["step_split"], name));
-            let whole: f64 =
-                ["weights_ns", "attend_ns", "rest_ns"].into_iter().filter_map(part).sum();
+            let whole: f64 = PARTS.into_iter().filter_map(part).sum();
             let share = |name: &str| percent(part(name).map(|ns| ns / whole));
             let cells = vec![
                 label,
@@ -138,44 +140,51 @@ impl Page {
         self.peers = peers;
     }
 
-    pub(super) fn table_of_depth(&mut self, rows: &[(String, Ran, Vec<f64>)]) {
+    pub(super) fn table_of_depth<'a>(
+        &mut self,
+        lines: impl Iterator<Item = (String, &'a DeepRows)>,
+    ) {
         self.header(&[
             "model",
             "attention",
             "t/s",
             "ratio to dense",
             "of bandwidth",
+            "score",
+            "select",
             "attend",
             "peak GB",
             "weights + KV GB",
         ]);
-        for (label, ran, peers) in rows {
-            let rows = match ran {
-                Ran::Rows(rows) => rows,
-                Ran::Refused(sentence) => {
-                    let _ = writeln!(self.text, "| {label}: {sentence} |");
-                    continue;
-                }
-            };
-            for row in rows {
+        let mut notes = Vec::new();
+        for (label, line) in lines {
+            notes.extend(line.refused.as_ref().map(|sentence| format!("{label}: {sentence}.")));
+            let dense = line.ours.iter().find(|(row, _)| row["attention"] == "dense");
+            let dense = dense.and_then(|(_, speeds)| median(speeds));
+            for (row, speeds) in &line.ours {
                 let field = |name: &str| number(row, name);
                 let part = |name: &str| number(&row["step_split"], name);
-                let parts = ["weights_ns", "attend_ns", "rest_ns"];
-                let whole: f64 = parts.into_iter().filter_map(part).sum();
-                let speed = median(&super::samples(row));
+                let whole: f64 = PARTS.into_iter().filter_map(part).sum();
+                let share = |name: &str| percent(part(name).map(|ns| ns / whole));
+                let speed = median(speeds);
                 let held = field("model_size").zip(field("kv_bytes")).map(|(w, kv)| (w + kv) / 1e9);
                 let cells = vec![
                     label.clone(),
                     row["attention"].as_str().unwrap_or("—").to_owned(),
                     cell(speed, 2),
-                    cell(field("median_ts_ratio"), 2),
+                    cell(speed.zip(dense).map(|(speed, dense)| speed / dense), 2),
                     percent(field("roofline_fraction")),
-                    percent(part("attend_ns").map(|ns| ns / whole)),
+                    share("score_ns"),
+                    share("select_ns"),
+                    share("attend_ns"),
                     cell(field("rss_bytes").map(|bytes| bytes / 1e9), 2),
                     cell(held, 2),
                 ];
-                self.row(cells, speed, peers);
+                self.row(cells, speed, &line.peers);
             }
+        }
+        for note in notes {
+            self.text(&note);
         }
     }
 }
@@ -272,14 +281,21 @@ mod tests {
 
     #[test]
     fn memory_stands_beside_what_is_held() {
-        let row = json!({
-            "attention": "sparse", "samples_ts": [1.0, 3.0], "median_ts_ratio": 2.5,
-            "model_size": 1e9, "kv_bytes": 2e9, "rss_bytes": 3.2e9,
-            "step_split": { "weights_ns": 60, "attend_ns": 30, "rest_ns": 10 },
-        });
+        let row = |attention: &str, speeds: [f64; 2]| {
+            json!({
+                "attention": attention, "samples_ts": speeds,
+                "model_size": 1e9, "kv_bytes": 2e9, "rss_bytes": 3.2e9,
+                "step_split": {
+                    "weights_ns": 60, "score_ns": 6, "select_ns": 4, "attend_ns": 20, "rest_ns": 10
+                },
+            })
+        };
+        let mut rows = DeepRows::default();
+        rows.add(vec![row("dense", [1.0, 1.0]), row("sparse", [1.0, 3.0])]);
+        rows.add(vec![row("sparse", [3.0, 3.0])]);
         let mut page = page(false);
-        page.table_of_depth(&[("m".to_owned(), Ran::Rows(vec![row]), Vec::new())]);
-        let line = "| m | sparse | 2.00 | 2.50 | — | 30.0 % | 3.20 | 3.00 |";
+        page.table_of_depth([("m".to_owned(), &rows)].into_iter());
+        let line = "| m | sparse | 3.00 | 3.00 | — | 6.0 % | 4.0 % | 20.0 % | 3.20 | 3.00 |";
         assert!(page.text.contains(line), "{}", page.text);
     }
 }

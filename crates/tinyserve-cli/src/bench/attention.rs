@@ -23,7 +23,7 @@ use crate::progress::Progress;
 use crate::{output, values};
 
 use cache::{Bench, Placement, Setup};
-use table::{crossovers, lines, markdown};
+use table::{crossovers, even, lines, markdown};
 
 #[derive(Debug, Args)]
 pub(crate) struct AttentionArgs {
@@ -50,7 +50,8 @@ pub(crate) struct AttentionArgs {
     /// Tokens of one page [default: 16].
     #[arg(long, value_name = "TOKENS,…", value_delimiter = ',', value_parser = values::size)]
     page_size: Vec<usize>,
-    /// Pages of each sequence, instead of the size of one.
+    /// Pages of each sequence, instead of the size of one: with --tokens the published
+    /// benchmark_attention(input_size, num_pages), of 10 runs that are not counted and 100 that are.
     #[arg(long, value_name = "N", conflicts_with = "page_size", value_parser = values::size)]
     num_pages: Option<usize>,
     /// How keys and values are stored: f32, f16, bf16, int8 or int4.
@@ -66,12 +67,12 @@ pub(crate) struct AttentionArgs {
         allow_negative_numbers = true
     )]
     ratios: Vec<f64>,
-    /// Counted runs.
-    #[arg(short, long, value_name = "N", default_value = "9", value_parser = values::size)]
-    repetitions: usize,
-    /// Runs before them that are not counted.
-    #[arg(long, value_name = "N", default_value = "1", value_parser = values::size)]
-    warm_ups: usize,
+    /// Counted runs [default: 9, with --num-pages 100].
+    #[arg(short, long, value_name = "N", value_parser = values::size)]
+    repetitions: Option<usize>,
+    /// Runs before them that are not counted [default: 1, with --num-pages 10].
+    #[arg(long, value_name = "N", value_parser = values::size)]
+    warm_ups: Option<usize>,
     /// Draws the speed-up over dense attention against the tokens in the cache into an .svg file.
     #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
@@ -114,6 +115,8 @@ struct Row {
     score_ns: f64,
     select_ns: f64,
     attend_ns: f64,
+    /// Bytes of keys, values and boxes that one layer keeps in memory.
+    bytes_resident: usize,
     /// Bytes of keys, values and boxes that one step reads.
     bytes_per_step: f64,
     gb_s: f64,
@@ -132,6 +135,10 @@ struct Row {
 
 /// Tokens of one page unless asked for.
 const PAGE_SIZE: usize = 16;
+/// Runs that are not counted and runs that are, unless asked for.
+const RUNS: (usize, usize) = (1, 9);
+/// The same of the published benchmark_attention.
+const PUBLISHED_RUNS: (usize, usize) = (10, 100);
 
 /// Measures every combination and prints.
 pub(crate) fn attention(args: &AttentionArgs) -> Result<()> {
@@ -167,8 +174,9 @@ pub(crate) fn attention(args: &AttentionArgs) -> Result<()> {
     }
     if let Some(file) = &args.plot {
         let title = "Speed-up of an attention step over dense attention";
-        let svg =
-            tinyserve_lab::lines(title, ("tokens in the cache", "times as fast"), &lines(&rows));
+        let mut drawn = lines(&rows);
+        drawn.push(even(&rows));
+        let svg = tinyserve_lab::lines(title, ("tokens in the cache", "times as fast"), &drawn);
         let svg = svg.map_err(|error| anyhow!("{error}"))?;
         fs::write(file, svg).with_context(|| format!("{} cannot be written", file.display()))?;
     }
@@ -201,6 +209,12 @@ fn setups(args: &AttentionArgs) -> Vec<Setup> {
     setups
 }
 
+/// Runs that are not counted, and runs that are.
+fn runs(args: &AttentionArgs) -> (usize, usize) {
+    let (warm_ups, repetitions) = if args.num_pages.is_some() { PUBLISHED_RUNS } else { RUNS };
+    (args.warm_ups.unwrap_or(warm_ups), args.repetitions.unwrap_or(repetitions))
+}
+
 /// Dense attention and each policy over one cache, in turns.
 fn measure(
     args: &AttentionArgs,
@@ -214,17 +228,19 @@ fn measure(
     let bench = Bench::new(backend, &setup)?;
     let mut samples = vec![Vec::new(); modes.len()];
     let mut stats = vec![AttendStats::default(); modes.len()];
-    for run in 0..args.warm_ups + args.repetitions {
+    let (warm_ups, repetitions) = runs(args);
+    for run in 0..warm_ups + repetitions {
         for (i, mode) in modes.iter().enumerate() {
             let (seconds, of_run) =
                 bench.run(mode.as_ref().map_or(Attention::Dense, Attention::Policy))?;
-            if run >= args.warm_ups {
+            if run >= warm_ups {
                 samples[i].push(1e9 * seconds / bench.layers as f64);
             }
             stats[i] = of_run;
         }
     }
     let layers = bench.layers;
+    let resident = bench.pages.layout().bytes_per_page() * bench.page_count() / layers;
     bench.backend.time_selection(true);
     let mut splits = Vec::new();
     for mode in modes {
@@ -270,6 +286,7 @@ fn measure(
             score_ns: split.0,
             select_ns: split.1,
             attend_ns: split.2,
+            bytes_resident: resident,
             bytes_per_step: bytes,
             gb_s: bytes / time,
             read_bandwidth_gb_s: bandwidth / 1e9,
@@ -297,7 +314,7 @@ fn check(args: &AttentionArgs) -> Result<()> {
         ("--q-heads", args.q_heads),
         ("--head-dim", args.head_dim),
         ("--sequences", args.sequences),
-        ("--repetitions", args.repetitions),
+        ("--repetitions", args.repetitions.unwrap_or(1)),
         ("--num-pages", args.num_pages.unwrap_or(1)),
     ];
     for (flag, value) in single.into_iter().chain(lists) {
@@ -319,6 +336,31 @@ fn check(args: &AttentionArgs) -> Result<()> {
         Some(file) if file.extension().is_none_or(|extension| extension != "svg") => {
             Err(out_of_range("--plot", file.display(), "a file that ends in .svg"))
         }
-        _ => Ok(()),
+        Some(file) => output::has_place(file),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        args: AttentionArgs,
+    }
+
+    #[test]
+    fn the_published_benchmark_has_its_own_numbers_of_runs() {
+        let of = |flags: &str| {
+            let words = std::iter::once("attention").chain(flags.split_whitespace());
+            runs(&Command::parse_from(words).args)
+        };
+        assert_eq!(of("--tokens 4k"), RUNS);
+        assert_eq!(of("--tokens 4k --num-pages 256"), (10, 100));
+        assert_eq!(of("--num-pages 256 --warm-ups 0 -r 3"), (0, 3));
     }
 }

@@ -257,7 +257,9 @@ pub(super) fn load(
         // A page more for each sequence: its copy of the depth's open page.
         let pages = sequences * (layout.pages_for(longest) + 1);
         let (tokens, threads) = (config.attention_chunk_size, backend.threads());
-        let largest = LargestStep { tokens, logits: sequences, threads };
+        // The depth's open page stays beside the copy of it that a run goes on with.
+        let open = 2 * sequences;
+        let largest = LargestStep { tokens, sequences: open, logits: sequences, threads };
         // Made in memory, the stored weights are there already; the plan counts them itself.
         let made = if checkpoint.is_in_memory() { checkpoint.weight_bytes() as u64 } else { 0 };
         let process = memory::resident().unwrap_or(0).saturating_sub(made);
@@ -307,8 +309,8 @@ fn measure(
     if test.n_gen > 0 {
         // Reading the clock at every operation would slow a small model's counted runs down.
         for (mode, (_, _, split)) in modes.iter().zip(&mut measured) {
-            let (elapsed, profile) = runner.profile(filled, test.n_gen, mode.attention())?;
-            *split = Some(StepSplit::new(test.n_gen, elapsed, profile));
+            let spent = runner.profile(filled, test.n_gen, mode.attention())?;
+            *split = Some(StepSplit::new(test.n_gen, spent));
         }
     }
     Ok(measured)

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::Value;
-use tinyserve::kernels::{AttendStats, Profile};
+use tinyserve::kernels::{AttendStats, Profile, SelectionTimes};
 
 use super::runner::Sample;
 use super::statistics::{deviation, mean, median};
@@ -70,18 +70,28 @@ impl Test {
 pub(super) struct StepSplit {
     /// Products with the weights.
     weights_ns: u64,
-    /// Attention, page selection included.
+    /// Scoring the boxes of pages.
+    score_ns: u64,
+    /// Turning scores into page lists.
+    select_ns: u64,
+    /// Attention over the pages that are read.
     attend_ns: u64,
+    /// Norms, rotary embedding, activations, appending to the cache, sampling.
     rest_ns: u64,
 }
 
 impl StepSplit {
-    pub(super) fn new(steps: usize, elapsed: Duration, profile: Profile) -> Self {
+    pub(super) fn new(
+        steps: usize,
+        (elapsed, profile, choice): (Duration, Profile, SelectionTimes),
+    ) -> Self {
         let per_step = |time: Duration| time.as_nanos() as u64 / steps as u64;
         let rest = elapsed.saturating_sub(profile.linear + profile.attend);
         Self {
             weights_ns: per_step(profile.linear),
-            attend_ns: per_step(profile.attend),
+            score_ns: per_step(choice.score),
+            select_ns: per_step(choice.select),
+            attend_ns: per_step(profile.attend.saturating_sub(choice.score + choice.select)),
             rest_ns: per_step(rest),
         }
     }

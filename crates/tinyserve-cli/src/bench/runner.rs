@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use tinyserve::TinyServeError;
-use tinyserve::kernels::{AttendStats, Attention, Cpu, Profile, Profiled};
+use tinyserve::kernels::{AttendStats, Attention, Cpu, Profile, Profiled, SelectionTimes};
 use tinyserve::kv::{PageTable, Prefix};
 use tinyserve::model::{
     Activations, Batch, KvCache, LogitRows, Model, ModelError, Observe, SequenceStep,
@@ -161,13 +161,17 @@ impl Runner {
         filled: &[PageTable],
         steps: usize,
         attention: Attention<'_>,
-    ) -> Result<(Duration, Profile)> {
+    ) -> Result<(Duration, Profile, SelectionTimes)> {
+        let device = self.model.backend();
         // What came before is not asked for.
-        let _ = self.model.backend().take();
-        self.model.backend().switch(true);
+        let _ = (device.take(), device.inner().take_selection_times());
+        device.switch(true);
+        device.inner().time_selection(true);
         let samples = self.time(filled, (0, steps), attention);
-        self.model.backend().switch(false);
-        Ok((samples?[1].elapsed, self.model.backend().take()))
+        let device = self.model.backend();
+        device.switch(false);
+        device.inner().time_selection(false);
+        Ok((samples?[1].elapsed, device.take(), device.inner().take_selection_times()))
     }
 
     fn decode(

@@ -7,7 +7,7 @@ use anyhow::{Context, Error, Result, anyhow};
 use clap::Args;
 use serde::Serialize;
 use tinyserve::kernels::{Backend, Cpu};
-use tinyserve::kv::{Budget, KvFormat, METHODS, Method, Reselect, SelectionPolicy};
+use tinyserve::kv::{Budget, KvFormat, Method, Reselect, SelectionPolicy};
 use tinyserve::model::{Checkpoint, Model, ModelError, Tokenizer};
 use tinyserve::{GroupReduceName, RopeFrequencyDtype, TinyServeConfig, TinyServeError};
 use tinyserve_lab::{LabError, Probe, Trial};
@@ -27,9 +27,8 @@ const TRIALS: &str = "Policies";
 #[derive(Debug, Args)]
 #[command(next_help_heading = TRIALS)]
 pub(crate) struct TrialArgs {
-    /// Methods to compare: dense, box, mean-std, cuboid-mean, two-boxes, two-stage, oracle,
-    /// oracle-mass, streaming, h2o, snapkv, random.
-    #[arg(long, value_name = "NAME,…", value_delimiter = ',', value_parser = values::method)]
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',', value_parser = values::method,
+          help = values::methods_help())]
     policies: Vec<Method>,
     /// Tokens that a step may read; each budget is tried with each method.
     #[arg(long, value_name = "TOKENS,…", value_delimiter = ',', value_parser = values::size)]
@@ -97,8 +96,8 @@ impl TrialArgs {
         let mut policies = self.policies.clone();
         policies.extend(default.filter(|_| self.policies.is_empty()));
         if policies.is_empty() {
-            let names: Vec<_> = METHODS.iter().map(|method| method.name()).collect();
-            let sentence = format!("--policies is missing, expected some of {}", names.join(", "));
+            let names = Method::names(|_| true);
+            let sentence = format!("--policies is missing, expected some of {names}");
             return Err(Usage(sentence).into());
         }
         let tokens = self.token_budget.iter().map(|&tokens| Budget::Tokens(tokens));
@@ -211,7 +210,8 @@ pub(super) fn check_svg(flag: &str, file: Option<&PathBuf>) -> Result<()> {
         Some(file) if file.extension().is_none_or(|extension| extension != "svg") => {
             Err(out_of_range(flag, file.display(), "a file that ends in .svg"))
         }
-        _ => Ok(()),
+        Some(file) => output::has_place(file),
+        None => Ok(()),
     }
 }
 

@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, anyhow};
 use clap::Args;
 use serde_json::json;
+use tinyserve::KvCacheDtype;
 use tinyserve_lab::{Line, TextRow, TextTest, lines, text};
 
 use super::options::{Lab, OutputArgs, TrialArgs, Watched, check_svg, draw, lab_error};
 use super::table::{Column, Style, TRIAL};
 use crate::args::ForwardArgs;
 use crate::exit::{Quiet, Usage};
-use crate::progress::Progress;
 use crate::units::count;
 use crate::{output, prompt, values};
 
@@ -47,6 +47,10 @@ pub(super) struct WindowArgs {
     /// Windows, from the start of the text [default: 4].
     #[arg(long, value_name = "N", value_parser = values::size)]
     samples: Option<usize>,
+    /// How the dense attention that policies diverge from stores keys and values [default: as
+    /// --kv-cache-dtype].
+    #[arg(long, value_name = "DTYPE", value_parser = values::kv_cache_dtype)]
+    reference_kv_cache_dtype: Option<KvCacheDtype>,
 }
 
 /// Window unless asked for, windows unless asked for.
@@ -86,24 +90,31 @@ fn dense(args: &PerplexityArgs) -> Result<()> {
     // One window at a time: memory for others would only make the plan larger.
     config.max_num_seqs = 1;
     let engine = args.forward.device.load(config)?;
-    let mut progress = Progress::new("tokens");
-    let result = engine.perplexity(&text, args.stride, |done, total| {
-        progress.update(done, total);
-    })?;
-    progress.finish();
+    let mut watched = Watched::new()?;
+    let mut control = watched.control();
+    let result =
+        engine.perplexity(&text, args.stride, |done, total| control("tokens", done, total));
+    drop(control);
+    watched.quiet();
+    let result = result?;
+    if result.tokens == 0 {
+        return Err(Quiet::Interrupted.into());
+    }
     if args.output.json() {
-        return output::json(&json!({
+        output::json(&json!({
             "nll_mean": result.nll_mean,
             "perplexity": result.perplexity,
             "tokens": result.tokens,
-        }));
+        }))?;
+    } else {
+        output::text(&format!(
+            "perplexity {:.4} ({:.6} nats per token over {} tokens)\n",
+            result.perplexity,
+            result.nll_mean,
+            count(result.tokens as u64),
+        ))?;
     }
-    output::text(&format!(
-        "perplexity {:.4} ({:.6} nats per token over {} tokens)\n",
-        result.perplexity,
-        result.nll_mean,
-        count(result.tokens as u64),
-    ))
+    watched.finish()
 }
 
 /// A text that is not empty.
@@ -117,9 +128,14 @@ pub(super) fn read(file: &Path) -> Result<String> {
 
 impl WindowArgs {
     fn flag(&self) -> Option<&'static str> {
-        let flags =
-            [(self.window, "--window"), (self.prefix, "--prefix"), (self.samples, "--samples")];
-        flags.into_iter().find_map(|(value, flag)| value.map(|_| flag))
+        [
+            (self.window.is_some(), "--window"),
+            (self.prefix.is_some(), "--prefix"),
+            (self.samples.is_some(), "--samples"),
+            (self.reference_kv_cache_dtype.is_some(), "--reference-kv-cache-dtype"),
+        ]
+        .into_iter()
+        .find_map(|(given, flag)| given.then_some(flag))
     }
 
     fn test(&self, limit: usize) -> TextTest {
@@ -150,9 +166,18 @@ pub(super) fn compare(
     let tokens =
         lab.tokenizer()?.encode(&content, true).map_err(tinyserve::TinyServeError::from)?;
     let test = windows.test(lab.limit());
+    let mut reference = match windows.reference_kv_cache_dtype {
+        Some(dtype) => {
+            let mut lab = Lab::open(forward)?;
+            lab.format = dtype.resolve(lab.checkpoint.dtype());
+            Some(lab.probe(test.window, 0)?)
+        }
+        None => None,
+    };
     let mut probe = lab.probe(test.window, observed)?;
     let mut watched = Watched::new()?;
-    let rows = text(&mut probe, &tokens, &test, &chosen, &mut watched.control());
+    let probes = (&mut probe, reference.as_mut());
+    let rows = text(probes, &tokens, &test, &chosen, &mut watched.control());
     let rows = rows.map_err(lab_error)?;
     watched.quiet();
     if rows.iter().all(|row| row.tokens == 0) && watched.stopped() {

@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::observe::attention_weights;
-use super::{Evictor, PromptAttention};
+use super::{Evictor, PromptAttention, ScoreCost};
 use crate::{PageSelector, SelectInput, SelectionPolicy};
 
 /// See the module.
@@ -93,5 +93,10 @@ impl PageSelector for Sequence {
 
     fn needs_keys(&self) -> bool {
         true
+    }
+
+    /// None: it goes by weights that attention computes anyway.
+    fn bytes_read(&self, _head: (usize, usize), _cost: &ScoreCost) -> usize {
+        0
     }
 }

@@ -1,7 +1,8 @@
 //! The methods that choose pages, one file each, and the registry that names them.
 //!
-//! To add one, write a file with a [`PageScorer`] or an [`Evictor`] and add its line to [`METHODS`]:
-//! every command that takes the name of a method, and every property test, then has it.
+//! To add one, write a file with a [`PageScorer`] or an [`Evictor`], and add its line to
+//! [`METHODS`] (and the `mod` that Rust wants beside it): every command that takes the name of a
+//! method, its help, and every property test then has it.
 
 mod boxes;
 mod cuboid_mean;
@@ -27,7 +28,7 @@ pub use observe::{AttentionObserver, HeadAttention, PromptAttention, attention_w
 pub(crate) use oracle_mass::log_sum_exp;
 
 /// Every method by name.
-pub static METHODS: [Method; 12] = [
+pub static METHODS: &[Method] = &[
     Method::Dense,
     Method::Score(Scorer(&boxes::Box)),
     Method::Score(Scorer(&mean_std::MeanStd)),
@@ -74,24 +75,27 @@ impl Method {
         }
     }
 
+    /// The names of those that `which` keeps, as a sentence lists them.
+    pub fn names(which: impl Fn(Self) -> bool) -> String {
+        let names = METHODS.iter().filter(|&&method| which(method)).map(|method| method.name());
+        names.collect::<Vec<_>>().join(", ")
+    }
+
     /// The method of that name.
     ///
     /// # Errors
     /// When there is none; the message lists the names.
     pub fn named(name: &str) -> Result<Self, KvError> {
-        find(name, METHODS.iter().copied(), "policy")
+        find(name, |_| true, "policy")
     }
 }
 
-fn find(
-    name: &str,
-    methods: impl Iterator<Item = Method> + Clone,
-    what: &'static str,
-) -> Result<Method, KvError> {
-    methods.clone().find(|method| method.name() == name).ok_or_else(|| KvError::Invalid {
+fn find(name: &str, which: impl Fn(Method) -> bool, what: &'static str) -> Result<Method, KvError> {
+    let mut methods = METHODS.iter().copied().filter(|&method| which(method));
+    methods.find(|method| method.name() == name).ok_or_else(|| KvError::Invalid {
         what,
         found: name.to_owned(),
-        expected: methods.map(Method::name).collect::<Vec<_>>().join(", "),
+        expected: Method::names(which),
     })
 }
 
@@ -163,8 +167,7 @@ impl Scorer {
     /// # Errors
     /// When there is none; the message lists the names.
     pub fn named(name: &str) -> Result<Self, KvError> {
-        let scorers = METHODS.iter().copied().filter(|method| matches!(method, Method::Score(_)));
-        match find(name, scorers, "scorer")? {
+        match find(name, |method| matches!(method, Method::Score(_)), "scorer")? {
             Method::Score(scorer) => Ok(scorer),
             // The filter leaves scorers only.
             Method::Dense | Method::Evict(_) => Ok(Self::BOX),

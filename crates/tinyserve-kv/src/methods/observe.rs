@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 
 use super::dot;
 use super::oracle_mass::log_sum_exp;
-use crate::{PageSelector, SelectInput};
+use crate::{PageSelector, ScoreCost, SelectInput};
 
 /// Attention that the tokens of a prompt were paid in one layer by the queries of one KV head.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -68,6 +68,10 @@ impl PageSelector for AttentionObserver {
 
     fn needs_keys(&self) -> bool {
         true
+    }
+
+    fn bytes_read(&self, _head: (usize, usize), _cost: &ScoreCost) -> usize {
+        0
     }
 }
 

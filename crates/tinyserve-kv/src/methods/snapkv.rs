@@ -12,7 +12,7 @@ use std::boxed::Box;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{Evictor, PromptAttention};
+use super::{Evictor, PromptAttention, ScoreCost};
 use crate::{PageSelector, SelectInput, SelectionPolicy, select_pages};
 
 /// Tokens that the votes are pooled over.
@@ -74,6 +74,11 @@ impl PageSelector for Sequence {
         selected.extend_from_slice(list);
         selected.extend(*then as u32..pages as u32);
         true
+    }
+
+    /// None: it went by weights that attention computed anyway.
+    fn bytes_read(&self, _head: (usize, usize), _cost: &ScoreCost) -> usize {
+        0
     }
 }
 

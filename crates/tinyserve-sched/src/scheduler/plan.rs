@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use tinyserve_kv::{KvError, Prefix};
 use tinyserve_model::ModelError;
 
-use super::{Scheduler, hooks, insert};
+use super::{MOST_SCORED_TOKENS, Scheduler, hooks, insert};
 use crate::metrics::count;
 use crate::sequence::{End, Sequence};
 use crate::session::Kept;
@@ -46,7 +46,14 @@ impl<R: Runner> Scheduler<R> {
         if !self.prune(index, budget) {
             return;
         }
-        let most = self.config.attention_chunk_size.min(*budget);
+        let mut most = self.config.attention_chunk_size.min(*budget);
+        if self.running[index].scores_prompt() {
+            let scoring = self.running.iter().filter(|sequence| sequence.scores_prompt());
+            most = most.min(MOST_SCORED_TOKENS - scoring.map(|s| s.planned).sum::<usize>());
+        }
+        if most == 0 {
+            return;
+        }
         let wanted = self.running[index].uniform(most);
         let planned = loop {
             if self.runner.extend(&mut self.running[index].table, wanted).is_ok() {
@@ -134,8 +141,8 @@ impl<R: Runner> Scheduler<R> {
         let of_session = kept.map_or(0, |kept| reusable(sequence, kept));
         let prefix = sharable(sequence);
         // Prompts whose every token is scored are computed whole.
-        let shares = sequence.prompt_logprobs.is_none() && sequence.shares;
-        let known = if shares { self.runner.known(prefix) } else { 0 };
+        let may_share = sequence.prompt_logprobs.is_none() && sequence.shares;
+        let known = if may_share { self.runner.known(prefix) } else { 0 };
         let shares = known > of_session;
         let reused = of_session.max(known);
         let reused_pages =
@@ -169,7 +176,8 @@ impl<R: Runner> Scheduler<R> {
             }
             None => {}
         }
-        if shares {
+        // A prompt that nobody knows is looked up, too, and counted as one that was not found.
+        if shares || of_session == 0 && may_share {
             sequence.table = self.runner.start(sharable(&sequence));
         }
         let reused = if shares { sequence.table.len() } else { left };

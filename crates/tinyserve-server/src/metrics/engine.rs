@@ -156,6 +156,21 @@ impl Page<'_> {
             "Sessions that nobody used for too long",
             stats.sessions_expired,
         )?;
+        self.counter(
+            "tinyserve:prefix_lookups",
+            "Prompts that were looked for among kept pages",
+            stats.prefix_lookups,
+        )?;
+        self.counter("tinyserve:prefix_hits", "Prompts that shared kept pages", stats.prefix_hits)?;
+        let cause = |cause: &str, pages| (vec![("cause", cause.to_owned())], pages);
+        self.labelled(
+            ("tinyserve:prefix_evicted_pages", "Kept pages given up", MetricType::Counter),
+            &[
+                cause("room", stats.prefix_evicted_for_room),
+                cause("limit", stats.prefix_evicted_for_limit),
+                cause("clear", stats.prefix_evicted_by_clear),
+            ],
+        )?;
         self.counter("tinyserve:steps", "Steps", stats.steps)?;
         self.counter(
             "tinyserve:prefill_tokens",

@@ -11,5 +11,6 @@ mod limits;
 mod logprobs;
 mod models;
 mod monitor;
+mod prefixes;
 mod server;
 mod streams;

@@ -128,6 +128,11 @@ impl Bench {
         Ok(Self { backend, heads, layers, pages, tables, tokens: args.tokens })
     }
 
+    /// Pages of all sequences, each with all layers.
+    pub(super) fn page_count(&self) -> usize {
+        self.tables.iter().map(|table| table.pages().len()).sum()
+    }
+
     /// Seconds of one step through all layers, and what it read.
     pub(super) fn run(&self, attention: Attention<'_>) -> Result<(f64, AttendStats)> {
         let mut random = SyntheticNormal::new(0, "queries");

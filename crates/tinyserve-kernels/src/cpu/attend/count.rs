@@ -31,20 +31,24 @@ impl Context<'_> {
                 }
             };
             let sealed = seen - usize::from(own_read);
+            let cost = ScoreCost {
+                pages,
+                budget: seen,
+                page_size: size,
+                head_dim: self.heads.head_dim,
+                vector_bytes: self.heads.head_dim * element,
+            };
             // Of a query alone, a kernel reads one of the two corners in each channel.
             let scored = match self.sequences[unit.sequence].attention {
                 _ if chosen == Chosen::Everything => 0,
                 Attention::Policy(policy) if policy.has_kernels() && self.heads.group() == 1 => {
                     pages * box_bytes / 2
                 }
-                Attention::Policy(policy) => policy.scorer.bytes_read(&ScoreCost {
-                    pages,
-                    budget: seen,
-                    page_size: size,
-                    head_dim: self.heads.head_dim,
-                    vector_bytes: self.heads.head_dim * element,
-                }),
-                _ => pages * box_bytes,
+                Attention::Policy(policy) => policy.scorer.bytes_read(&cost),
+                Attention::Custom(selector) => {
+                    selector.bytes_read((self.layer, unit.kv_head), &cost)
+                }
+                Attention::Dense => 0,
             };
             // Codes mean nothing without their box, whatever was read to choose them.
             let (boxes, dense_boxes) = if shape.format.is_quantised() {
