@@ -578,7 +578,7 @@ mod tests {
             config.check().unwrap();
             config.cuda_devices()
         };
-        assert_eq!(of(Device::Cpu, None, None), []);
+        assert_eq!(of(Device::Cpu, None, None), [0; 0]);
         assert_eq!(of(Device::Cuda(3), None, None), [3]);
         assert_eq!(of(Device::Auto, Some(2), None), [0, 1]);
         assert_eq!(of(Device::Cuda(0), None, Some(&[2, 0])), [2, 0]);
