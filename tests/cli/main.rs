@@ -12,4 +12,5 @@ mod interrupt;
 mod options;
 mod reports;
 mod run;
+mod serve;
 mod weights_cache;

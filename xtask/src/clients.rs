@@ -11,9 +11,9 @@ use anyhow::{Context, Result, bail};
 /// Which clients run.
 #[derive(Debug, Clone, Copy, Default, clap::Args)]
 pub(crate) struct Args {
-    /// Run lm-eval's local-completions, too: it installs some hundred megabytes.
+    /// Leave lm-eval's local-completions out: it installs 760 MB.
     #[arg(long)]
-    lm_eval: bool,
+    pub(crate) no_lm_eval: bool,
 }
 
 /// How long the server may take to listen, and to end when it is asked to.
@@ -33,7 +33,7 @@ pub(crate) fn run(root: &Path, args: Args) -> Result<()> {
         .status()
         .context("cannot start Python")?;
     passed("openai_python.py", status)?;
-    if args.lm_eval {
+    if !args.no_lm_eval {
         match environment(root, "lm-eval", &folder.join("requirements-lm-eval.txt")) {
             Ok(python) => lm_eval(&folder, &python, &server.address)?,
             Err(reason) => skip(&reason)?,
@@ -84,21 +84,54 @@ fn environment(root: &Path, name: &str, requirements: &Path) -> Result<PathBuf, 
     Ok(python)
 }
 
-/// Scores and generates on the task beside the scripts.
+/// What lm-eval measures on the tasks beside the scripts, and the least that the built-in model
+/// reaches: it was trained on such stories, and a greedy answer is always the same.
+const TASKS: [(&str, f64); 2] = [("tinyserve_stories", 0.7), ("tinyserve_continue", 1.0)];
+
+/// Scores and generates, with prompts as texts and as lists of tokens.
 fn lm_eval(folder: &Path, python: &Path, address: &str) -> Result<()> {
-    let model = format!(
-        "model=stories260k,base_url={address}/v1/completions,num_concurrent=4,max_retries=1,\
-         tokenized_requests=False,tokenizer_backend=remote,batch_size=4"
-    );
-    let status = Command::new(python)
-        .args(["-m", "lm_eval", "run", "--model", "local-completions", "--model_args", &model])
-        .args(["--tasks", "tinyserve_stories", "--include_path"])
-        .arg(folder.join("lm_eval"))
-        .env("OPENAI_API_KEY", "key")
-        .current_dir(folder)
-        .status()
-        .context("cannot start lm-eval")?;
-    passed("lm-eval", status)
+    for tokenized in ["False", "True"] {
+        let model = format!(
+            "model=stories260k,base_url={address}/v1/completions,num_concurrent=4,max_retries=1,\
+             tokenized_requests={tokenized},tokenizer_backend=remote"
+        );
+        let output = Command::new(python)
+            .args(["-m", "lm_eval", "run", "--model", "local-completions", "--batch_size", "4"])
+            .args(["--model_args", &model, "--include_path"])
+            .arg(folder.join("lm_eval"))
+            .args(["--tasks", &TASKS.map(|(task, _)| task).join(",")])
+            // The tasks are local: nothing is asked of anybody else.
+            .envs([
+                ("HF_HUB_OFFLINE", "1"),
+                ("HF_DATASETS_OFFLINE", "1"),
+                ("OPENAI_API_KEY", "key"),
+            ])
+            .current_dir(folder)
+            .output()
+            .context("cannot start lm-eval")?;
+        let table = String::from_utf8_lossy(&output.stdout);
+        if !output.status.success() {
+            bail!(
+                "lm-eval ended with {}: {}",
+                output.status,
+                String::from_utf8_lossy(&output.stderr)
+            );
+        }
+        for (task, least) in TASKS {
+            let value = measured(&table, task).with_context(|| format!("no {task} in {table}"))?;
+            println!("   lm-eval, tokenized_requests={tokenized}: {task} {value}");
+            if value < least {
+                bail!("lm-eval measures {value} on {task}, expected at least {least}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The value of a task in lm-eval's table: the number behind the arrow.
+fn measured(table: &str, task: &str) -> Option<f64> {
+    let row = table.lines().find(|line| line.starts_with('|') && line.contains(task))?;
+    row.split('|').map(str::trim).skip_while(|cell| *cell != "↑").find_map(|cell| cell.parse().ok())
 }
 
 /// A server of the release binary; it ends with this value.
@@ -173,5 +206,20 @@ impl Drop for Served {
         // After a check that failed; one that ended already is not there to be killed.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::measured;
+
+    #[test]
+    fn values_are_read_from_lm_evals_table() {
+        let table = "local-completions ({'model': 'a'}), limit: None\n\
+             |      Tasks      |Version|Filter|n-shot|Metric|   |Value|   |Stderr|\n\
+             |-----------------|------:|------|-----:|------|---|----:|---|-----:|\n\
+             |tinyserve_stories|      1|none  |     0|acc   |↑  |0.875|±  | 0.125|\n";
+        assert_eq!(measured(table, "tinyserve_stories"), Some(0.875));
+        assert_eq!(measured(table, "another"), None);
     }
 }

@@ -1,5 +1,7 @@
 //! `cargo xtask load`: many impatient clients against the binary, and what became of them.
 
+mod overhead;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -40,6 +42,12 @@ pub(crate) struct Args {
     /// Share of the requests that are streamed.
     #[arg(long, default_value_t = 0.5)]
     stream: f64,
+    /// Compare with the same load in process instead, in turns, and time scrapes of /metrics.
+    #[arg(long)]
+    overhead: bool,
+    /// Requests of each turn of --overhead.
+    #[arg(long, default_value_t = 2000)]
+    requests: usize,
     /// Flags of the server, such as "--max-num-seqs 32".
     #[arg(long, default_value = "", allow_hyphen_values = true)]
     serve: String,
@@ -56,8 +64,11 @@ struct Seen {
 }
 
 /// Runs the load and prints what happened; fails when something was answered with a 5xx, a page
-/// leaked, or an answer broke off.
+/// leaked, memory grew, or an answer broke off.
 pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
+    if args.overhead {
+        return overhead::run(root, args);
+    }
     let mut flags = vec![args.model.as_str()];
     flags.extend(args.serve.split_whitespace());
     let mut server = Served::start(root, &flags)?;
@@ -151,6 +162,12 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
     if failed > 0 || seen.broken.load(Ordering::Relaxed) > 0 {
         bail!("{failed} answers were 5xx, {:?} broke off, expected none", seen.broken);
     }
+    // What is kept to be found again fills up in the first quarter.
+    if let (Some(&first), Some(&last)) = (first, last)
+        && last > first + first / 10 + (8 << 20)
+    {
+        bail!("memory grows: {first} bytes after a quarter, {last} at the end");
+    }
     if after["pages_used"] != before["pages_used"] {
         bail!("pages leaked");
     }
@@ -199,7 +216,7 @@ fn ask(address: &str, args: &Args, rng: &mut ChaCha8Rng, seen: &Seen) {
 }
 
 /// The status and the tokens of an answer; `None` when the client left before it was complete.
-fn exchange(
+pub(crate) fn exchange(
     address: &str,
     body: &Value,
     stream: bool,

@@ -52,7 +52,7 @@ enum Command {
     /// dense attention: `tinyserve eval needle` shows with it what a page selection loses. The
     /// folder also has lookup.json, which names the tokens to make such texts of.
     InductionModel(induction_model::Args),
-    /// Run clients that others wrote against the binary: openai-python, and lm-eval if asked.
+    /// Run clients that others wrote against the binary: openai-python and lm-eval.
     ///
     /// Installs them into virtual environments under target/, with the versions that
     /// tests/clients/ names. Skipped, with a reason, where Python or its packages cannot be had.

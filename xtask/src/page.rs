@@ -2,10 +2,14 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use serde_json::json;
 
 use crate::clients::Served;
+use crate::load::exchange;
 
 /// What becomes of the picture.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -15,6 +19,8 @@ pub(crate) struct Args {
     screenshot: Option<PathBuf>,
 }
 
+/// Clients that ask beside the page while its picture is taken.
+const OTHERS: u64 = 20;
 /// Names that the browser is installed under.
 const BROWSERS: [&str; 4] = ["chromium", "chromium-browser", "google-chrome", "chrome"];
 /// What the page is asked for: greedy, so that the answer is known.
@@ -57,10 +63,37 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
     }
     if let Some(file) = &args.screenshot {
         let file = format!("--screenshot={}", file.display());
-        open(browser, &["--virtual-time-budget=6000", &file, &address])?;
+        beside_others(&server.address, || {
+            open(browser, &["--virtual-time-budget=12000", &file, &address])
+        })?;
     }
     println!("   the page streams an answer and shows the cache in {browser}");
     server.stop()
+}
+
+/// Does `work` while others ask the server, too: more than run at once, with pauses.
+fn beside_others<T>(address: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let address = address.trim_start_matches("http://");
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for client in 0..OTHERS {
+            let over = &over;
+            scope.spawn(move || {
+                let body = json!({
+                    "prompt": "Once upon a time", "max_tokens": 300 + 7 * client, "ignore_eos": true,
+                    "tinyserve": {"attention": "sparse", "selection_ratio": 0.3},
+                });
+                while !over.load(Ordering::Relaxed) {
+                    // The picture shows what came of it.
+                    let _ = exchange(address, &body, false, None);
+                    std::thread::sleep(Duration::from_millis(10 * client));
+                }
+            });
+        }
+        let done = work();
+        over.store(true, Ordering::Relaxed);
+        done
+    })
 }
 
 fn starts(browser: &str) -> bool {
@@ -73,7 +106,7 @@ fn starts(browser: &str) -> bool {
 fn open(browser: &str, args: &[&str]) -> Result<(String, String)> {
     let output = Command::new(browser)
         .args(["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"])
-        .args(["--enable-logging=stderr", "--window-size=1280,1000"])
+        .args(["--enable-logging=stderr", "--window-size=1280,820"])
         .args(args)
         .stdin(Stdio::null())
         .output()

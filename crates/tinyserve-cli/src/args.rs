@@ -90,11 +90,26 @@ pub(crate) struct MemoryArgs {
         allow_negative_numbers = true
     )]
     target_memory_gb: Option<f64>,
+    /// Share of the available memory that the process may take, instead [default: 0.8].
+    #[arg(
+        long,
+        visible_alias = "gpu-memory-utilization",
+        value_name = "SHARE",
+        env = "TINYSERVE_MEMORY_UTILIZATION",
+        allow_negative_numbers = true
+    )]
+    memory_utilization: Option<f64>,
+    /// Bytes of pages [default: what --max-num-seqs of the longest sequences fill, if it fits].
+    #[arg(long, value_name = "BYTES", env = "TINYSERVE_KV_CACHE_MEMORY_BYTES",
+          value_parser = values::size)]
+    kv_cache_memory_bytes: Option<usize>,
 }
 
 impl MemoryArgs {
     pub(crate) fn apply(&self, config: &mut TinyServeConfig) {
         set_some(&mut config.target_memory_gb, self.target_memory_gb);
+        set_some(&mut config.memory_utilization, self.memory_utilization);
+        set_some(&mut config.kv_cache_memory_bytes, self.kv_cache_memory_bytes);
     }
 }
 
@@ -127,8 +142,12 @@ pub(crate) struct ScheduleArgs {
     max_num_batched_tokens: Option<usize>,
     /// Whether the pages of prompts are kept for requests that begin alike [default: true].
     #[arg(long, value_name = "BOOL", env = "TINYSERVE_ENABLE_PREFIX_CACHING", num_args = 0..=1,
-          require_equals = true, default_missing_value = "true")]
+          require_equals = true, default_missing_value = "true",
+          overrides_with = "no_enable_prefix_caching")]
     enable_prefix_caching: Option<bool>,
+    /// The same as --enable-prefix-caching=false.
+    #[arg(long, overrides_with = "enable_prefix_caching")]
+    no_enable_prefix_caching: bool,
     /// Which kept pages are given up first: lru, or cost (old and cheap to compute again).
     #[arg(long, value_name = "NAME", env = "TINYSERVE_EVICTION_POLICY",
           value_parser = |text: &str| values::name::<EvictionName>(text, "lru or cost"))]
@@ -143,7 +162,9 @@ impl ScheduleArgs {
         set(&mut config.tensor_parallel_size, self.tensor_parallel_size);
         set(&mut config.max_num_seqs, self.max_num_seqs);
         set_some(&mut config.max_num_batched_tokens, self.max_num_batched_tokens);
-        set(&mut config.enable_prefix_caching, self.enable_prefix_caching);
+        let caching =
+            if self.no_enable_prefix_caching { Some(false) } else { self.enable_prefix_caching };
+        set(&mut config.enable_prefix_caching, caching);
         set(&mut config.eviction_policy, self.eviction_policy);
     }
 }
@@ -489,8 +510,8 @@ pub(crate) struct PluginArgs {
 }
 
 impl PluginArgs {
-    /// A setting of a plugin that is not enabled would be accepted and ignored: it is refused.
-    pub(crate) fn apply(&self, config: &mut TinyServeConfig) -> Result<()> {
+    /// Sets what is given, whether or not the plugin is enabled: a request may enable it.
+    pub(crate) fn offer(&self, config: &mut TinyServeConfig) {
         config.enable_entropy_early_exit |= self.enable_entropy_early_exit;
         config.enable_token_pruning |= self.enable_token_pruning;
         set(&mut config.entropy_threshold, self.entropy_threshold);
@@ -499,6 +520,11 @@ impl PluginArgs {
         set(&mut config.entropy_patience, self.entropy_patience);
         set(&mut config.pruning_ratio, self.pruning_ratio);
         set(&mut config.min_tokens_after_pruning, self.min_tokens_after_pruning);
+    }
+
+    /// A setting of a plugin that is not enabled would be accepted and ignored: it is refused.
+    pub(crate) fn apply(&self, config: &mut TinyServeConfig) -> Result<()> {
+        self.offer(config);
         let exit = ("--enable-entropy-early-exit", config.enable_entropy_early_exit);
         let pruning = ("--enable-token-pruning", config.enable_token_pruning);
         let given = [
@@ -531,7 +557,8 @@ pub(crate) struct SelectionArgs {
     )]
     selection_ratio: Option<f64>,
     /// Tokens that a selecting step reads, instead of a share.
-    #[arg(long, value_name = "TOKENS", env = "TINYSERVE_TOKEN_BUDGET", value_parser = values::size)]
+    #[arg(long, visible_alias = "sparse-token-budget", value_name = "TOKENS",
+          env = "TINYSERVE_TOKEN_BUDGET", value_parser = values::size)]
     token_budget: Option<usize>,
     /// Share of the estimated attention mass that a selecting step reads, instead of a share of
     /// the pages.
@@ -555,7 +582,8 @@ pub(crate) struct SelectionArgs {
     #[arg(long, value_name = "PAGES", env = "TINYSERVE_RECENT_PAGES", value_parser = values::size)]
     recent_pages: Option<usize>,
     /// First layers that always read everything [default: 2].
-    #[arg(long, value_name = "LAYERS", env = "TINYSERVE_DENSE_LAYERS", value_parser = values::size)]
+    #[arg(long, visible_alias = "sparse-skip-layers", value_name = "LAYERS",
+          env = "TINYSERVE_DENSE_LAYERS", value_parser = values::size)]
     dense_layers: Option<usize>,
     /// Contexts below this many tokens are read in full [default: 1024, with sparse 0].
     #[arg(long, value_name = "TOKENS", env = "TINYSERVE_SPARSE_MIN_CONTEXT",

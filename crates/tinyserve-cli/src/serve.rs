@@ -4,13 +4,14 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use tinyserve::{AttentionMode, TinyServeConfig};
+use tinyserve::{AttentionMode, TinyServeConfig, Weights};
 use tinyserve_server::{
-    LogLevel, Server, ServerConfig, ServerError, load_config, with_bounded_queue,
+    LogLevel, SchedulingPolicy, Server, ServerConfig, ServerError, load_config, with_bounded_queue,
 };
 
 use crate::args::{
-    self, AdaptiveArgs, ForwardArgs, MemoryArgs, QueueArgs, ScheduleArgs, SelectionArgs, Sources,
+    self, AdaptiveArgs, ForwardArgs, MemoryArgs, PluginArgs, QueueArgs, ScheduleArgs,
+    SelectionArgs, Sources,
 };
 use crate::exit::Usage;
 use crate::values;
@@ -19,6 +20,8 @@ use crate::values;
 pub(crate) struct ServeArgs {
     #[command(flatten)]
     listen: ListenArgs,
+    #[command(flatten)]
+    sessions: SessionArgs,
     #[command(flatten)]
     limits: LimitArgs,
     #[command(flatten)]
@@ -29,6 +32,10 @@ pub(crate) struct ServeArgs {
     wait: WaitArgs,
     #[command(flatten)]
     forward: ForwardArgs,
+    /// The same as --weights, by vLLM's name.
+    #[arg(long, value_name = "DTYPE", help_heading = "Device", conflicts_with = "weights",
+          value_parser = values::weights)]
+    dtype: Option<Weights>,
     #[command(flatten)]
     memory: MemoryArgs,
     /// When decode steps select pages: auto (from --sparse-min-context tokens on), dense (never)
@@ -40,6 +47,8 @@ pub(crate) struct ServeArgs {
     selection: SelectionArgs,
     #[command(flatten)]
     adaptive: AdaptiveArgs,
+    #[command(flatten)]
+    plugins: PluginArgs,
 }
 
 /// Who is answered, and as whom.
@@ -82,6 +91,25 @@ struct ListenArgs {
     log_prompts: bool,
 }
 
+/// How long sessions live, and where they are saved.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sessions")]
+struct SessionArgs {
+    /// Seconds without a request after which a session is deleted; its file stays [default: 300].
+    #[arg(long, value_name = "SECONDS", env = "TINYSERVE_SESSION_TIMEOUT")]
+    session_timeout: Option<f64>,
+    /// Folder that requests may save sessions in and restore them from [default: they may not].
+    #[arg(long, value_name = "DIR", env = "TINYSERVE_SESSION_FOLDER")]
+    session_folder: Option<PathBuf>,
+    /// Restores all saved sessions at the start; a damaged one is told and left out.
+    #[arg(long, env = "TINYSERVE_RESTORE_SESSIONS",
+          value_parser = clap::builder::BoolishValueParser::new())]
+    restore_sessions: bool,
+    /// Sessions that are saved at once [default: 1000].
+    #[arg(long, value_name = "N", env = "TINYSERVE_MAX_SAVED_SESSIONS", value_parser = values::size)]
+    max_saved_sessions: Option<usize>,
+}
+
 /// What a client may ask for, and how long it may take.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Limits")]
@@ -110,6 +138,9 @@ struct LimitArgs {
     /// Seconds for sending the body of a request [default: 30].
     #[arg(long, value_name = "SECONDS", env = "TINYSERVE_BODY_TIMEOUT")]
     body_timeout: Option<f64>,
+    /// Seconds that a client may leave what was sent to it unread [default: 30].
+    #[arg(long, value_name = "SECONDS", env = "TINYSERVE_WRITE_TIMEOUT")]
+    write_timeout: Option<f64>,
     /// Seconds without an event after which a stream gets a comment [default: 15].
     #[arg(long, value_name = "SECONDS", env = "TINYSERVE_KEEP_ALIVE_INTERVAL")]
     keep_alive_interval: Option<f64>,
@@ -118,28 +149,33 @@ struct LimitArgs {
     drain_timeout: Option<f64>,
 }
 
-/// What waiting is worth, and how long a session stays.
+/// Who runs first, and with which seed.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Scheduling")]
 struct WaitArgs {
     /// Seconds of waiting that count as much as one step of priority [default: 10].
     #[arg(long, value_name = "SECONDS", env = "TINYSERVE_PRIORITY_AGEING")]
     priority_ageing: Option<f64>,
-    /// Seconds without a request after which a session is deleted [default: 300].
-    #[arg(long, value_name = "SECONDS", env = "TINYSERVE_SESSION_TIMEOUT")]
-    session_timeout: Option<f64>,
+    /// Which waiting request runs first: priority (the lower), or fcfs, which refuses priorities
+    /// [default: priority].
+    #[arg(long, value_name = "NAME", env = "TINYSERVE_SCHEDULING_POLICY",
+          value_parser = |text: &str| values::name::<SchedulingPolicy>(text, "priority or fcfs"))]
+    scheduling_policy: Option<SchedulingPolicy>,
+    /// Seed of requests that bring none: the same requests in the same order get the same answers
+    /// [default: another at each start].
+    #[arg(long, value_name = "N", env = "TINYSERVE_SEED")]
+    seed: Option<u64>,
 }
 
 impl WaitArgs {
     fn apply(&self, config: &mut TinyServeConfig) {
         set(&mut config.priority_ageing, self.priority_ageing);
-        set(&mut config.session_timeout, self.session_timeout);
     }
 }
 
 impl ServeArgs {
     fn apply(&self, config: &mut ServerConfig) {
-        let Self { listen, limits, .. } = self;
+        let Self { listen, limits, sessions, wait, .. } = self;
         set(&mut config.host, listen.host.clone());
         set(&mut config.port, listen.port);
         set_some(&mut config.uds, listen.uds.clone());
@@ -157,8 +193,14 @@ impl ServeArgs {
         set(&mut config.max_connections, limits.max_connections);
         set(&mut config.header_timeout, limits.header_timeout);
         set(&mut config.body_timeout, limits.body_timeout);
+        set(&mut config.write_timeout, limits.write_timeout);
         set(&mut config.keep_alive_interval, limits.keep_alive_interval);
         set(&mut config.drain_timeout, limits.drain_timeout);
+        set_some(&mut config.session_folder, sessions.session_folder.clone());
+        config.restore_sessions |= sessions.restore_sessions;
+        set(&mut config.max_saved_sessions, sessions.max_saved_sessions);
+        set(&mut config.scheduling_policy, wait.scheduling_policy);
+        set_some(&mut config.seed, wait.seed);
     }
 }
 
@@ -176,14 +218,16 @@ pub(crate) fn serve(args: &ServeArgs, sources: Sources) -> Result<()> {
     args.wait.apply(&mut engine);
     args.memory.apply(&mut engine);
     args.adaptive.apply(&mut engine)?;
+    set(&mut engine.weights, args.dtype);
+    args.plugins.offer(&mut engine);
+    set(&mut engine.session_timeout, args.sessions.session_timeout);
     let engine = args.forward.selecting_from(engine, &args.selection, args.attention, sources)?;
     let engine = with_bounded_queue(engine);
     let tells_moves = server.log_level >= LogLevel::Info;
-    let bound = Server::bind(server)?;
+    let bound = Server::bind(server).map_err(by_flag)?;
     let device = args.forward.device.clone();
     let model = engine.model.clone();
-    bound.run(&model, move || device.prepare(engine, tells_moves))?;
-    Ok(())
+    bound.run(&model, move || device.prepare(engine, tells_moves)).map_err(by_flag)
 }
 
 /// A setting of the server's, called by its flag.
@@ -193,6 +237,8 @@ fn by_flag(error: ServerError) -> anyhow::Error {
             let flag = field.replace('_', "-");
             Usage(format!("--{flag} is {found}, expected {expected}")).into()
         }
+        // The engine's own error, so that its settings are called by their flags, too.
+        ServerError::Engine(error) => error.into(),
         error => error.into(),
     }
 }

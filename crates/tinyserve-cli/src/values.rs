@@ -70,9 +70,15 @@ pub(crate) fn group_reduce(text: &str) -> Result<GroupReduceName, String> {
     name(text, "max or softmax-vote")
 }
 
-/// `auto`, a float type, `int8` or `int4`.
+/// `auto`, a float type by our name or vLLM's, `int8` or `int4`.
 pub(crate) fn weights(text: &str) -> Result<Weights, String> {
-    name(text, "auto, f32, f16, bf16, int8 or int4")
+    let ours = match text {
+        "float" | "float32" => "f32",
+        "half" | "float16" => "f16",
+        "bfloat16" => "bf16",
+        text => text,
+    };
+    name(ours, "auto, f32, f16, bf16, int8 or int4")
 }
 
 /// An instruction set of the CPU.
@@ -112,6 +118,7 @@ mod tests {
         assert!(scorer("bocks").unwrap_err().contains("cuboid-mean"));
         assert!(scorer("h2o").is_err());
         assert_eq!(weights("int8"), Ok(Weights::Int8));
+        assert_eq!(weights("bfloat16"), Ok(Weights::Bf16));
         assert!(weights("int3").unwrap_err().contains("int8 or int4"));
         assert!(cpu_path("sse").is_err());
     }

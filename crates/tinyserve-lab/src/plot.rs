@@ -64,7 +64,10 @@ pub fn lines(
             .y_label_area_size(64)
             .build_cartesian_2d((x_low..x_high).log_scale(), y_low - room..y_high + room)
             .map_err(failed)?;
-        chart.configure_mesh().x_desc(x_name).y_desc(y_name).draw().map_err(failed)?;
+        // Marks are powers of ten: whole ones need no point.
+        let mark = |x: &f64| if *x < 1.0 { x.to_string() } else { format!("{x:.0}") };
+        let mut mesh = chart.configure_mesh();
+        mesh.x_label_formatter(&mark).x_desc(x_name).y_desc(y_name).draw().map_err(failed)?;
         for (i, line) in lines.iter().enumerate() {
             let colour = COLOURS[i % COLOURS.len()];
             // The second round of colours has thin lines.

@@ -14,19 +14,28 @@ const BOUNDS: [f64; 47] = [
     7680.0,
 ];
 
-/// Durations, counted by size.
+/// [`Histogram::TOKEN_BOUNDS`].
+const TOKEN_BOUNDS: [f64; 13] =
+    [1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
+
+/// Durations in seconds, or numbers of tokens, counted by size.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Histogram {
-    /// How many fell into each bucket of [`Self::BOUNDS`] and, last, beyond them.
+    /// Upper bounds of the buckets: [`Self::BOUNDS`] or [`Self::TOKEN_BOUNDS`].
+    pub bounds: &'static [f64],
+    /// How many fell into each bucket and, last, beyond them.
     pub counts: Vec<u64>,
-    /// Their sum, seconds.
+    /// Their sum.
     pub sum: f64,
 }
 
 impl Histogram {
-    /// Upper bounds of the buckets, seconds: those of vLLM's histograms of latencies together, and
-    /// finer ones below 10 ms.
+    /// Bounds of durations, seconds: those of vLLM's histograms of latencies together, and finer
+    /// ones below 10 ms.
     pub const BOUNDS: &'static [f64] = &BOUNDS;
+
+    /// Bounds of numbers of tokens: vLLM's of the tokens of a step.
+    pub const TOKEN_BOUNDS: &'static [f64] = &TOKEN_BOUNDS;
 
     /// How many there were.
     #[must_use]
@@ -34,15 +43,14 @@ impl Histogram {
         self.counts.iter().sum()
     }
 
-    /// Their mean, seconds; `None` without any.
+    /// Their mean; `None` without any.
     #[must_use]
     pub fn mean(&self) -> Option<f64> {
         let count = self.count();
         (count > 0).then(|| self.sum / count as f64)
     }
 
-    /// The duration, in seconds, that a share of `quantile` did not exceed, as well as buckets
-    /// tell; `None` without any.
+    /// What a share of `quantile` did not exceed, as well as buckets tell; `None` without any.
     #[must_use]
     pub fn quantile(&self, quantile: f64) -> Option<f64> {
         let count = self.count();
@@ -50,8 +58,8 @@ impl Histogram {
         let mut below = 0;
         for (bucket, &n) in self.counts.iter().enumerate() {
             if n > 0 && (below + n) as f64 >= rank {
-                let low = if bucket == 0 { 0.0 } else { BOUNDS[bucket - 1] };
-                let high = BOUNDS.get(bucket).copied().unwrap_or(low);
+                let low = if bucket == 0 { 0.0 } else { self.bounds[bucket - 1] };
+                let high = self.bounds.get(bucket).copied().unwrap_or(low);
                 let share = ((rank - below as f64) / n as f64).clamp(0.0, 1.0);
                 return Some(low + share * (high - low));
             }
@@ -69,7 +77,7 @@ impl Histogram {
     }
 }
 
-/// A histogram that is being written.
+/// A histogram of durations that is being written.
 #[derive(Debug)]
 pub(crate) struct HistogramCounters {
     counts: [AtomicU64; BOUNDS.len() + 1],
@@ -92,8 +100,32 @@ impl HistogramCounters {
 
     fn read(&self) -> Histogram {
         Histogram {
+            bounds: &BOUNDS,
             counts: self.counts.iter().map(|count| count.load(Ordering::Relaxed)).collect(),
             sum: self.nanoseconds.load(Ordering::Relaxed) as f64 / 1e9,
+        }
+    }
+}
+
+/// A histogram of numbers of tokens that is being written.
+#[derive(Debug, Default)]
+pub(crate) struct TokenCounters {
+    counts: [AtomicU64; TOKEN_BOUNDS.len() + 1],
+    sum: AtomicU64,
+}
+
+impl TokenCounters {
+    pub(crate) fn record(&self, tokens: usize) {
+        let bucket = TOKEN_BOUNDS.partition_point(|&bound| bound < tokens as f64);
+        count(&self.counts[bucket], 1);
+        count(&self.sum, tokens as u64);
+    }
+
+    fn read(&self) -> Histogram {
+        Histogram {
+            bounds: &TOKEN_BOUNDS,
+            counts: self.counts.iter().map(|count| count.load(Ordering::Relaxed)).collect(),
+            sum: self.sum.load(Ordering::Relaxed) as f64,
         }
     }
 }
@@ -136,6 +168,7 @@ macro_rules! counters {
             pub(crate) tpot: HistogramCounters,
             pub(crate) e2e: HistogramCounters,
             pub(crate) step: HistogramCounters,
+            pub(crate) step_tokens: TokenCounters,
             /// Requests that wait for their first step: callers count them when they submit.
             pub(crate) queued_requests: AtomicUsize,
             pub(crate) queued_tokens: AtomicUsize,
@@ -160,6 +193,8 @@ macro_rules! counters {
             pub e2e: Histogram,
             /// Of each step.
             pub step: Histogram,
+            /// Tokens that each step computed, of prompts and of answers.
+            pub step_tokens: Histogram,
             /// Requests that wait for their first step.
             pub queued_requests: u64,
             /// Their prompt tokens.
@@ -184,6 +219,7 @@ macro_rules! counters {
                     tpot: self.tpot.read(),
                     e2e: self.e2e.read(),
                     step: self.step.read(),
+                    step_tokens: self.step_tokens.read(),
                     queued_requests: self.queued_requests.load(Ordering::Relaxed) as u64,
                     queued_tokens: self.queued_tokens.load(Ordering::Relaxed) as u64,
                     layers: self.layers.get().map_or_else(Vec::new, |layers| {
@@ -207,6 +243,7 @@ macro_rules! counters {
                 self.tpot.add(&other.tpot);
                 self.e2e.add(&other.e2e);
                 self.step.add(&other.step);
+                self.step_tokens.add(&other.step_tokens);
                 self.queued_requests += other.queued_requests;
                 self.queued_tokens += other.queued_tokens;
                 let layers = self.layers.len().max(other.layers.len());
@@ -336,6 +373,7 @@ mod tests {
     #[test]
     fn bounds_ascend() {
         assert!(BOUNDS.is_sorted_by(|a, b| a < b));
+        assert!(TOKEN_BOUNDS.is_sorted_by(|a, b| a < b));
     }
 
     #[test]
@@ -352,6 +390,16 @@ mod tests {
         let last = histogram.quantile(1.0).unwrap();
         assert!((0.025..=0.04).contains(&last), "{last}");
         assert_eq!(HistogramCounters::default().read().quantile(0.5), None);
+    }
+
+    #[test]
+    fn tokens_are_counted_up_to_their_bounds() {
+        let counters = TokenCounters::default();
+        [1, 8, 9, 20_000].into_iter().for_each(|tokens| counters.record(tokens));
+        let histogram = counters.read();
+        assert_eq!(histogram.counts[..3], [1, 1, 1]);
+        assert_eq!(histogram.counts.last(), Some(&1));
+        assert_eq!(histogram.mean(), Some(20_018.0 / 4.0));
     }
 
     #[test]

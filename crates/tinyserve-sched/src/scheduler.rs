@@ -179,6 +179,7 @@ impl<R: Runner> Scheduler<R> {
         let decodes = members.iter().any(|&i| self.running[i].is_planned_decode());
         let followed = self.controller.is_some() && self.follows_budget(&members);
         let start = self.config.clock.now();
+        self.metrics.step_tokens.record(members.iter().map(|&i| self.running[i].planned).sum());
         self.run(&members);
         self.decode_steps += u64::from(decodes);
         let took = self.config.clock.now().saturating_duration_since(start);

@@ -21,6 +21,17 @@ pub enum LogLevel {
     Debug,
 }
 
+/// Which of the requests that wait runs first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SchedulingPolicy {
+    /// The one that came first; a request with a priority is refused.
+    Fcfs,
+    /// The one whose `priority` is lower, then the one that came first.
+    #[default]
+    Priority,
+}
+
 /// Settings of a server.
 ///
 /// The same names are keys of a JSON or TOML file, flags (`--served-model-name`) and environment
@@ -43,6 +54,18 @@ pub struct ServerConfig {
     /// A file with a chat template that replaces the checkpoint's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chat_template: Option<PathBuf>,
+    /// Folder that requests may save sessions in and restore them from; without one they may not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub session_folder: Option<PathBuf>,
+    /// Whether saved sessions are restored when the server starts.
+    pub restore_sessions: bool,
+    /// Sessions that are saved at once.
+    pub max_saved_sessions: usize,
+    /// Whether the priorities of requests count, or they run in the order that they come.
+    pub scheduling_policy: SchedulingPolicy,
+    /// Seed of requests that bring none: the same requests in the same order get the same answers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
     /// Bytes of a request's body.
     pub max_request_bytes: usize,
     /// Prompts of one request.
@@ -59,6 +82,8 @@ pub struct ServerConfig {
     pub header_timeout: f64,
     /// Seconds that a client has for sending the body of a request.
     pub body_timeout: f64,
+    /// Seconds that a client may leave what was sent to it unread.
+    pub write_timeout: f64,
     /// Seconds without an event after which a stream gets a comment.
     pub keep_alive_interval: f64,
     /// Seconds that running requests have when the server is asked to stop.
@@ -80,6 +105,11 @@ impl Default for ServerConfig {
             api_key: Vec::new(),
             served_model_name: Vec::new(),
             chat_template: None,
+            session_folder: None,
+            restore_sessions: false,
+            max_saved_sessions: 1000,
+            scheduling_policy: SchedulingPolicy::Priority,
+            seed: None,
             max_request_bytes: 32 << 20,
             max_prompts_per_request: 1024,
             max_n: 64,
@@ -88,6 +118,7 @@ impl Default for ServerConfig {
             max_connections: 4096,
             header_timeout: 10.0,
             body_timeout: 30.0,
+            write_timeout: 30.0,
             keep_alive_interval: 15.0,
             drain_timeout: 30.0,
             allowed_origins: Vec::new(),
@@ -112,6 +143,7 @@ impl ServerConfig {
             ("max_n", self.max_n),
             ("max_stop_strings", self.max_stop_strings),
             ("max_connections", self.max_connections),
+            ("max_saved_sessions", self.max_saved_sessions),
         ];
         for (field, value) in at_least_one {
             if value == 0 {
@@ -121,6 +153,7 @@ impl ServerConfig {
         let seconds = [
             ("header_timeout", self.header_timeout, 0.001),
             ("body_timeout", self.body_timeout, 0.001),
+            ("write_timeout", self.write_timeout, 0.001),
             ("keep_alive_interval", self.keep_alive_interval, 0.001),
             ("drain_timeout", self.drain_timeout, 0.0),
         ];
@@ -193,6 +226,11 @@ const KEYS: &[&str] = &[
     "api_key",
     "served_model_name",
     "chat_template",
+    "session_folder",
+    "restore_sessions",
+    "max_saved_sessions",
+    "scheduling_policy",
+    "seed",
     "max_request_bytes",
     "max_prompts_per_request",
     "max_n",
@@ -201,6 +239,7 @@ const KEYS: &[&str] = &[
     "max_connections",
     "header_timeout",
     "body_timeout",
+    "write_timeout",
     "keep_alive_interval",
     "drain_timeout",
     "allowed_origins",
@@ -217,6 +256,8 @@ mod tests {
         let config = ServerConfig {
             uds: Some("s".into()),
             chat_template: Some("t".into()),
+            session_folder: Some("f".into()),
+            seed: Some(1),
             ..ServerConfig::default()
         };
         let json = serde_json::to_value(&config).unwrap();

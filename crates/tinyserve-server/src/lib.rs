@@ -13,15 +13,17 @@ mod middleware;
 mod output;
 mod request;
 mod routes;
+mod saved;
 mod server;
 mod state;
+mod stream;
 
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use thiserror::Error;
 
-pub use config::{LogLevel, ServerConfig, load_config, with_bounded_queue};
+pub use config::{LogLevel, SchedulingPolicy, ServerConfig, load_config, with_bounded_queue};
 pub use server::{Server, Stopper};
 
 /// Why a server does not start, or ends.

@@ -12,8 +12,9 @@ use crate::listener::{Listener, serve};
 use crate::metrics::EngineView;
 use crate::request::Limits;
 use crate::routes::router;
+use crate::saved::SessionFolder;
 use crate::state::{App, Phase, Ready};
-use crate::{ServerConfig, ServerError};
+use crate::{SchedulingPolicy, ServerConfig, ServerError};
 
 /// How often the server looks whether running requests have ended, or the engine has.
 const LOOK: Duration = Duration::from_millis(20);
@@ -25,6 +26,7 @@ pub struct Server {
     runtime: Runtime,
     listener: Listener,
     config: ServerConfig,
+    sessions: Option<SessionFolder>,
     stop: Arc<Notify>,
 }
 
@@ -46,6 +48,17 @@ impl Server {
     /// When a setting is out of its range or the address cannot be listened on.
     pub fn bind(config: ServerConfig) -> Result<Self, ServerError> {
         config.check()?;
+        let sessions = match &config.session_folder {
+            Some(path) => Some(SessionFolder::open(path, config.max_saved_sessions)?),
+            None if config.restore_sessions => {
+                return Err(ServerError::Setting {
+                    field: "restore_sessions",
+                    found: "true".to_owned(),
+                    expected: "session_folder beside it".to_owned(),
+                });
+            }
+            None => None,
+        };
         // The engine computes on threads of its own; two carry the bytes.
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
@@ -53,7 +66,7 @@ impl Server {
             .enable_all()
             .build()?;
         let listener = runtime.block_on(Listener::bind(&config))?;
-        Ok(Self { runtime, listener, config, stop: Arc::new(Notify::new()) })
+        Ok(Self { runtime, listener, config, sessions, stop: Arc::new(Notify::new()) })
     }
 
     /// Where clients reach it, such as `http://127.0.0.1:8000`.
@@ -79,8 +92,8 @@ impl Server {
         model: &str,
         load: impl FnOnce() -> Result<TinyServe, TinyServeError> + Send + 'static,
     ) -> Result<(), ServerError> {
-        let Self { runtime, listener, config, stop } = self;
-        let app = App::new(config, model);
+        let Self { runtime, listener, config, sessions, stop } = self;
+        let app = App::new(config, sessions, model);
         let result = runtime.block_on(live(app, listener, &stop, load));
         // What still blocks a thread must not keep the process.
         runtime.shutdown_timeout(LEAVE);
@@ -166,6 +179,7 @@ fn loaded(app: &App, model: TinyServe) -> Result<Ready, ServerError> {
         }
         None => checkpoint.chat_template()?,
     };
+    restore_sessions(app, &model)?;
     let model = Arc::new(model);
     let sizes = *model.engine().limits();
     let limits = Limits {
@@ -175,6 +189,7 @@ fn loaded(app: &App, model: TinyServe) -> Result<Ready, ServerError> {
         stops: app.config.max_stop_strings,
         context: sizes.max_sequence_length,
         vocab: sizes.vocab,
+        priorities: app.config.scheduling_policy == SchedulingPolicy::Priority,
     };
     let format = model.config().kv_cache_dtype.resolve(checkpoint.dtype()).name();
     let look = {
@@ -190,6 +205,18 @@ fn loaded(app: &App, model: TinyServe) -> Result<Ready, ServerError> {
     let _ = app.source.0.set(Box::new(look));
     let tokenizer = model.tokenizer().cloned().map_err(|error| error.to_string());
     Ok(Ready { model, limits, template, special_tokens, tokenizer })
+}
+
+/// Restores saved sessions where the settings ask for it; tells of those that are refused.
+fn restore_sessions(app: &App, model: &TinyServe) -> Result<(), ServerError> {
+    let Some(folder) = app.sessions.as_ref().filter(|_| app.config.restore_sessions) else {
+        return Ok(());
+    };
+    let restored = folder.restore_all(model, |id, why| {
+        app.log.info(&format!("session {id} is not restored: {why}"));
+    })?;
+    app.log.info(&format!("restored {restored} sessions"));
+    Ok(())
 }
 
 /// Waits for a signal or a [`Stopper`].
@@ -231,5 +258,46 @@ impl Signals {
         }
         #[cfg(not(unix))]
         interrupted.await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_whose_engine_stopped_says_that_it_is_dead() {
+        let model = tinyserve::model::BUILTIN_MODEL;
+        let app = App::new(ServerConfig::default(), None, model);
+        assert_eq!(app.phase(), Phase::Loading);
+        let engine = TinyServe::builder().threads(1).build().unwrap();
+        app.set_ready(loaded(&app, engine).unwrap());
+        assert_eq!(app.phase(), Phase::Ready);
+        let ready = app.accepting().unwrap();
+        ready.engine().shutdown();
+        assert_eq!(app.phase(), Phase::Dead);
+        let refused = app.accepting().err().unwrap();
+        assert_eq!(refused.status(), axum::http::StatusCode::SERVICE_UNAVAILABLE);
+        assert!(refused.message().contains("engine stopped"));
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let health =
+            runtime.block_on(crate::routes::monitor::health(axum::extract::State(app.clone())));
+        assert_eq!(health.status(), axum::http::StatusCode::SERVICE_UNAVAILABLE);
+        // One that is asked to stop meanwhile drains, dead or not.
+        app.set_phase(Phase::Draining);
+        assert_eq!(app.phase(), Phase::Draining);
+    }
+
+    #[test]
+    fn a_server_whose_engine_stops_ends_with_an_error() {
+        let config =
+            ServerConfig { port: 0, log_level: crate::LogLevel::Off, ..ServerConfig::default() };
+        let server = Server::bind(config).unwrap();
+        let ended = server.run(tinyserve::model::BUILTIN_MODEL, || {
+            let engine = TinyServe::builder().threads(1).build()?;
+            engine.engine().shutdown();
+            Ok(engine)
+        });
+        assert!(matches!(ended, Err(ServerError::Dead(_))), "{ended:?}");
     }
 }

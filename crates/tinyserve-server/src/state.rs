@@ -1,7 +1,7 @@
 //! What all requests share: settings, the model once it is loaded, and how far the server is.
 
 use std::ops::Deref;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -17,6 +17,7 @@ use crate::log::Log;
 use crate::metrics::{Metrics, RequestMetrics, Source};
 use crate::output::TokenTexts;
 use crate::request::{Conversation, Limits};
+use crate::saved::SessionFolder;
 
 /// How far a server is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,6 +70,10 @@ pub(crate) struct Shared {
     /// Seconds since 1970 when the server started.
     pub(crate) created: u64,
     pub(crate) started: Instant,
+    /// Where sessions are saved, if they may be.
+    pub(crate) sessions: Option<SessionFolder>,
+    /// Requests that brought no seed where the server has one.
+    seeded: AtomicU64,
     phase: AtomicU8,
     ready: OnceLock<Arc<Ready>>,
 }
@@ -85,7 +90,7 @@ pub(crate) struct Ready {
 
 impl App {
     /// A server that is loading the model `root`.
-    pub(crate) fn new(config: ServerConfig, root: &str) -> Self {
+    pub(crate) fn new(config: ServerConfig, sessions: Option<SessionFolder>, root: &str) -> Self {
         let mut names = config.served_model_name.clone();
         if names.is_empty() {
             names.push(own_name(root));
@@ -100,6 +105,8 @@ impl App {
             root: root.to_owned(),
             created: crate::seconds_since_1970(),
             started: Instant::now(),
+            sessions,
+            seeded: AtomicU64::new(0),
             phase: AtomicU8::new(Phase::Loading as u8),
             ready: OnceLock::new(),
             config,
@@ -124,6 +131,15 @@ impl Shared {
             }
             _ => phase,
         }
+    }
+
+    /// The seed of the next request that brings none, where the server has one: another for each,
+    /// far from the next, because the choices of a request count on from it.
+    pub(crate) fn next_seed(&self) -> Option<u64> {
+        const APART: u64 = 0x9E37_79B9_7F4A_7C15;
+        let seed = self.config.seed?;
+        let before = self.seeded.fetch_add(1, Ordering::Relaxed);
+        Some(seed.wrapping_add(before.wrapping_mul(APART)))
     }
 
     /// Moves on.

@@ -30,6 +30,7 @@ pub struct TinyServeConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
     /// How weights are kept in memory.
+    #[serde(alias = "dtype")]
     pub weights: Weights,
     /// Folder in which quantised weights are kept from one start to the next; only for `weights`
     /// int8 and int4.
@@ -116,9 +117,17 @@ pub struct TinyServeConfig {
     pub priority_ageing: f64,
     /// Seconds without a request after which a session is deleted.
     pub session_timeout: f64,
-    /// Most memory of the process, in units of 10⁹ bytes; unless set, 80 % of what is available.
+    /// Most memory of the process, in units of 10⁹ bytes; unless set, `memory_utilization`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_memory_gb: Option<f64>,
+    /// Share of the available memory that the process may take, above 0 and at most 1; 0.8 unless
+    /// set.
+    #[serde(alias = "gpu_memory_utilization", skip_serializing_if = "Option::is_none")]
+    pub memory_utilization: Option<f64>,
+    /// Bytes of pages, those of all replicas together; unless set, as many as `max_num_seqs` of the
+    /// longest sequences fill, or fewer where memory holds fewer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_cache_memory_bytes: Option<usize>,
     /// Whether requests end when the model has become certain.
     pub enable_entropy_early_exit: bool,
     /// Nats below which an entropy is certainty.
@@ -179,6 +188,8 @@ impl Default for TinyServeConfig {
             priority_ageing: 10.0,
             session_timeout: 300.0,
             target_memory_gb: None,
+            memory_utilization: None,
+            kv_cache_memory_bytes: None,
             enable_entropy_early_exit: false,
             entropy_threshold: 0.5,
             min_tokens_before_exit: 10,
@@ -312,6 +323,20 @@ impl TinyServeConfig {
                 found: gigabytes.to_string(),
                 expected: "a number above 0".to_owned(),
             });
+        }
+        if let Some(share) = self.memory_utilization {
+            let expected = match self.target_memory_gb {
+                _ if !(share > 0.0 && share <= 1.0) => "a share above 0 and at most 1",
+                Some(_) => "none beside target_memory_gb: both say how much memory to take",
+                None => "",
+            };
+            if !expected.is_empty() {
+                return Err(TinyServeError::Setting {
+                    field: "memory_utilization",
+                    found: share.to_string(),
+                    expected: expected.to_owned(),
+                });
+            }
         }
         self.entropy_exit().check()?;
         self.token_pruning().check()?;
@@ -609,6 +634,8 @@ mod tests {
             ("n.toml", "session_timeout = -1.0", "session_timeout is -1"),
             ("j.toml", "target_memory_gb = 0.0", "target_memory_gb is 0"),
             ("k.toml", "target_memory_gb = inf", "target_memory_gb is inf"),
+            ("q.toml", "gpu_memory_utilization = 1.5", "memory_utilization is 1.5"),
+            ("r.toml", "memory_utilization = 0.5\ntarget_memory_gb = 1.0", "target_memory_gb"),
             ("i.toml", "weights = \"int3\"", "int3"),
             ("o.toml", "weights_cache = \"here\"", "weights_cache is here"),
             ("f.toml", "kv_cache_dtype = \"int3\"", "int3"),

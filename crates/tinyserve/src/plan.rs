@@ -5,15 +5,16 @@ use tinyserve_sched::MOST_SCORED_TOKENS;
 
 use crate::{TinyServeConfig, TinyServeError, memory};
 
-/// Share of the available memory that an engine may take unless `target_memory_gb` says how much.
+/// Share of the available memory that an engine may take unless the settings say how much.
 const SHARE_OF_AVAILABLE: f64 = 0.8;
 
 /// Where the memory of an engine goes, and how much of it there is; with several replicas, of one
 /// of them.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PlannedMemory {
-    /// Most bytes that the process may have resident: `target_memory_gb`, or what it has and 80 %
-    /// of the memory that is available; `None` where the system does not say how much that is.
+    /// Most bytes that the process may have resident: `target_memory_gb`, or what it has and
+    /// `memory_utilization` of the memory that is available; `None` where the system does not say
+    /// how much that is.
     pub target_bytes: Option<u64>,
     /// The plan with every page that fits into the target.
     pub largest: MemoryPlan,
@@ -27,8 +28,8 @@ impl PlannedMemory {
     /// Plans an engine of `threads` threads for the model of `checkpoint`.
     ///
     /// # Errors
-    /// When a setting does not fit the model, or the target holds no page, or fewer tokens than
-    /// `max_sequence_length` asks for.
+    /// When a setting does not fit the model, or the target holds no page, fewer pages than
+    /// `kv_cache_memory_bytes` or fewer tokens than `max_sequence_length` ask for.
     pub fn new(
         config: &TinyServeConfig,
         checkpoint: &Checkpoint,
@@ -44,31 +45,55 @@ impl PlannedMemory {
         let logits = sequences.saturating_add(MOST_SCORED_TOKENS);
         let step = LargestStep { tokens, sequences, logits, threads };
         // Room for the longest sequence as often as sequences run together, or for what fits.
-        let pages = layout.pages_for(limit).saturating_mul(sequences).min(u32::MAX as usize);
+        let replicas = config.replicas.max(config.cuda_devices().len());
+        let pages = match config.kv_cache_memory_bytes {
+            Some(bytes) => bytes / replicas / layout.bytes_per_page(),
+            None => layout.pages_for(limit).saturating_mul(sequences),
+        };
+        let pages = pages.min(u32::MAX as usize);
         let resident = memory::resident().unwrap_or(0);
         let wanted = MemoryPlan::new(checkpoint, weights, layout, step, pages);
         let wanted = wanted.process_bytes(resident);
-        let engines = config.replicas.max(config.cuda_devices().len()) as u64;
         let target_bytes = match config.target_memory_gb {
-            Some(gigabytes) => Some((gigabytes * 1e9) as u64 / engines),
-            None => memory::available()
-                .map(|available| resident + (available as f64 * SHARE_OF_AVAILABLE) as u64)
-                .map(|all| all / engines),
+            Some(gigabytes) => Some((gigabytes * 1e9) as u64),
+            None => {
+                let share = config.memory_utilization.unwrap_or(SHARE_OF_AVAILABLE);
+                memory::available().map(|available| resident + (available as f64 * share) as u64)
+            }
         };
+        let target_bytes = target_bytes.map(|all| all / replicas as u64);
         let largest = match target_bytes {
             Some(target) => wanted.fit(target, u32::MAX as usize)?,
             None => wanted,
         };
-        let asked = config.max_sequence_length.filter(|&tokens| tokens > largest.tokens());
+        let beside = format!(
+            "which {:.3} GB hold beside the weights (see target_memory_gb)",
+            target_bytes.unwrap_or(0) as f64 / 1e9
+        );
+        if let Some(bytes) = config.kv_cache_memory_bytes
+            && !(1..=largest.pages).contains(&pages)
+        {
+            let page = layout.bytes_per_page() * replicas;
+            return Err(TinyServeError::Setting {
+                field: "kv_cache_memory_bytes",
+                found: bytes.to_string(),
+                expected: format!(
+                    "{page}, a page, to {}, {beside}",
+                    page.saturating_mul(largest.pages)
+                ),
+            });
+        }
+        let most = if config.kv_cache_memory_bytes.is_some() { wanted } else { largest };
+        let asked = config.max_sequence_length.filter(|&tokens| tokens > most.tokens());
         if let Some(tokens) = asked {
+            let of = match config.kv_cache_memory_bytes {
+                Some(_) => "which kv_cache_memory_bytes hold",
+                None => &beside,
+            };
             return Err(TinyServeError::Setting {
                 field: "max_sequence_length",
                 found: tokens.to_string(),
-                expected: format!(
-                    "at most {}, which {:.3} GB hold beside the weights (see target_memory_gb)",
-                    largest.tokens(),
-                    target_bytes.unwrap_or(0) as f64 / 1e9,
-                ),
+                expected: format!("at most {}, {of}", most.tokens()),
             });
         }
         let plan = if wanted.pages <= largest.pages { wanted } else { largest };

@@ -134,6 +134,12 @@ impl Page<'_> {
                 &stats.queue_time,
                 buckets::LATENCY,
             ),
+            (
+                "vllm:iteration_tokens_total",
+                "Tokens that a step computed, of prompts and of answers",
+                &stats.step_tokens,
+                Histogram::TOKEN_BOUNDS,
+            ),
             ("tinyserve:step_seconds", "Time of a step", &stats.step, buckets::TOKEN),
         ] {
             self.histogram(name, help, histogram, bounds)?;
@@ -259,7 +265,7 @@ impl Page<'_> {
 fn coarser(histogram: &Histogram, bounds: &[f64]) -> Vec<(f64, u64)> {
     let mut buckets: Vec<(f64, u64)> =
         bounds.iter().copied().chain([f64::INFINITY]).map(|bound| (bound, 0)).collect();
-    let upper = Histogram::BOUNDS.iter().copied().chain([f64::INFINITY]);
+    let upper = histogram.bounds.iter().copied().chain([f64::INFINITY]);
     for (upper, count) in upper.zip(&histogram.counts) {
         let bucket = buckets.iter_mut().find(|(bound, _)| *bound >= upper);
         if let Some((_, sum)) = bucket {
@@ -286,7 +292,7 @@ mod tests {
     #[test]
     fn nothing_is_lost_between_buckets() {
         let counts: Vec<u64> = (0..=Histogram::BOUNDS.len() as u64).collect();
-        let histogram = Histogram { counts: counts.clone(), sum: 1.0 };
+        let histogram = Histogram { bounds: Histogram::BOUNDS, counts: counts.clone(), sum: 1.0 };
         let coarse = coarser(&histogram, buckets::LATENCY);
         assert_eq!(coarse.iter().map(|(_, n)| n).sum::<u64>(), counts.iter().sum::<u64>());
         // Up to 1 s: everything whose bound is at most that.

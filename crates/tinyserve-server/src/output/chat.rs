@@ -4,23 +4,19 @@ use serde::Serialize;
 
 use super::logprobs::ChatLogprobs;
 use super::{
-    ChoiceEvent, Ending, FINGERPRINT, Header, Output, ScoredToken, StopReason, TokenTexts, Usage,
+    ChoiceEvent, Ending, Form, Header, Object, Output, ScoredToken, StopReason, TokenTexts, Usage,
     write_event,
 };
 
 /// A growing answer.
 #[derive(Debug)]
 pub(crate) struct ChatOutput {
-    pub(crate) header: Header,
-    pub(crate) texts: TokenTexts,
+    header: Header,
+    texts: TokenTexts,
+    form: Form,
     /// How many alternatives are told with each token; `None` tells no probabilities.
-    pub(crate) logprobs: Option<usize>,
-    pub(crate) return_token_ids: bool,
-    /// Whether every chunk tells the usage.
-    pub(crate) continuous_usage: bool,
-    /// Whether chunks are written; else everything is kept for the end.
-    pub(crate) streamed: bool,
-    pub(crate) prompt: Vec<u32>,
+    logprobs: Option<usize>,
+    prompt: Vec<u32>,
     choices: Vec<Choice>,
 }
 
@@ -32,20 +28,6 @@ struct Choice {
     cached_tokens: usize,
     logprobs: ChatLogprobs,
     ending: Option<Ending>,
-}
-
-#[derive(Serialize)]
-struct Object<'a> {
-    id: &'a str,
-    object: &'static str,
-    created: u64,
-    model: &'a str,
-    system_fingerprint: &'static str,
-    choices: Vec<ChoiceObject<'a>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Usage>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    prompt_token_ids: Option<&'a [u32]>,
 }
 
 #[derive(Serialize)]
@@ -80,31 +62,25 @@ struct Delta<'a> {
 }
 
 impl ChatOutput {
-    /// An answer with `choices` choices.
-    pub(crate) fn new(header: Header, texts: TokenTexts, prompt: Vec<u32>, choices: usize) -> Self {
-        Self {
-            header,
-            texts,
-            logprobs: None,
-            return_token_ids: false,
-            continuous_usage: false,
-            streamed: false,
-            prompt,
-            choices: (0..choices).map(|_| Choice::default()).collect(),
-        }
+    /// An answer to a prompt with so many choices.
+    pub(crate) fn new(
+        header: Header,
+        texts: TokenTexts,
+        form: Form,
+        logprobs: Option<usize>,
+        (prompt, choices): (Vec<u32>, usize),
+    ) -> Self {
+        let choices = (0..choices).map(|_| Choice::default()).collect();
+        Self { header, texts, form, logprobs, prompt, choices }
     }
 
-    fn object<'a>(&'a self, choices: Vec<ChoiceObject<'a>>, usage: Option<Usage>) -> Object<'a> {
-        Object {
-            id: &self.header.id,
-            object: if self.streamed { "chat.completion.chunk" } else { "chat.completion" },
-            created: self.header.created,
-            model: &self.header.model,
-            system_fingerprint: FINGERPRINT,
-            choices,
-            usage,
-            prompt_token_ids: None,
-        }
+    fn object<'a>(
+        &'a self,
+        choices: Vec<ChoiceObject<'a>>,
+        usage: Option<Usage>,
+    ) -> Object<'a, ChoiceObject<'a>> {
+        let kind = if self.form.streamed { "chat.completion.chunk" } else { "chat.completion" };
+        self.header.object(kind, choices, usage)
     }
 
     fn chunk(
@@ -127,10 +103,10 @@ impl ChatOutput {
             logprobs: (self.logprobs.is_some() && !tokens.is_empty()).then_some(&logprobs),
             finish_reason: end.map(|end| end.finish_reason),
             stop_reason: end.and_then(|end| end.stop_reason.as_ref()),
-            token_ids: (self.return_token_ids && !ids.is_empty()).then_some(&ids),
+            token_ids: (self.form.return_token_ids && !ids.is_empty()).then_some(&ids),
             tinyserve: end.and_then(|end| end.detail.as_ref()),
         };
-        let usage = self.continuous_usage.then(|| self.usage());
+        let usage = self.form.continuous_usage.then(|| self.usage());
         write_event(&self.object(vec![object], usage), out);
     }
 }
@@ -149,9 +125,9 @@ impl Output for ChatOutput {
             ChoiceEvent::Prompt(_) | ChoiceEvent::Failed(_) => {}
             ChoiceEvent::Token { token, text } => {
                 choice.completion_tokens += 1;
-                if self.streamed {
+                if self.form.streamed {
                     // What carries nothing that a client could see is no chunk.
-                    if !text.is_empty() || self.logprobs.is_some() || self.return_token_ids {
+                    if !text.is_empty() || self.logprobs.is_some() || self.form.return_token_ids {
                         let delta = Delta { content: Some(&text), ..Delta::default() };
                         self.chunk(index, delta, &[token], None, out);
                     }
@@ -161,13 +137,13 @@ impl Output for ChatOutput {
                 if let Some(most) = self.logprobs {
                     choice.logprobs.push(&token, most, &self.texts);
                 }
-                if self.return_token_ids {
+                if self.form.return_token_ids {
                     choice.tokens.push(token.id);
                 }
             }
             ChoiceEvent::End(ending) => {
                 choice.cached_tokens = ending.cached_tokens;
-                if self.streamed {
+                if self.form.streamed {
                     if !ending.text.is_empty() {
                         let delta = Delta { content: Some(&ending.text), ..Delta::default() };
                         self.chunk(index, delta, &[], None, out);
@@ -189,11 +165,11 @@ impl Output for ChatOutput {
             logprobs: self.logprobs.is_some().then_some(&choice.logprobs),
             finish_reason: choice.ending.as_ref().map(|end| end.finish_reason),
             stop_reason: choice.ending.as_ref().and_then(|end| end.stop_reason.as_ref()),
-            token_ids: self.return_token_ids.then_some(&choice.tokens),
+            token_ids: self.form.return_token_ids.then_some(&choice.tokens),
             tinyserve: choice.ending.as_ref().and_then(|end| end.detail.as_ref()),
         });
         let mut object = self.object(choices.collect(), Some(self.usage()));
-        object.prompt_token_ids = self.return_token_ids.then_some(&self.prompt);
+        object.prompt_token_ids = self.form.return_token_ids.then_some(&self.prompt);
         serde_json::to_string(&object).unwrap_or_default()
     }
 

@@ -4,22 +4,18 @@ use serde::Serialize;
 
 use super::logprobs::CompletionLogprobs;
 use super::{
-    ChoiceEvent, Ending, FINGERPRINT, Header, Output, ScoredToken, StopReason, TokenTexts, Usage,
+    ChoiceEvent, Ending, Form, Header, Object, Output, ScoredToken, StopReason, TokenTexts, Usage,
     write_event,
 };
 
 /// A growing answer.
 #[derive(Debug)]
 pub(crate) struct CompletionOutput {
-    pub(crate) header: Header,
-    pub(crate) texts: TokenTexts,
+    header: Header,
+    texts: TokenTexts,
+    form: Form,
     /// Whether probabilities are told.
-    pub(crate) logprobs: bool,
-    pub(crate) return_token_ids: bool,
-    /// Whether every chunk tells the usage.
-    pub(crate) continuous_usage: bool,
-    /// Whether chunks are written; else everything is kept for the end.
-    pub(crate) streamed: bool,
+    logprobs: bool,
     choices: Vec<Choice>,
     /// Tokens of each prompt; every one is answered by as many choices.
     prompts: Vec<usize>,
@@ -41,18 +37,6 @@ struct Choice {
 }
 
 #[derive(Serialize)]
-struct Object<'a> {
-    id: &'a str,
-    object: &'static str,
-    created: u64,
-    model: &'a str,
-    system_fingerprint: &'static str,
-    choices: Vec<ChoiceObject<'a>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Usage>,
-}
-
-#[derive(Serialize)]
 struct ChoiceObject<'a> {
     index: usize,
     text: &'a str,
@@ -69,22 +53,13 @@ struct ChoiceObject<'a> {
 
 impl CompletionOutput {
     /// An answer without choices.
-    pub(crate) fn new(header: Header, texts: TokenTexts) -> Self {
-        Self {
-            header,
-            texts,
-            logprobs: false,
-            return_token_ids: false,
-            continuous_usage: false,
-            streamed: false,
-            choices: Vec::new(),
-            prompts: Vec::new(),
-        }
+    pub(crate) fn new(header: Header, texts: TokenTexts, form: Form, logprobs: bool) -> Self {
+        Self { header, texts, form, logprobs, choices: Vec::new(), prompts: Vec::new() }
     }
 
     /// Adds a choice that answers `prompt`, and repeats it if there is an `echo`.
     pub(crate) fn add_choice(&mut self, prompt: &[u32], echo: Option<String>) {
-        let prompt = if self.return_token_ids { prompt.to_vec() } else { Vec::new() };
+        let prompt = if self.form.return_token_ids { prompt.to_vec() } else { Vec::new() };
         let logprobs = match &echo {
             Some(_) => CompletionLogprobs::of_a_text(),
             None => CompletionLogprobs::default(),
@@ -97,16 +72,12 @@ impl CompletionOutput {
         self.prompts.push(tokens);
     }
 
-    fn object<'a>(&'a self, choices: Vec<ChoiceObject<'a>>, usage: Option<Usage>) -> Object<'a> {
-        Object {
-            id: &self.header.id,
-            object: "text_completion",
-            created: self.header.created,
-            model: &self.header.model,
-            system_fingerprint: FINGERPRINT,
-            choices,
-            usage,
-        }
+    fn object<'a>(
+        &'a self,
+        choices: Vec<ChoiceObject<'a>>,
+        usage: Option<Usage>,
+    ) -> Object<'a, ChoiceObject<'a>> {
+        self.header.object("text_completion", choices, usage)
     }
 
     /// Writes a chunk of choice `index`: text, and the tokens that it came with.
@@ -123,7 +94,9 @@ impl CompletionOutput {
         let echo = if first { choice.echo.take() } else { None };
         let text = echo.unwrap_or_default() + text;
         let mut logprobs = CompletionLogprobs::following(&choice.logprobs);
-        tokens.iter().for_each(|token| logprobs.push(token, &self.texts));
+        if self.logprobs {
+            tokens.iter().for_each(|token| logprobs.push(token, &self.texts));
+        }
         let ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
         let choice = &self.choices[index];
         let object = ChoiceObject {
@@ -132,11 +105,11 @@ impl CompletionOutput {
             logprobs: self.logprobs.then_some(&logprobs),
             finish_reason: end.map(|end| end.finish_reason),
             stop_reason: end.and_then(|end| end.stop_reason.as_ref()),
-            token_ids: self.return_token_ids.then_some(&ids),
-            prompt_token_ids: (self.return_token_ids && first).then_some(&choice.prompt),
+            token_ids: self.form.return_token_ids.then_some(&ids),
+            prompt_token_ids: (self.form.return_token_ids && first).then_some(&choice.prompt),
             tinyserve: end.and_then(|end| end.detail.as_ref()),
         };
-        let usage = self.continuous_usage.then(|| self.usage());
+        let usage = self.form.continuous_usage.then(|| self.usage());
         write_event(&self.object(vec![object], usage), out);
         // Of what was sent, only where the next token begins is still of use.
         self.choices[index].logprobs = CompletionLogprobs::following(&logprobs);
@@ -153,7 +126,7 @@ impl Output for CompletionOutput {
             ChoiceEvent::Prompt(tokens) => (String::new(), tokens, None),
             ChoiceEvent::Token { token, text } => {
                 choice.completion_tokens += 1;
-                if self.return_token_ids {
+                if self.form.return_token_ids {
                     choice.tokens.push(token.id);
                 }
                 (text, vec![token], None)
@@ -164,10 +137,10 @@ impl Output for CompletionOutput {
             }
             ChoiceEvent::Failed(_) => return,
         };
-        if self.streamed {
+        if self.form.streamed {
             let silent = text.is_empty() && end.is_none();
             // What carries nothing that a client could see is no chunk.
-            if silent && !logprobs && !self.return_token_ids && choice.echo.is_none() {
+            if silent && !logprobs && !self.form.return_token_ids && choice.echo.is_none() {
                 return;
             }
             self.chunk(index, &text, &tokens, end.as_ref(), out);
@@ -190,8 +163,8 @@ impl Output for CompletionOutput {
             logprobs: self.logprobs.then_some(&choice.logprobs),
             finish_reason: choice.ending.as_ref().map(|end| end.finish_reason),
             stop_reason: choice.ending.as_ref().and_then(|end| end.stop_reason.as_ref()),
-            token_ids: self.return_token_ids.then_some(&choice.tokens),
-            prompt_token_ids: self.return_token_ids.then_some(&choice.prompt),
+            token_ids: self.form.return_token_ids.then_some(&choice.tokens),
+            prompt_token_ids: self.form.return_token_ids.then_some(&choice.prompt),
             tinyserve: choice.ending.as_ref().and_then(|end| end.detail.as_ref()),
         });
         let object = self.object(choices.collect(), Some(self.usage()));

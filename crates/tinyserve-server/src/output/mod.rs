@@ -13,6 +13,7 @@ pub(crate) use logprobs::TokenTexts;
 pub(crate) use sse::EventStream;
 
 use crate::error::ApiError;
+use crate::request::Settings;
 
 /// A token with the natural logarithms of probabilities.
 #[derive(Debug, Clone, PartialEq)]
@@ -104,8 +105,66 @@ pub(crate) struct Header {
     pub(crate) model: String,
 }
 
+/// How an answer is written.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Form {
+    /// Whether chunks are written; else everything is kept for the end.
+    streamed: bool,
+    /// Whether every chunk tells the usage.
+    continuous_usage: bool,
+    /// Whether tokens are told by their ids, too.
+    return_token_ids: bool,
+}
+
+impl Form {
+    /// What a request asks for.
+    pub(crate) fn of(settings: &Settings) -> Self {
+        Self {
+            streamed: settings.stream.is_some(),
+            continuous_usage: settings.stream.is_some_and(|stream| stream.continuous_usage_stats),
+            return_token_ids: settings.return_token_ids,
+        }
+    }
+}
+
+/// An answer or a chunk of one, around its choices.
+#[derive(Serialize)]
+struct Object<'a, Choice> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    system_fingerprint: &'static str,
+    choices: Vec<Choice>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Usage>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<&'a [u32]>,
+}
+
+impl Header {
+    /// The object of kind `object` with these choices.
+    fn object<Choice>(
+        &self,
+        object: &'static str,
+        choices: Vec<Choice>,
+        usage: Option<Usage>,
+    ) -> Object<'_, Choice> {
+        Object {
+            id: &self.id,
+            object,
+            created: self.created,
+            model: &self.model,
+            system_fingerprint: FINGERPRINT,
+            choices,
+            usage,
+            prompt_token_ids: None,
+        }
+    }
+}
+
 /// Version of what made an answer.
-pub(crate) const FINGERPRINT: &str = concat!("tinyserve-", env!("CARGO_PKG_VERSION"));
+const FINGERPRINT: &str = concat!("tinyserve-", env!("CARGO_PKG_VERSION"));
 
 /// A kind of answer: it is fed events, and written out whole or in chunks.
 pub(crate) trait Output: Send + 'static {

@@ -31,4 +31,6 @@ pub(crate) struct Limits {
     pub(crate) context: usize,
     /// Tokens of the vocabulary.
     pub(crate) vocab: usize,
+    /// Whether a request may have a priority.
+    pub(crate) priorities: bool,
 }

@@ -143,7 +143,7 @@ impl Settings {
             logit_bias: logit_bias(body, limits.vocab)?,
             skip_special_tokens: body.flag("skip_special_tokens", true)?,
             truncate_prompt_tokens: body.size("truncate_prompt_tokens", 1, limits.context)?,
-            priority: body.value("priority", "a whole number; lower runs earlier")?.unwrap_or(0),
+            priority: priority(body, limits)?,
             request_id: name(body, "request_id")?,
             cache_salt: name(body, "cache_salt")?,
             return_token_ids: body.flag("return_token_ids", false)?,
@@ -179,6 +179,16 @@ fn refuse_what_is_missing(body: &Body<'_>) -> Result<(), ApiError> {
         |f: &Format| f.kind == "text",
     )?;
     Ok(())
+}
+
+/// Where requests run in the order that they come, a priority would be accepted and ignored.
+fn priority(body: &Body<'_>, limits: &Limits) -> Result<i32, ApiError> {
+    let priority = body.value("priority", "a whole number; lower runs earlier")?.unwrap_or(0);
+    match priority {
+        0 => Ok(0),
+        _ if limits.priorities => Ok(priority),
+        _ => Err(body.error("priority", "0 where the server's --scheduling-policy is fcfs")),
+    }
 }
 
 /// -1 and 0 both keep all tokens: the one is vLLM's word, the other Hugging Face's.

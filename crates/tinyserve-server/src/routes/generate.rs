@@ -4,17 +4,21 @@ use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Extension;
 use axum::body::Body;
+use axum::extract::{Request, State};
 use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
+use axum::routing::{MethodRouter, post};
 
-use super::json;
+use super::tokenize::blocking;
+use super::{body, json};
 use crate::engine::Submission;
 use crate::error::ApiError;
 use crate::middleware::{RequestId, SESSION_ID, name_in};
 use crate::output::{ChoiceEvent, EventStream, Header, Output};
 use crate::request::{Settings, StreamSettings};
-use crate::state::{App, Ready};
+use crate::state::{App, Ready, Shared};
 
 /// What a request says outside of its body.
 #[derive(Debug, Clone)]
@@ -31,7 +35,7 @@ impl Envelope {
     /// What every object of the answer says.
     pub(super) fn header(
         &self,
-        app: &App,
+        app: &Shared,
         prefix: &str,
         settings: &Settings,
     ) -> Result<Header, ApiError> {
@@ -98,9 +102,68 @@ pub(super) fn truncate(tokens: &mut Vec<u32>, most: Option<usize>) {
     }
 }
 
-/// The seed of the choice with this index among those of one prompt: each draws its own text.
-pub(super) fn seed_of(settings: &Settings, choice: usize) -> Option<u64> {
-    settings.seed.map(|seed| seed.cast_unsigned().wrapping_add(choice as u64))
+/// A request whose body was read and checked, before it is known which choices it has.
+pub(super) struct Asked {
+    settings: Arc<Settings>,
+    session: Option<String>,
+    seed: Option<u64>,
+}
+
+impl Asked {
+    pub(super) fn new(app: &Shared, envelope: &Envelope, settings: Settings) -> Self {
+        app.log.unknown_fields(&envelope.id, &settings.unknown);
+        let session = settings.extension.session.clone().or_else(|| envelope.session.clone());
+        let seed = settings.seed.map(i64::cast_unsigned).or_else(|| app.next_seed());
+        Self { settings: Arc::new(settings), session, seed }
+    }
+
+    /// What is submitted for each choice that answers `prompt`; each draws its own text.
+    pub(super) fn submissions(
+        &self,
+        prompt: &[u32],
+        max_tokens: usize,
+        logprobs: Option<usize>,
+        prompt_logprobs: Option<usize>,
+    ) -> impl Iterator<Item = Submission> {
+        (0..self.settings.n as u64).map(move |choice| Submission {
+            prompt: prompt.to_vec(),
+            max_tokens,
+            logprobs,
+            prompt_logprobs,
+            seed: self.seed.map(|seed| seed.wrapping_add(choice)),
+            session: self.session.clone(),
+            settings: Arc::clone(&self.settings),
+        })
+    }
+}
+
+/// How a request for one kind of answer becomes one that is ready: on a thread of its own, because
+/// long texts take long to tokenise.
+pub(super) type Prepare<O> = fn(&Shared, &Ready, &Envelope, &[u8]) -> Result<Prepared<O>, ApiError>;
+
+/// The route of one kind of answer: reads, checks, submits and answers.
+pub(super) fn answers<O: Output>(prepare: Prepare<O>) -> MethodRouter<App> {
+    post(move |State(app): State<App>, Extension(id): Extension<RequestId>, request| {
+        respond(app, id, request, prepare)
+    })
+}
+
+/// # Errors
+/// 503 when the engine takes nothing, 400 for what `prepare` refuses, and as [`answer`].
+async fn respond<O: Output>(
+    app: App,
+    id: RequestId,
+    request: Request,
+    prepare: Prepare<O>,
+) -> Result<Response, ApiError> {
+    let envelope = Envelope::new(id, request.headers());
+    let ready = app.accepting()?;
+    let body = body(&app, request).await?;
+    let prepared = {
+        let (app, ready) = (app.clone(), ready.clone());
+        blocking(move || prepare(&app, &ready, &envelope, &body)).await?
+    };
+    answer(&app, &ready, prepared).await
 }
 
 /// Submits all choices, or none, and answers.
@@ -108,7 +171,7 @@ pub(super) fn seed_of(settings: &Settings, choice: usize) -> Option<u64> {
 /// # Errors
 /// 429 when the queue is full; what the engine refuses; for an answer that is not streamed, also
 /// what failed while it was computed.
-pub(super) async fn answer<O: Output>(
+async fn answer<O: Output>(
     app: &App,
     ready: &Arc<Ready>,
     prepared: Prepared<O>,

@@ -4,7 +4,7 @@ mod chat;
 mod completions;
 mod generate;
 mod models;
-mod monitor;
+pub(crate) mod monitor;
 mod sessions;
 mod tokenize;
 
@@ -45,10 +45,12 @@ pub(crate) fn router(app: App) -> Router {
         .route("/tinyserve/stats", get(monitor::stats))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::one))
-        .route("/v1/completions", post(completions::answer))
-        .route("/v1/chat/completions", post(chat::answer))
+        .route("/v1/completions", generate::answers(completions::prepare))
+        .route("/v1/chat/completions", generate::answers(chat::prepare))
         .route("/v1/sessions", get(sessions::list))
         .route("/v1/sessions/{id}", get(sessions::one).delete(sessions::delete))
+        .route("/v1/sessions/{id}/save", post(sessions::save))
+        .route("/v1/sessions/{id}/restore", post(sessions::restore))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/v1/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))

@@ -11,7 +11,7 @@ use crate::error::ApiError;
 use crate::state::{App, Phase};
 
 /// `GET /health`: 200 when requests are taken, else 503.
-pub(super) async fn health(State(app): State<App>) -> Response {
+pub(crate) async fn health(State(app): State<App>) -> Response {
     match app.phase() {
         Phase::Ready => json(object!({ "status": "ready" }).to_string()),
         phase => ApiError::unavailable(phase.name()).into_response(),

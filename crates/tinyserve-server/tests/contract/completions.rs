@@ -2,7 +2,9 @@
 
 use serde_json::{Value, json};
 
-use crate::server::shared;
+use tinyserve_server::{SchedulingPolicy, ServerConfig};
+
+use crate::server::{one_thread, quiet, shared, start};
 
 const STORY: &str = ", there was a little girl named Lily";
 
@@ -176,4 +178,53 @@ fn names_of_requests_come_back() {
     assert_eq!(made_up.header("x-request-id").map(str::len), Some(32));
     let in_body = complete(&json!({"prompt": "a", "max_tokens": 1, "request_id": "r2"}));
     assert_eq!(in_body["id"], "cmpl-r2");
+}
+
+#[test]
+fn special_tokens_are_part_of_the_text_where_that_is_asked_for() {
+    // A bias that leaves nothing else: the end of the text, that does not end it.
+    let body = |skip: Value| {
+        json!({"prompt": "Once", "max_tokens": 3, "temperature": 0, "ignore_eos": true,
+               "logit_bias": {"2": 100}, "skip_special_tokens": skip})
+    };
+    assert_eq!(text(&complete(&body(json!(false))), 0), "</s></s></s>");
+    assert_eq!(text(&complete(&body(json!(true))), 0), "");
+    assert_eq!(text(&complete(&body(Value::Null)), 0), "");
+    let mut streamed = body(json!(false));
+    streamed["stream"] = true.into();
+    let chunks = shared().chunks("/v1/completions", &streamed);
+    let told: String = chunks.iter().map(|chunk| text(chunk, 0)).collect();
+    assert_eq!(told, "</s></s></s>");
+    // An echo of tokens tells them, too.
+    let mut echo = body(json!(false));
+    (echo["prompt"], echo["echo"]) = (json!([1, 403]), true.into());
+    assert!(text(&complete(&echo), 0).starts_with("<s>"), "{}", complete(&echo));
+}
+
+#[test]
+fn a_server_with_a_seed_repeats_itself() {
+    let answers = || {
+        let config = ServerConfig { seed: Some(7), ..quiet() };
+        let server = start(config, one_thread());
+        let body = json!({"prompt": "Once", "max_tokens": 12, "temperature": 1.5, "n": 2});
+        let ask = || server.post("/v1/completions", &body).ok()["choices"].clone();
+        let both = [ask(), ask()];
+        let texts = both.iter().flat_map(|choices| choices.as_array().unwrap());
+        texts.map(|choice| choice["text"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let first = answers();
+    assert_eq!(first, answers());
+    // Requests and choices draw texts of their own.
+    assert!((1..4).all(|i| !first[..i].contains(&first[i])), "{first:?}");
+}
+
+#[test]
+fn a_server_without_priorities_refuses_them() {
+    let config = ServerConfig { scheduling_policy: SchedulingPolicy::Fcfs, ..quiet() };
+    let server = start(config, one_thread());
+    let body = |priority: i32| json!({"prompt": "Once", "max_tokens": 1, "priority": priority});
+    server.post("/v1/completions", &body(0)).ok();
+    let error = server.post("/v1/completions", &body(-1)).error(400);
+    assert_eq!(error["param"], "priority");
+    shared().post("/v1/completions", &body(-1)).ok();
 }

@@ -140,6 +140,25 @@ fn whoever_sends_slowly_holds_nobody_up() {
 }
 
 #[test]
+fn whoever_does_not_read_is_left() {
+    let mut config = quiet();
+    config.write_timeout = 0.3;
+    let server = start(config, one_at_a_time());
+    // Megabytes of probabilities, more than sockets hold, and then nobody reads.
+    let mut body = endless(true);
+    (body["n"], body["logprobs"]) = (64.into(), 20.into());
+    let mut deaf = server.open("/v1/completions", &body);
+    read_until(&mut deaf, "data: ");
+    // The one that waits for its place gets it long before the other would be done.
+    server.post("/v1/completions", &json!({"prompt": "Once", "max_tokens": 2})).ok();
+    server.becomes_idle(Duration::from_secs(30));
+    let mut rest = Vec::new();
+    // The connection is cut, in the middle of whatever it was.
+    let _ = deaf.read_to_end(&mut rest);
+    assert!(!rest.ends_with(b"[DONE]\n\n\r\n0\r\n\r\n") && !rest.is_empty());
+}
+
+#[test]
 fn connections_beyond_the_limit_wait_for_a_place() {
     let mut config = quiet();
     config.max_connections = 2;

@@ -13,4 +13,5 @@ mod models;
 mod monitor;
 mod prefixes;
 mod server;
+mod sessions;
 mod streams;

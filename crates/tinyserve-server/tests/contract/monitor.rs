@@ -75,6 +75,7 @@ fn metrics_have_the_names_that_routers_and_benches_read() {
         "request_max_num_generation_tokens",
         "request_params_max_tokens",
         "request_params_n",
+        "iteration_tokens_total",
     ] {
         let count = of(&samples, &format!("vllm:{histogram}_count"));
         assert!(count >= 1.0, "{histogram}");
