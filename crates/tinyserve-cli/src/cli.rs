@@ -73,6 +73,7 @@ pub(crate) enum EvalCommand {
     Recall(eval::RecallArgs),
 }
 
+#[allow(clippy::large_enum_variant, reason = "it is parsed once")]
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchCommand {
     /// Speed of prefill (pp) and decode (tg), at each depth and batch size.

@@ -95,7 +95,7 @@ impl Variant {
         };
         let (submission, events) = self.scheduler.intake().take(request, |_| {}).unwrap();
         self.scheduler.add(submission);
-        while self.scheduler.stats().generation_tokens % (STEPS as u64 + 1) == 0 {
+        while self.scheduler.stats().generation_tokens.is_multiple_of(STEPS as u64 + 1) {
             self.scheduler.step();
         }
         let start = Instant::now();
