@@ -220,6 +220,10 @@ fn attention_is_compared_with_dense() {
     assert!((ceiling - 1.0 / (0.25 + 1.0 / 32.0)).abs() < 0.1, "{ceiling}");
     let wide = words(&format!("{command} --kv-cache-dtype f32 --ratios 0.5 -o json")).json();
     assert_eq!(number(&wide[0], "bytes_per_step"), 2.0 * of_one);
+    // The query's own page, which is full, is read as it was appended.
+    let codes = words(&format!("{command} --kv-cache-dtype int8 --ratios 0.5 -o json")).json();
+    let share = number(&codes[0], "bytes_per_step") / of_one;
+    assert!((0.5..0.62).contains(&share), "{share}");
     for placement in ["groups", "alternating"] {
         let flags = format!("--sequences 2 --placement {placement} --ratios 0.5 -o json");
         let two = words(&format!("{command} {flags}")).json();

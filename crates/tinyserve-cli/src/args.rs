@@ -35,7 +35,7 @@ pub(crate) struct ModelArgs {
     #[arg(value_name = "MODEL", env = "TINYSERVE_MODEL")]
     model: Option<String>,
     /// A .toml or .json file with settings, spelt as the flags are with _ for -.
-    #[arg(long, value_name = "FILE", env = "TINYSERVE_CONFIG")]
+    #[arg(long, value_name = "FILE", env = "TINYSERVE_CONFIG", help_heading = "Settings")]
     config: Option<PathBuf>,
 }
 

@@ -2,7 +2,10 @@
 
 use half::f16;
 
+#[cfg(doc)]
+use crate::KvLayout;
 use crate::codes::seal;
+use crate::open::OpenPlaces;
 use crate::{GROUP_PAGES, HostPages, KvElement, Slot, with_element};
 
 /// Channels of a key that are rounded at a time, on the stack.
@@ -19,7 +22,57 @@ pub struct NewToken<'a> {
     pub values: &'a [f32],
 }
 
+/// One layer of pages, borrowed for several heads to be written at once.
+#[derive(Debug)]
+pub struct LayerMut<'a> {
+    /// Keys and values of whole groups: [`KvLayout::head_range`] says where those of a head lie.
+    pub pages: &'a mut [u8],
+    /// Boxes of whole groups: [`KvLayout::box_offset`] says where those of a head begin, in
+    /// elements.
+    pub boxes: &'a mut [u8],
+    /// Keys and values of open pages, where the format has codes.
+    pub open: &'a mut [f16],
+    /// Where the layer's open pages lie in them.
+    pub places: OpenPlaces<'a>,
+}
+
 impl HostPages {
+    /// Has `write` do for the tokens that go to `slots` what [`Self::append_tokens`] does: keys,
+    /// values, boxes, and the codes of pages that they fill.
+    ///
+    /// # Panics
+    /// When an index is out of range, or a page is sealed already.
+    pub fn write_tokens(&mut self, layer: usize, slots: &[Slot], write: impl FnOnce(LayerMut<'_>)) {
+        let shape = self.layout.shape();
+        let quantised = shape.format.is_quantised();
+        assert!(layer < shape.layers, "layer {layer}");
+        self.open.close_full();
+        for slot in slots {
+            assert!(slot.offset < shape.page_size, "offset {} in a page", slot.offset);
+            self.check_page(slot.page);
+            if quantised && slot.offset == 0 {
+                self.open.open(layer, slot.page);
+            }
+            assert!(
+                !quantised || self.open.get(layer, slot.page).is_some(),
+                "page {} of layer {layer} is sealed",
+                slot.page.index()
+            );
+        }
+        let pages = layer * self.layer_bytes()..(layer + 1) * self.layer_bytes();
+        let element = shape.format.element_bytes();
+        let boxes = self.layer_box_elements() * element;
+        let (open, places) = self.open.layer_mut(layer, shape.kv_heads);
+        let (pages, boxes) = (
+            self.pages.elements_mut(pages),
+            self.boxes.elements_mut(layer * boxes..(layer + 1) * boxes),
+        );
+        write(LayerMut { pages, boxes, open, places });
+        for slot in slots.iter().filter(|slot| quantised && slot.offset + 1 == shape.page_size) {
+            self.open.fill(layer, slot.page);
+        }
+    }
+
     /// Writes the key and value of one token and grows the box of its page in the same pass.
     ///
     /// `keys` and `values` are `[kv_heads, head_dim]`. The tokens of a page are appended in order:

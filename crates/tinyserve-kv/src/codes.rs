@@ -32,6 +32,31 @@ impl CodeLayout {
         Self { bits, head_dim, page_size }
     }
 
+    /// Channels of a head.
+    #[must_use]
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// Tokens of a page.
+    #[must_use]
+    pub fn page_size(&self) -> usize {
+        self.page_size
+    }
+
+    /// Minimum and scale of values of which these are the lowest and the highest; `None` stands for
+    /// some that are not finite, and gives NaN for a minimum.
+    #[must_use]
+    pub fn value_range(&self, range: Option<(f32, f32)>) -> (f16, f16) {
+        match range {
+            Some((lowest, highest)) => {
+                let step = (highest - lowest) / f32::from(self.highest());
+                (f16::from_f32(lowest), at_least(step))
+            }
+            None => (f16::NAN, f16::ZERO),
+        }
+    }
+
     /// Bits of a code.
     #[must_use]
     pub fn bits(&self) -> usize {
@@ -132,12 +157,14 @@ pub struct CodePage<'a> {
 }
 
 impl<'a> CodePage<'a> {
+    #[inline(always)]
     pub(crate) fn new(layout: CodeLayout, bytes: &'a [u8]) -> Self {
         Self { layout, bytes }
     }
 
     /// The head's bytes, as [`CodeLayout`] has them.
     #[must_use]
+    #[inline(always)]
     pub fn bytes(&self) -> &'a [u8] {
         self.bytes
     }
@@ -221,12 +248,7 @@ pub(crate) fn seal(
         let wide = &mut wide[..dim];
         values.convert_to_f32_slice(wide);
         for (group, wide) in wide.chunks(layout.group_channels()).enumerate() {
-            let (minimum, scale) = match range(wide) {
-                Some((lowest, highest_value)) => {
-                    (f16::from_f32(lowest), at_least((highest_value - lowest) / highest))
-                }
-                None => (f16::NAN, f16::ZERO),
-            };
+            let (minimum, scale) = layout.value_range(range(wide));
             let at = group * size + offset;
             for (range, x) in [(layout.scales(), scale), (layout.minima(), minimum)] {
                 out[range][2 * at..2 * at + 2].copy_from_slice(&x.to_ne_bytes());

@@ -6,6 +6,7 @@ mod codes;
 mod compact;
 mod error;
 mod format;
+mod heads;
 mod keys;
 mod layout;
 mod memory;
@@ -22,17 +23,19 @@ mod table;
 mod top_p;
 mod transfer;
 
-pub use append::NewToken;
+pub use append::{LayerMut, NewToken};
 pub use codes::{CodeLayout, CodePage};
 pub use error::KvError;
 pub use format::{KvElement, KvFormat};
+pub use heads::{CodePages, HeadPage, HeadPages};
 pub use keys::{HostKeys, PageKeys};
 pub use layout::{GROUP_PAGES, KvLayout, KvShape, MAX_PAGE_SIZE};
 pub use methods::{
     AttentionObserver, Evictor, HeadAttention, METHODS, Method, PageScorer, PromptAttention,
     ScoreCost, Scorer, attention_weights, score_box,
 };
-pub use pages::{HeadPage, HostPages, PageBox};
+pub use open::OpenPlaces;
+pub use pages::{HostPages, PageBox};
 pub use policy::{Budget, GroupReduce, SelectionPolicy};
 pub use pool::{PageId, PagePool};
 pub use prefix::{

@@ -1,5 +1,7 @@
 //! Pages that are being written, where sealed pages hold codes.
 
+use std::ops::Range;
+
 use half::f16;
 
 use crate::PageId;
@@ -16,6 +18,8 @@ pub(crate) struct OpenPages {
     /// One more than the slot of each page `[layers, capacity]`, or 0.
     slot_of: Vec<u32>,
     slots: Vec<OpenSlot>,
+    /// Keys and values `[slots][kv_heads][keys [head_dim, page_size], values [page_size, head_dim]]`.
+    memory: Vec<f16>,
     free: Vec<usize>,
     /// Slots of pages that are full.
     full: Vec<usize>,
@@ -25,8 +29,32 @@ pub(crate) struct OpenPages {
 struct OpenSlot {
     layer: usize,
     page: Option<PageId>,
-    /// `[kv_heads][keys [head_dim, page_size], values [page_size, head_dim]]`.
-    elements: Box<[f16]>,
+}
+
+/// Where the open pages of one layer lie in their memory.
+#[derive(Debug, Clone, Copy)]
+pub struct OpenPlaces<'a> {
+    /// One more than the slot of each page, or 0; none where the format has no codes.
+    slot_of: &'a [u32],
+    /// Elements of one page, all heads.
+    elements: usize,
+    kv_heads: usize,
+}
+
+impl OpenPlaces<'_> {
+    /// Where keys and values of `kv_head` of an open page lie.
+    ///
+    /// # Panics
+    /// When the page is not open, or the head is out of range.
+    #[must_use]
+    pub fn range(&self, page: PageId, kv_head: usize) -> Range<usize> {
+        let slot = self.slot_of.get(page.index()).and_then(|&slot| slot.checked_sub(1));
+        let Some(slot) = slot else { panic!("page {} is not open", page.index()) };
+        assert!(kv_head < self.kv_heads, "KV head {kv_head} of {}", self.kv_heads);
+        let head = self.elements / self.kv_heads;
+        let start = slot as usize * self.elements + kv_head * head;
+        start..start + head
+    }
 }
 
 impl OpenPages {
@@ -36,6 +64,7 @@ impl OpenPages {
             elements,
             slot_of: vec![0; layers * capacity],
             slots: Vec::new(),
+            memory: Vec::new(),
             free: Vec::new(),
             full: Vec::new(),
         }
@@ -43,20 +72,35 @@ impl OpenPages {
 
     /// Bytes of memory.
     pub(crate) fn bytes(&self) -> usize {
-        self.slots.len() * self.elements * size_of::<f16>() + self.slot_of.len() * size_of::<u32>()
+        self.memory.len() * size_of::<f16>() + self.slot_of.len() * size_of::<u32>()
     }
 
     fn slot(&self, layer: usize, page: PageId) -> Option<usize> {
         (self.slot_of[layer * self.capacity + page.index()] as usize).checked_sub(1)
     }
 
+    fn elements_of(&self, slot: usize) -> Range<usize> {
+        slot * self.elements..(slot + 1) * self.elements
+    }
+
     /// The page's elements, if it is open or was filled last.
     pub(crate) fn get(&self, layer: usize, page: PageId) -> Option<&[f16]> {
-        self.slot(layer, page).map(|slot| &*self.slots[slot].elements)
+        self.slot(layer, page).map(|slot| &self.memory[self.elements_of(slot)])
     }
 
     pub(crate) fn get_mut(&mut self, layer: usize, page: PageId) -> Option<&mut [f16]> {
-        self.slot(layer, page).map(|slot| &mut *self.slots[slot].elements)
+        let elements = self.elements_of(self.slot(layer, page)?);
+        Some(&mut self.memory[elements])
+    }
+
+    /// The memory of all open pages, and where those of `layer` lie in it.
+    pub(crate) fn layer_mut(
+        &mut self,
+        layer: usize,
+        kv_heads: usize,
+    ) -> (&mut [f16], OpenPlaces<'_>) {
+        let slot_of = self.slot_of.chunks(self.capacity.max(1)).nth(layer).unwrap_or_default();
+        (&mut self.memory, OpenPlaces { slot_of, elements: self.elements, kv_heads })
     }
 
     /// Makes room for a page, whatever it held before.
@@ -67,8 +111,8 @@ impl OpenPages {
             return;
         }
         let slot = self.free.pop().unwrap_or_else(|| {
-            let elements = vec![f16::ZERO; self.elements].into_boxed_slice();
-            self.slots.push(OpenSlot { layer, page: None, elements });
+            self.memory.resize(self.memory.len() + self.elements, f16::ZERO);
+            self.slots.push(OpenSlot { layer, page: None });
             self.slots.len() - 1
         });
         self.slots[slot].layer = layer;
@@ -110,7 +154,7 @@ impl OpenPages {
     }
 
     fn close(&mut self, slot: usize) {
-        let OpenSlot { layer, page, .. } = &mut self.slots[slot];
+        let OpenSlot { layer, page } = &mut self.slots[slot];
         if let Some(page) = page.take() {
             self.slot_of[*layer * self.capacity + page.index()] = 0;
             self.free.push(slot);
@@ -127,9 +171,8 @@ impl OpenPages {
             (Some(from), _) => {
                 self.open(layer, to);
                 if let Some(to) = self.slot(layer, to) {
-                    let elements = std::mem::take(&mut self.slots[from].elements);
-                    self.slots[to].elements.copy_from_slice(&elements);
-                    self.slots[from].elements = elements;
+                    let (from, to) = (self.elements_of(from), self.elements_of(to));
+                    self.memory.copy_within(from, to.start);
                 }
             }
             (None, Some(old)) => {

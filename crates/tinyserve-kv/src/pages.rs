@@ -3,29 +3,8 @@
 use crate::memory::ZeroedMemory;
 use crate::open::OpenPages;
 use crate::{
-    CodePage, GROUP_PAGES, KvElement, KvError, KvLayout, PageCopy, PageId, PagePool, with_element,
+    GROUP_PAGES, HeadPage, KvElement, KvError, KvLayout, PageCopy, PageId, PagePool, with_element,
 };
-
-/// Keys and values of one head in one page of one layer.
-#[derive(Debug, Clone, Copy)]
-pub struct HeadPage<'a, E> {
-    /// Keys `[head_dim, page_size]`; columns beyond the sequence are garbage.
-    pub keys: &'a [E],
-    /// Values `[page_size, head_dim]`; rows beyond the sequence are garbage.
-    pub values: &'a [E],
-    page_size: usize,
-}
-
-impl<'a, E: KvElement> HeadPage<'a, E> {
-    /// The key of the token at `offset`, channel by channel.
-    ///
-    /// # Panics
-    /// When the page has no such token.
-    pub fn key(&self, offset: usize) -> impl Iterator<Item = E> + use<'a, E> {
-        assert!(offset < self.page_size, "offset {offset} in a page of {}", self.page_size);
-        self.keys[offset..].iter().step_by(self.page_size).copied()
-    }
-}
 
 /// The bounding box of the keys of one head in one page: channel-wise minimum and maximum.
 #[derive(Debug, Clone, Copy)]
@@ -133,36 +112,15 @@ impl HostPages {
         kv_head: usize,
     ) -> HeadPage<'_, E> {
         self.check_access::<E>(page, kv_head);
-        let length = self.layout.head_elements();
-        let both = if self.layout.shape().format.is_quantised() {
-            let open = self.open.get(layer, page);
-            let Some(open) = open else {
-                panic!("page {} of layer {layer} holds codes", page.index())
-            };
-            &bytemuck::cast_slice(open)[2 * kv_head * length..2 * (kv_head + 1) * length]
-        } else {
-            let bytes = self.layout.head_range(page.index(), kv_head);
-            let first = self.layer_bytes() * layer;
-            bytemuck::cast_slice(self.pages.elements::<u8>(first + bytes.start..first + bytes.end))
+        if !self.layout.shape().format.is_quantised() {
+            return self.head_pages(layer, kv_head).get(page);
+        }
+        let Some(open) = self.open.get(layer, page) else {
+            panic!("page {} of layer {layer} holds codes", page.index())
         };
-        let (keys, values) = both.split_at(length);
-        HeadPage { keys, values, page_size: self.layout.page_size() }
-    }
-
-    /// Keys and values of `kv_head` in `page` of `layer` as codes; garbage while the page is open.
-    ///
-    /// # Panics
-    /// When the format has no codes or an index is out of range.
-    #[must_use]
-    pub fn code_page(&self, layer: usize, page: PageId, kv_head: usize) -> CodePage<'_> {
-        let Some(codes) = self.layout.codes() else {
-            panic!("{} has no codes", self.layout.shape().format)
-        };
-        self.check_page(page);
-        self.check_head(kv_head);
-        let bytes = self.layout.head_range(page.index(), kv_head);
-        let first = self.layer_bytes() * layer;
-        CodePage::new(codes, self.pages.elements(first + bytes.start..first + bytes.end))
+        let length = 2 * self.layout.head_elements();
+        let both = &bytemuck::cast_slice(open)[kv_head * length..(kv_head + 1) * length];
+        HeadPage::new(both, self.layout.page_size())
     }
 
     /// The box of `kv_head` in `page` of `layer`; garbage while the page holds no token.
@@ -283,13 +241,13 @@ impl HostPages {
         self.check_page(page);
     }
 
-    fn check_element<E: KvElement>(&self, kv_head: usize) {
+    pub(crate) fn check_element<E: KvElement>(&self, kv_head: usize) {
         let format = self.layout.shape().format;
         assert!(E::is_element_of(format), "the pages hold another element type");
         self.check_head(kv_head);
     }
 
-    fn check_head(&self, kv_head: usize) {
+    pub(crate) fn check_head(&self, kv_head: usize) {
         let heads = self.layout.shape().kv_heads;
         assert!(kv_head < heads, "KV head {kv_head} of {heads}");
     }

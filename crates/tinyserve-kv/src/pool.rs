@@ -12,6 +12,7 @@ pub struct PageId(u32);
 impl PageId {
     /// The page's index in its pool, below the pool's capacity.
     #[must_use]
+    #[inline]
     pub fn index(self) -> usize {
         self.0 as usize
     }

@@ -171,7 +171,8 @@ proptest! {
         });
         if whole_words {
             prop_assert_eq!(layout.bytes_per_page(), tokens_bytes + boxes);
-        } else {
+        } else if shape.format.code_bits().is_none_or(|bits| shape.head_dim * bits % 8 == 0) {
+            // Half a byte of a token's counts as a whole one, which a page does not fill.
             prop_assert!(layout.bytes_per_page() >= tokens_bytes + boxes);
         }
         let heads = 2 * shape.layers * shape.kv_heads;

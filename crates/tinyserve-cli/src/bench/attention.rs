@@ -237,13 +237,13 @@ fn measure(
             let (seconds, of_run) =
                 bench.run(mode.as_ref().map_or(Attention::Dense, Attention::Policy))?;
             if run >= warm_ups {
-                samples[i].push(1e9 * seconds / bench.layers as f64);
+                samples[i].push(1e9 * seconds / bench.layers.len() as f64);
             }
             stats[i] = of_run;
         }
     }
-    let layers = bench.layers;
-    let resident = bench.pages.layout().bytes_per_page() * bench.page_count() / layers;
+    let layers = bench.layers.len();
+    let resident = bench.layers[0].layout().bytes_per_page() * bench.page_count();
     bench.backend.time_selection(true);
     let mut splits = vec![[const { Vec::new() }; 3]; modes.len()];
     for _ in 0..repetitions.min(SPLIT_RUNS) {
@@ -261,7 +261,7 @@ fn measure(
     }
     let fma = bench.backend.measure_fma();
     // A multiply and an add for each query head, for each element of a page's keys and values.
-    let operations = (4 * bench.heads.group() * bench.pages.layout().head_elements()) as f64;
+    let operations = (4 * bench.heads.group() * bench.layers[0].layout().head_elements()) as f64;
     drop(bench);
     let bandwidth = *bandwidth.get_or_insert_with(|| read_bandwidth(threads));
     let (dense, dense_bytes) = (median(&samples[0]), stats[0].bytes_read as f64);

@@ -12,7 +12,6 @@ mod products;
 mod softmax;
 mod tile;
 
-use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError, RwLock};
 
@@ -247,6 +246,15 @@ pub(super) struct Scratch {
     choice: Choice,
     /// What the tile's softmax needs.
     tile: TileScratch,
+    /// What sealing a page needs.
+    sealed_rows: Vec<u8>,
+}
+
+impl Scratch {
+    /// Memory that sealing a page reuses.
+    pub(super) fn sealed_rows(&mut self) -> &mut Vec<u8> {
+        &mut self.sealed_rows
+    }
 }
 
 impl Context<'_> {
@@ -407,10 +415,16 @@ impl Context<'_> {
                 part * length..((part + 1) * length).min(list.len())
             }
         };
-        let element = PhantomData::<E>;
         let mass = &pages.mass;
-        let tile = Tile { context: self, unit, list, range, target, scratch, mass, element };
-        dispatch(self.path, tile);
+        if self.pages.layout().shape().format.is_quantised() {
+            let pages = self.pages.code_pages(self.layer, unit.kv_head);
+            let tile = Tile { context: self, unit, pages, list, range, target, scratch, mass };
+            dispatch(self.path, tile);
+        } else {
+            let pages = self.pages.head_pages::<E>(self.layer, unit.kv_head);
+            let tile = Tile { context: self, unit, pages, list, range, target, scratch, mass };
+            dispatch(self.path, tile);
+        }
     }
 
     /// The queries of a tile of `rows` rows.

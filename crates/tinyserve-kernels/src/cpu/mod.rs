@@ -1,6 +1,7 @@
 //! The CPU backend: a scalar reference and vector kernels behind the same operations.
 
 mod activate;
+mod append;
 mod attend;
 mod clock;
 mod columns;
@@ -384,7 +385,9 @@ impl Backend for Cpu {
         let AppendKvArgs { layer, heads, qkv, slots, pages } = args;
         assert_eq!(qkv.columns(), heads.qkv_width(), "width of queries, keys and values");
         assert_eq!(qkv.rows(), slots.len(), "one slot per row");
-        // One thread: rounding a chunk's keys takes less than a thousandth of projecting them.
+        if self.path != CpuPath::Scalar {
+            return append::append_kv(self, AppendKvArgs { layer, heads, qkv, slots, pages });
+        }
         let rows = qkv.values().chunks_exact(heads.qkv_width()).zip(slots);
         let tokens = rows.map(|(row, &slot)| {
             let (keys, values) = (&row[heads.k_columns()], &row[heads.v_columns()]);

@@ -52,8 +52,59 @@ pub(crate) trait Simd: Copy {
     }
     /// The largest element.
     fn highest(self, x: Self::V) -> f32;
+    /// A bit for each element of `x` that is at least `threshold`'s, from the lowest on.
+    #[inline(always)]
+    fn at_least(self, x: Self::V, threshold: Self::V) -> u32 {
+        let (mut elements, mut thresholds) = ([0.0; 16], [0.0; 16]);
+        self.store(x, &mut elements);
+        self.store(threshold, &mut thresholds);
+        let bits = elements.iter().zip(&thresholds).take(Self::LANES).enumerate();
+        bits.fold(0, |mask, (i, (x, threshold))| mask | u32::from(x >= threshold) << i)
+    }
     /// Asks for the cache line at `address`, which need not be one that may be read.
     fn prefetch<T>(self, address: *const T);
+
+    /// Stores the whole part of each element, which is not negative and below 256, as a byte.
+    #[inline(always)]
+    fn store_bytes(self, x: Self::V, out: &mut [u8]) {
+        let mut wide = [0.0; 16];
+        self.store(x, &mut wide);
+        for (out, x) in out[..Self::LANES].iter_mut().zip(wide) {
+            // It fits; what does not saturates.
+            *out = x as u8;
+        }
+    }
+
+    // Numbers as bytes: what is added to [`SPLIT`] is rounded to a whole number of at most
+    // [`LARGEST`] and split into signed bytes, `low + 256·middle + 65,536·high`.
+
+    /// Splits each element of a sum with [`SPLIT`]: `LANES` bytes for each piece.
+    #[inline(always)]
+    fn split(self, sums: Self::V, [low, middle, high]: [&mut [u8]; PIECES]) {
+        let mut wide = [0.0; 16];
+        self.store(sums, &mut wide);
+        for (i, sum) in wide.iter().enumerate().take(Self::LANES) {
+            [low[i], middle[i], high[i]] = pieces(*sum);
+        }
+    }
+    /// Splits four sums with [`SPLIT`] for each lane: `LANES` words for each piece, whose bytes are
+    /// the four sums' in order.
+    #[inline(always)]
+    fn split_quads(self, sums: &[Self::V; 4], out: [&mut [u32]; PIECES]) {
+        let mut wide = [[0.0; 16]; 4];
+        for (&sums, wide) in sums.iter().zip(&mut wide) {
+            self.store(sums, wide);
+        }
+        for (piece, out) in out.into_iter().enumerate() {
+            for (lane, out) in out.iter_mut().enumerate().take(Self::LANES) {
+                let mut bytes = [0; 4];
+                for (byte, wide) in bytes.iter_mut().zip(&wide) {
+                    *byte = pieces(wide[lane])[piece];
+                }
+                *out = u32::from_le_bytes(bytes);
+            }
+        }
+    }
 
     // Products in integers, for blocks of sixteen outputs side by side.
 
@@ -135,6 +186,23 @@ pub(crate) trait Simd: Copy {
         let e = self.add(self.mul_add(self.mul(r, r), p, r), self.splat(1.0));
         self.scale_by_power(e, n)
     }
+}
+
+/// Signed bytes that a number is split into.
+pub(crate) const PIECES: usize = 3;
+/// The largest number that is split: its sum with [`SPLIT`] keeps its exponent.
+pub(crate) const LARGEST: f32 = 4_161_000.0;
+/// 1.5·2²³, which rounds what is added to it to a whole number in the lowest bits of the sum, and
+/// what makes the two lower bytes of these bits 128 larger than the signed pieces.
+pub(crate) const SPLIT: f32 = 12_582_912.0 + 32_896.0;
+/// What the third byte is larger by than the signed piece: the lower byte of the exponent.
+const ABOVE: u8 = 0x40;
+
+/// The pieces of a sum with [`SPLIT`].
+#[inline(always)]
+fn pieces(sum: f32) -> [u8; PIECES] {
+    let [low, middle, high, _] = sum.to_bits().to_le_bytes();
+    [low ^ 0x80, middle ^ 0x80, high.wrapping_sub(ABOVE)]
 }
 
 /// A stored element that vectors can be loaded from.
@@ -237,6 +305,122 @@ mod tests {
             dispatch(path, Widen(&brains, &mut out));
             for (brain, &wide) in brains.iter().zip(&out) {
                 assert!(same(wide, brain.to_f32()), "{path}: {brain:?} became {wide}");
+            }
+        }
+    }
+
+    struct Split<'a>(&'a [f32], [&'a mut [u8]; PIECES]);
+
+    impl Kernel for Split<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) {
+            let Self(x, [low, middle, high]) = self;
+            for (i, x) in x.chunks_exact(S::LANES).enumerate() {
+                let at = i * S::LANES..(i + 1) * S::LANES;
+                let sums = simd.add(simd.load(x), simd.splat(SPLIT));
+                let out = [&mut low[at.clone()], &mut middle[at.clone()], &mut high[at]];
+                simd.split(sums, out);
+            }
+        }
+    }
+
+    struct SplitQuads<'a>([&'a [f32]; 4], [&'a mut [u32]; PIECES]);
+
+    impl Kernel for SplitQuads<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) {
+            let Self(x, [low, middle, high]) = self;
+            for at in (0..x[0].len()).step_by(S::LANES) {
+                let mut sums = [simd.splat(SPLIT); 4];
+                for (sums, x) in sums.iter_mut().zip(x) {
+                    *sums = simd.add(simd.load(&x[at..]), *sums);
+                }
+                simd.split_quads(&sums, [&mut low[at..], &mut middle[at..], &mut high[at..]]);
+            }
+        }
+    }
+
+    #[test]
+    fn numbers_are_split_into_bytes_that_add_up_to_them() {
+        let mut x: Vec<f32> = vec![0.0, -0.0, 0.4, -0.4, 1.6, LARGEST, -LARGEST, 127.0, 128.0];
+        x.extend((0..119).map(|i| (i as f32 - 60.0) * 69_341.7));
+        assert_eq!(x.len(), 128);
+        let value = |low: u8, middle: u8, high: u8| {
+            f32::from(low as i8)
+                + 256.0 * f32::from(middle as i8)
+                + 65_536.0 * f32::from(high as i8)
+        };
+        for path in CpuPath::available().skip(1) {
+            let [mut low, mut middle, mut high] = [[0; 128]; PIECES];
+            dispatch(path, Split(&x, [&mut low, &mut middle, &mut high]));
+            for (i, x) in x.iter().enumerate() {
+                let found = value(low[i], middle[i], high[i]);
+                assert!((found - x).abs() <= 0.5, "{path}: {x} became {found}");
+            }
+            let mut words = [[0; 32]; PIECES];
+            let mut quads = x.chunks_exact(32);
+            let quads = std::array::from_fn(|_| quads.next().unwrap());
+            let [a, b, c] = &mut words;
+            dispatch(path, SplitQuads(quads, [a, b, c]));
+            for (lane, byte) in (0..32).flat_map(|lane| (0..4).map(move |byte| (lane, byte))) {
+                let at = 32 * byte + lane;
+                let found = words.map(|words| words[lane].to_le_bytes()[byte]);
+                assert_eq!(found, [low[at], middle[at], high[at]], "{path}: {}", x[at]);
+            }
+        }
+    }
+
+    struct Bytes<'a>(&'a [f32], &'a mut [u8]);
+
+    impl Kernel for Bytes<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) {
+            let out = self.1.chunks_exact_mut(S::LANES);
+            for (x, out) in self.0.chunks_exact(S::LANES).zip(out) {
+                simd.store_bytes(simd.load(x), out);
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_are_the_whole_parts() {
+        let x: Vec<f32> = (0..1024).map(|i| i as f32 / 4.0).collect();
+        for path in CpuPath::available().skip(1) {
+            let mut bytes = vec![0; x.len()];
+            dispatch(path, Bytes(&x, &mut bytes));
+            for (i, &byte) in bytes.iter().enumerate() {
+                assert_eq!(usize::from(byte), i / 4, "{path}");
+            }
+        }
+    }
+
+    struct AtLeast<'a>(&'a [f32], f32);
+
+    impl Kernel for AtLeast<'_> {
+        type Output = Vec<bool>;
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) -> Vec<bool> {
+            let mut all = Vec::new();
+            for x in self.0.chunks_exact(S::LANES) {
+                let mask = simd.at_least(simd.load(x), simd.splat(self.1));
+                all.extend((0..32).map(|i| mask >> i & 1 == 1).take(S::LANES));
+                assert!(S::LANES == 32 || mask >> S::LANES == 0);
+            }
+            all
+        }
+    }
+
+    #[test]
+    fn comparisons_have_a_bit_for_each_element() {
+        let x: Vec<f32> = (0..64).map(|i| ((i * 37) % 64) as f32 - 30.0).collect();
+        let x = [&x[..], &[f32::NAN, f32::INFINITY, -0.0, f32::NEG_INFINITY].repeat(4)].concat();
+        for path in CpuPath::available().skip(1) {
+            for threshold in [-31.0, 0.0, 5.0, f32::INFINITY] {
+                let expected: Vec<bool> = x.iter().map(|&x| x >= threshold).collect();
+                assert_eq!(dispatch(path, AtLeast(&x, threshold)), expected, "{path}");
             }
         }
     }

@@ -76,28 +76,28 @@ impl Placement {
 pub(super) struct Bench {
     pub(super) backend: Cpu,
     pub(super) heads: Heads,
-    pub(super) layers: usize,
-    pub(super) pages: HostPages,
+    /// The pages of each layer. They are apart, so that the page which a query's own token filled
+    /// is there as it was appended when the query attends, as in a step of a model.
+    pub(super) layers: Vec<HostPages>,
     tables: Vec<PageTable>,
     tokens: usize,
 }
 
 impl Bench {
     pub(super) fn new(backend: Cpu, args: &Setup) -> Result<Self> {
-        let shape = |layers| KvShape {
-            layers,
+        let shape = KvShape {
+            layers: 1,
             kv_heads: args.kv_heads,
             head_dim: args.head_dim,
             page_size: args.page_size,
             format: args.kv_cache_dtype.resolve(DType::F16),
         };
-        let layout = |layers| KvLayout::new(shape(layers)).map_err(TinyServeError::from);
+        let layout = KvLayout::new(shape).map_err(TinyServeError::from)?;
         let tokens = args.tokens.saturating_mul(args.sequences);
-        let of_one = layout(1)?.bytes_per_token().saturating_mul(tokens);
+        let of_one = layout.bytes_per_token().saturating_mul(tokens);
         let layers = LEAST_BYTES.div_ceil(of_one);
-        let layout = layout(layers)?;
         let count = layout.pages_for(args.tokens).saturating_mul(args.sequences);
-        let needed = layout.bytes_per_page().saturating_mul(count) as u64;
+        let needed = layout.bytes_per_page().saturating_mul(count).saturating_mul(layers) as u64;
         if let Some(available) = memory::available().filter(|&available| needed > available) {
             let [needed, available] = [needed, available].map(units::bytes);
             return Err(anyhow!(
@@ -108,27 +108,31 @@ impl Bench {
         }
         let heads =
             Heads { q_heads: args.q_heads, kv_heads: args.kv_heads, head_dim: args.head_dim };
-        let mut pages = backend.allocate_pages(layout, count).map_err(TinyServeError::from)?;
+        let pages = (0..layers).map(|_| backend.allocate_pages(layout, count));
+        let mut layers = pages.collect::<Result<Vec<_>, _>>().map_err(TinyServeError::from)?;
         let size = (args.tokens, args.page_size);
         let tables =
             args.placement.grow(args.sequences, size, count).map_err(TinyServeError::from)?;
         let mut random = SyntheticNormal::new(0, "keys and values");
         let mut qkv = backend.tensor(heads.qkv_width());
+        let mut append = |slots: &[Slot]| {
+            backend.upload(&random_rows(heads, slots.len(), &mut random), &mut qkv);
+            for pages in &mut layers {
+                backend.append_kv(AppendKvArgs { layer: 0, heads, qkv: &qkv, slots, pages });
+            }
+        };
+        let last = args.tokens - 1;
         for table in &tables {
-            for first in (0..args.tokens).step_by(FILL_TOKENS) {
-                let rows = FILL_TOKENS.min(args.tokens - first);
-                backend.upload(&random_rows(heads, rows, &mut random), &mut qkv);
-                let slots: Vec<Slot> = (first..first + rows).map(|i| table.slot(i)).collect();
-                for layer in 0..layers {
-                    let (qkv, slots, pages) = (&qkv, slots.as_slice(), &mut pages);
-                    backend.append_kv(AppendKvArgs { layer, heads, qkv, slots, pages });
-                }
+            for first in (0..last).step_by(FILL_TOKENS) {
+                let tokens = first..last.min(first + FILL_TOKENS);
+                append(&tokens.map(|i| table.slot(i)).collect::<Vec<_>>());
             }
         }
-        Ok(Self { backend, heads, layers, pages, tables, tokens: args.tokens })
+        append(&tables.iter().map(|table| table.slot(last)).collect::<Vec<_>>());
+        Ok(Self { backend, heads, layers, tables, tokens: args.tokens })
     }
 
-    /// Pages of all sequences, each with all layers.
+    /// Pages of all sequences in one layer.
     pub(super) fn page_count(&self) -> usize {
         self.tables.iter().map(|table| table.pages().len()).sum()
     }
@@ -151,14 +155,14 @@ impl Bench {
             .collect();
         let mut stats = AttendStats::default();
         let start = Instant::now();
-        for layer in 0..self.layers {
+        for pages in &self.layers {
             let args = AttendArgs {
-                layer,
+                layer: 0,
                 heads: self.heads,
                 qkv: &qkv,
                 scale: (self.heads.head_dim as f32).sqrt().recip(),
                 sequences: &sequences,
-                pages: &self.pages,
+                pages,
                 measure_recall: false,
                 page_lists: None,
                 sequence_stats: None,

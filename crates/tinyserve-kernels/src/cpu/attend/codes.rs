@@ -2,27 +2,40 @@
 
 use std::ops::Range;
 
-use tinyserve_kv::{CodeLayout, CodePage, GROUP_PAGES, KvElement};
+use half::f16;
+use tinyserve_kv::{CodePage, CodePages, GROUP_PAGES, HeadPage};
 
 use super::observe::Records;
-use super::products::{self, BLOCK, LARGEST, PIECES, TINY, Values};
+use super::products::{self, BLOCK, TINY, Values};
 use super::softmax::{self, Shape, State};
-use super::tile::{Tile, TileScratch};
-use crate::cpu::simd::{Element, Simd};
+use super::tile::{StoredPages, Tile, TileScratch, gather};
+use crate::cpu::simd::{LARGEST, PIECES, Simd};
+
+/// Pages of a block of neighbours from which on they share a look at their boxes.
+const SHARED_LOOK: usize = 5;
 
 /// Buffers of pages of codes, reused from tile to tile.
 #[derive(Debug, Default)]
 pub(super) struct CodeScratch {
-    /// Queries, scaled to [`LARGEST`] `[queries, head_dim]`.
+    /// Channels of a query, padded to whole vectors.
+    padded: usize,
+    /// Queries, scaled to [`LARGEST`] `[queries, padded]`.
     scaled: Vec<f32>,
+    /// Queries side by side `[queries / LANES, head_dim, LANES]`.
+    columns: Vec<f32>,
     /// What scaled queries times normalised ranges count in `[queries]`.
     units: Vec<f32>,
-    /// Ranges of channels over the page's widest `[head_dim, BLOCK pages]`.
+    /// A page's box `[2 (max, min), padded]`.
+    corners: Vec<f16>,
+    /// Ranges of channels over the page's widest, `[head_dim, BLOCK pages]` or `[padded]`.
     ranges: Vec<f32>,
-    /// Minima of channels `[head_dim, BLOCK pages]`.
+    /// Minima of channels, `[head_dim, BLOCK pages]` or `[padded]`.
     minima: Vec<f32>,
-    /// Pieces of the factors of a block of queries `[block, quads, PIECES, BLOCK pages]`.
+    /// Pieces of the factors of a block of queries, as [`products::factors`] or
+    /// [`products::page_factors`] has them.
     factors: Vec<u32>,
+    /// `query·minima` of one page `[queries]`, in whole blocks.
+    offsets: Vec<f32>,
     /// Scales and minima of the values of a chunk, widened `[2, tokens]`.
     value_ranges: Vec<f32>,
     /// Weights times scales of the chunk `[tokens]`.
@@ -32,49 +45,94 @@ pub(super) struct CodeScratch {
 }
 
 impl CodeScratch {
-    /// Scales the queries, which are `[queries, head_dim]` in all.
-    pub(super) fn load_queries<'a>(&mut self, queries: impl Iterator<Item = &'a [f32]>) {
+    /// Scales the queries, and puts `lanes` of them side by side.
+    pub(super) fn load_queries<'a>(
+        &mut self,
+        lanes: usize,
+        queries: impl ExactSizeIterator<Item = &'a [f32]>,
+    ) {
         self.scaled.clear();
         self.units.clear();
-        for query in queries {
+        self.columns.clear();
+        self.offsets.clear();
+        self.offsets.resize(queries.len().next_multiple_of(BLOCK), 0.0);
+        for (i, query) in queries.enumerate() {
             let largest = query
                 .iter()
                 .fold(TINY, |largest, &q| if q.abs() > largest { q.abs() } else { largest });
             let factor = LARGEST / largest;
+            self.padded = query.len().next_multiple_of(BLOCK);
             self.scaled.extend(query.iter().map(|&q| q * factor));
+            self.scaled.resize((i + 1) * self.padded, 0.0);
             self.units.push(largest / LARGEST);
+            let (first, lane) = (i / lanes * lanes * query.len(), i % lanes);
+            self.columns.resize(first + lanes * query.len(), 0.0);
+            for (row, &q) in self.columns[first..].chunks_exact_mut(lanes).zip(query) {
+                row[lane] = q;
+            }
+        }
+        self.corners.clear();
+        self.corners.resize(2 * self.padded, f16::ZERO);
+        self.ranges.resize(BLOCK * self.padded, 0.0);
+        self.minima.resize(BLOCK * self.padded, 0.0);
+    }
+}
+
+impl StoredPages for CodePages<'_> {
+    const CODES: bool = true;
+
+    #[inline(always)]
+    fn add_chunk<S: Simd>(
+        tile: &Tile<'_, Self>,
+        simd: S,
+        pages: Range<usize>,
+        shape: (Shape, usize),
+        records: (Records, usize),
+        scratch: &mut TileScratch,
+    ) {
+        if tile.pages.layout().bits() == 8 {
+            tile.add_code_chunk::<S, 8>(simd, pages, shape, records, scratch);
+        } else {
+            tile.add_code_chunk::<S, 4>(simd, pages, shape, records, scratch);
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch<S: Simd>(tile: &Tile<'_, Self>, simd: S, i: usize) {
+        for line in tile.code_page(i).bytes().chunks(64) {
+            simd.prefetch(line.as_ptr());
         }
     }
 }
 
-impl<E: KvElement + Element> Tile<'_, E> {
+impl Tile<'_, CodePages<'_>> {
     #[inline(always)]
-    pub(super) fn code_page(&self, i: usize) -> CodePage<'_> {
+    fn code_page(&self, i: usize) -> CodePage<'_> {
+        self.pages.get(self.unit.table(self.context)[self.list.get(i)])
+    }
+
+    /// Page `i` of the list as it was appended.
+    fn open_page(&self, i: usize) -> HeadPage<'_, f16> {
         let page = self.unit.table(self.context)[self.list.get(i)];
-        self.context.pages.code_page(self.context.layer, page, self.unit.kv_head)
+        self.context.pages.head(self.context.layer, page, self.unit.kv_head)
     }
 
     /// Adds listed pages `pages`, one chunk, to the softmax of every query. All of them are sealed
     /// but, perhaps, the one that the tile's rows are in themselves, which comes last.
     #[inline(always)]
-    pub(super) fn add_code_chunk<S: Simd>(
+    fn add_code_chunk<S: Simd, const BITS: usize>(
         &self,
         simd: S,
         pages: Range<usize>,
         (shape, chunk): (Shape, usize),
         (records, chunk_index): (Records, usize),
-        layout: CodeLayout,
         scratch: &mut TileScratch,
     ) {
         let size = self.context.pages.layout().page_size();
         let own = (self.unit.first_visible - 1) / size;
         let last_is_own = self.list.get(pages.end - 1) == own;
         let sealed = pages.start..pages.end - usize::from(last_is_own);
-        if layout.bits() == 8 {
-            self.code_scores::<S, 8>(simd, sealed.clone(), (shape, chunk), layout, scratch);
-        } else {
-            self.code_scores::<S, 4>(simd, sealed.clone(), (shape, chunk), layout, scratch);
-        }
+        self.code_scores::<S, BITS>(simd, sealed.clone(), (shape, chunk), scratch);
         let at = sealed.len() * size;
         let seen = |query: usize| match last_is_own {
             true => self.unit.first_visible + query / shape.group - own * size,
@@ -82,8 +140,7 @@ impl<E: KvElement + Element> Tile<'_, E> {
         };
         if last_is_own {
             let most = seen(shape.queries - 1);
-            let page = sealed.end..pages.end;
-            self.open_scores(simd, page, (at, most), (shape, chunk), scratch);
+            self.open_scores(simd, sealed.end, (at, most), (shape, chunk), scratch);
         }
         let mut state = State::new(&mut scratch.part, shape);
         for query in 0..shape.queries {
@@ -96,35 +153,18 @@ impl<E: KvElement + Element> Tile<'_, E> {
             }
         }
         if !sealed.is_empty() {
-            let state = &mut state;
-            let shifts = &scratch.shifts;
             let weights = (&scratch.weights[..], chunk);
-            let codes = &mut scratch.codes;
-            if layout.bits() == 8 {
-                self.code_values::<S, 8>(
-                    simd,
-                    sealed.clone(),
-                    (state, shape),
-                    weights,
-                    shifts,
-                    (layout, codes),
-                );
-            } else {
-                self.code_values::<S, 4>(
-                    simd,
-                    sealed.clone(),
-                    (state, shape),
-                    weights,
-                    shifts,
-                    (layout, codes),
-                );
-            }
+            let (shifts, codes) = (&scratch.shifts, &mut scratch.codes);
+            let state = (&mut state, shape);
+            self.code_values::<S, BITS>(simd, sealed.clone(), state, weights, shifts, codes);
         }
         if last_is_own {
+            let values = self.open_page(sealed.end).values;
+            // The open page is the one after the sealed pages of the chunk.
+            let values = |_: usize| values;
             for query in 0..shape.queries {
                 let shift = if sealed.is_empty() { scratch.shifts[query] } else { 1.0 };
                 let weights = (&scratch.weights[query * chunk..(query + 1) * chunk], chunk);
-                let values = |i: usize| self.page(pages.start + i).values;
                 let range = at..at + seen(query);
                 state.add_values(simd, query, weights, &[shift], (values, size), range);
             }
@@ -138,142 +178,196 @@ impl<E: KvElement + Element> Tile<'_, E> {
         simd: S,
         pages: Range<usize>,
         (shape, chunk): (Shape, usize),
-        layout: CodeLayout,
         scratch: &mut TileScratch,
     ) {
-        let dim = shape.head_dim;
-        let quads = layout.key_words() * (8 / BITS);
-        let scores = &mut scratch.weights[..];
-        let codes = &mut scratch.codes;
-        codes.ranges.resize(dim * BLOCK, 0.0);
-        codes.minima.resize(dim * BLOCK, 0.0);
-        codes.factors.resize(4 * quads * PIECES * BLOCK, 0);
+        let quads = self.pages.layout().key_words() * (8 / BITS);
+        let (scores, codes) = (&mut scratch.weights[..], &mut scratch.codes);
+        codes.factors.resize(4 * quads.next_multiple_of(4) * PIECES * BLOCK, 0);
         let table = self.unit.table(self.context);
         let index = |i: usize| table[self.list.get(i)].index();
         let mut first = pages.start;
         while first < pages.end {
-            // Neighbours in the pool share a look at their boxes.
             let block = index(first) / BLOCK;
             let mut end = first + 1;
             while end < pages.end && index(end) / BLOCK == block {
                 end += 1;
             }
+            for i in first..end {
+                self.prefetch_after(simd, i);
+            }
             let group = block * BLOCK / GROUP_PAGES;
-            let boxes =
-                self.context.pages.group_boxes::<E>(self.context.layer, group, self.unit.kv_head);
-            let lane = block * BLOCK % GROUP_PAGES;
-            let widest =
-                products::load_boxes(simd, boxes, lane, &mut codes.ranges, &mut codes.minima);
-            let mut query = 0;
-            while query < shape.queries {
-                let run = (first..end, pages.start);
-                let left = shape.queries - query;
-                let (scores, factors) = ((&mut *scores, chunk), (layout, quads));
-                let codes = &mut *codes;
-                query += match left {
-                    4.. => self.run_scores::<S, 4, BITS>(
-                        simd,
-                        run,
-                        (query, &widest),
-                        scores,
-                        (factors, codes),
-                    ),
-                    2.. => self.run_scores::<S, 2, BITS>(
-                        simd,
-                        run,
-                        (query, &widest),
-                        scores,
-                        (factors, codes),
-                    ),
-                    _ => self.run_scores::<S, 1, BITS>(
-                        simd,
-                        run,
-                        (query, &widest),
-                        scores,
-                        (factors, codes),
-                    ),
-                };
+            let (layer, head) = (self.context.layer, self.unit.kv_head);
+            let boxes = self.context.pages.group_boxes::<f16>(layer, group, head);
+            if end - first >= SHARED_LOOK {
+                // Neighbours in the pool share a look at their boxes.
+                let lane = block * BLOCK % GROUP_PAGES;
+                let rows = shape.head_dim * BLOCK;
+                let (ranges, minima) = (&mut codes.ranges[..rows], &mut codes.minima[..rows]);
+                let widest = products::load_boxes(simd, boxes, lane, ranges, minima);
+                let (run, out) = ((first..end, pages.start), (&mut *scores, chunk));
+                self.run_scores::<S, BITS>(simd, run, (shape, quads), &widest, out, codes);
+            } else {
+                for i in first..end {
+                    let lane = index(i) % GROUP_PAGES;
+                    let (place, out) = ((i, pages.start), (&mut *scores, chunk));
+                    self.page_scores::<S, BITS>(simd, place, shape, (boxes, lane), out, codes);
+                }
             }
             first = end;
         }
     }
 
-    /// Scores of pages that share a look at their boxes, for `Q` queries; gives `Q`.
+    /// Scores of pages that share a look at their boxes.
     #[inline(always)]
-    fn run_scores<S: Simd, const Q: usize, const BITS: usize>(
+    fn run_scores<S: Simd, const BITS: usize>(
         &self,
         simd: S,
         (pages, first): (Range<usize>, usize),
-        (query, widest): (usize, &[f32; BLOCK]),
+        (shape, quads): (Shape, usize),
+        widest: &[f32; BLOCK],
         (scores, chunk): (&mut [f32], usize),
-        ((layout, quads), codes): ((CodeLayout, usize), &mut CodeScratch),
+        codes: &mut CodeScratch,
+    ) {
+        let mut query = 0;
+        while query < shape.queries {
+            let run = (pages.clone(), first);
+            let queries = (query, quads, widest);
+            let out = (&mut *scores, chunk);
+            query += match shape.queries - query {
+                4.. => self.run_of::<S, 4, BITS>(simd, run, queries, out, codes),
+                2.. => self.run_of::<S, 2, BITS>(simd, run, queries, out, codes),
+                _ => self.run_of::<S, 1, BITS>(simd, run, queries, out, codes),
+            };
+        }
+    }
+
+    /// [`Self::run_scores`] for `Q` queries; gives `Q`.
+    #[inline(always)]
+    fn run_of<S: Simd, const Q: usize, const BITS: usize>(
+        &self,
+        simd: S,
+        (pages, first): (Range<usize>, usize),
+        (query, quads, widest): (usize, usize, &[f32; BLOCK]),
+        (scores, chunk): (&mut [f32], usize),
+        codes: &mut CodeScratch,
     ) -> usize {
-        let (size, dim) = (self.context.pages.layout().page_size(), self.context.heads.head_dim);
+        let (size, layout) = (self.context.pages.layout().page_size(), self.pages.layout());
         let length = quads * PIECES * BLOCK;
         let highest = f32::from(layout.highest());
-        let (mut offsets, mut units) = ([[0.0; BLOCK]; Q], [[0.0; BLOCK]; Q]);
-        for q in 0..Q {
-            let scaled = &codes.scaled[(query + q) * dim..(query + q + 1) * dim];
+        let mut offsets = [[0.0; BLOCK]; Q];
+        for (q, offsets) in offsets.iter_mut().enumerate() {
+            let scaled = &codes.scaled[(query + q) * codes.padded..(query + q + 1) * codes.padded];
             let both = (self.query(query + q), scaled);
             let boxes = (&codes.ranges[..], &codes.minima[..]);
             let out = &mut codes.factors[q * length..(q + 1) * length];
-            offsets[q] = products::factors(both, boxes, out);
-            let unit = codes.units[query + q] / highest;
-            for (out, widest) in units[q].iter_mut().zip(widest) {
-                *out = unit * widest;
-            }
+            *offsets = products::factors(simd, both, boxes, out);
         }
         let table = self.unit.table(self.context);
         for i in pages {
-            if query == 0 {
-                self.prefetch(simd, i);
-            }
             let lane = table[self.list.get(i)].index() % BLOCK;
+            let (mut starts, mut units) = ([0.0; Q], [0.0; Q]);
+            for q in 0..Q {
+                starts[q] = offsets[q][lane];
+                units[q] = codes.units[query + q] / highest * widest[lane];
+            }
             let at = query * chunk + (i - first) * size;
-            products::dots::<S, Q, BITS>(
+            products::dots::<S, Q, BITS, true>(
                 simd,
                 (self.code_page(i).bytes(), layout, size),
                 (&codes.factors[..Q * length], lane),
-                (&offsets, &units),
+                (&starts, &units),
                 (&mut scores[at..], chunk),
             );
         }
         Q
     }
 
-    /// The query with this number in the tile.
+    /// Scores of one page.
     #[inline(always)]
-    pub(super) fn query(&self, query: usize) -> &[f32] {
-        let (group, dim) = (self.context.heads.group(), self.context.heads.head_dim);
-        let row = self.unit.rows.start + query / group;
-        let at = query % group * dim;
-        &self.context.queries(row, self.unit.kv_head)[at..at + dim]
+    fn page_scores<S: Simd, const BITS: usize>(
+        &self,
+        simd: S,
+        (i, first): (usize, usize),
+        shape: Shape,
+        (boxes, lane): (&[f16], usize),
+        (scores, chunk): (&mut [f32], usize),
+        codes: &mut CodeScratch,
+    ) {
+        let (padded, dim) = (codes.padded, shape.head_dim);
+        let (ranges, minima) = (&mut codes.ranges[..padded], &mut codes.minima[..padded]);
+        let out = (&mut codes.corners[..], ranges, minima);
+        let widest = products::load_box(simd, boxes, lane, out);
+        let offsets = codes.offsets.chunks_exact_mut(S::LANES);
+        for (columns, offsets) in codes.columns.chunks_exact(S::LANES * dim).zip(offsets) {
+            products::page_offsets(simd, columns, &codes.minima[..dim], offsets);
+        }
+        let place = (i, (i - first) * self.context.pages.layout().page_size());
+        let mut query = 0;
+        while query < shape.queries {
+            let out = (&mut *scores, chunk);
+            query += match shape.queries - query {
+                4.. => self.page_of::<S, 4, BITS>(simd, place, (query, widest), out, codes),
+                2.. => self.page_of::<S, 2, BITS>(simd, place, (query, widest), out, codes),
+                _ => self.page_of::<S, 1, BITS>(simd, place, (query, widest), out, codes),
+            };
+        }
     }
 
-    /// Scores of the first `tokens` tokens of an open page, from column `at` on.
+    /// [`Self::page_scores`] for `Q` queries; gives `Q`.
+    #[inline(always)]
+    fn page_of<S: Simd, const Q: usize, const BITS: usize>(
+        &self,
+        simd: S,
+        (i, at): (usize, usize),
+        (query, widest): (usize, f32),
+        (scores, chunk): (&mut [f32], usize),
+        codes: &mut CodeScratch,
+    ) -> usize {
+        let (size, layout) = (self.context.pages.layout().page_size(), self.pages.layout());
+        let (padded, highest) = (codes.padded, f32::from(layout.highest()));
+        let length = padded * PIECES / 4;
+        let (mut starts, mut units) = ([0.0; Q], [0.0; Q]);
+        for q in 0..Q {
+            let scaled = &codes.scaled[(query + q) * padded..(query + q + 1) * padded];
+            let out = &mut codes.factors[q * length..(q + 1) * length];
+            products::page_factors(simd, scaled, &codes.ranges[..padded], out);
+            starts[q] = codes.offsets[query + q];
+            units[q] = codes.units[query + q] / highest * widest;
+        }
+        products::dots::<S, Q, BITS, false>(
+            simd,
+            (self.code_page(i).bytes(), layout, size),
+            (&codes.factors[..Q * length], 0),
+            (&starts, &units),
+            (&mut scores[query * chunk + at..], chunk),
+        );
+        Q
+    }
+
+    /// Scores of the first `tokens` tokens of page `i`, which is open, from column `at` on.
     #[inline(always)]
     fn open_scores<S: Simd>(
         &self,
         simd: S,
-        page: Range<usize>,
+        i: usize,
         (at, tokens): (usize, usize),
         (shape, chunk): (Shape, usize),
         scratch: &mut TileScratch,
     ) {
         let (size, dim) = (self.context.pages.layout().page_size(), shape.head_dim);
+        let keys = self.open_page(i).keys;
         let whole_vectors = size.is_multiple_of(S::LANES);
         if !whole_vectors {
-            self.gather(simd, page.clone(), chunk, scratch);
+            let out = (&mut scratch.page, &mut scratch.keys);
+            gather(simd, (|_: usize| keys, 1), (size, dim), chunk, out);
         }
-        let keys =
-            if whole_vectors { (self.page(page.start).keys, size) } else { (&[] as &[E], size) };
         let mut query = 0;
         while query < shape.queries {
             let (_, block) = softmax::block_of(query, shape.queries);
             let q = &scratch.queries[query * dim..(query + block) * dim];
             let out = &mut scratch.weights[query * chunk + at..(query + block) * chunk];
             if whole_vectors {
-                softmax::scores(simd, (q, block), keys, tokens, (out, chunk));
+                softmax::scores(simd, (q, block), (keys, size), tokens, (out, chunk));
             } else {
                 let keys = (&scratch.keys[..dim * chunk], chunk);
                 softmax::scores(simd, (q, block), keys, tokens, (out, chunk));
@@ -291,9 +385,9 @@ impl<E: KvElement + Element> Tile<'_, E> {
         (state, shape): (&mut State<'_>, Shape),
         (weights, chunk): (&[f32], usize),
         shifts: &[f32],
-        (layout, codes): (CodeLayout, &mut CodeScratch),
+        codes: &mut CodeScratch,
     ) {
-        let size = self.context.pages.layout().page_size();
+        let (size, layout) = (self.context.pages.layout().page_size(), self.pages.layout());
         // Tokens of a page, with those that only fill its last word.
         let padded = layout.value_words() * layout.codes_per_word();
         let tokens = pages.len() * padded;
@@ -307,8 +401,8 @@ impl<E: KvElement + Element> Tile<'_, E> {
             let (scales, minima) = codes.value_ranges.split_at_mut(tokens);
             for i in 0..pages.len() {
                 let page = self.code_page(pages.start + i);
-                for (out, halves) in [(&mut *scales, page.scales()), (&mut *minima, page.minima())]
-                {
+                let both = [(&mut *scales, page.scales()), (&mut *minima, page.minima())];
+                for (out, halves) in both {
                     let halves = &halves[group * size..(group + 1) * size];
                     let out = &mut out[i * padded..(i + 1) * padded];
                     out[size..].fill(0.0);

@@ -10,22 +10,12 @@ use std::ops::Range;
 use tinyserve_kv::{CodeLayout, CodePage, GROUP_PAGES};
 
 use super::softmax::State;
-use crate::cpu::simd::{Element, Simd};
+use crate::cpu::simd::{Element, LARGEST, PIECES, SPLIT, Simd};
 
 /// Tokens, channels or pages side by side: what a [`Simd::Block`] holds.
 pub(super) const BLOCK: usize = 16;
-/// Signed bytes that a factor is split into.
-pub(super) const PIECES: usize = 3;
 /// Codes that one word of each piece meets.
 const QUAD: usize = 4;
-/// What the largest factor becomes: less than 2²², so that the sum with [`ROUND`] keeps its exponent.
-pub(super) const LARGEST: f32 = 4_194_000.0;
-/// 1.5·2²³: what is added to it is rounded to a whole number, in the lowest bits of the sum.
-const ROUND: f32 = 12_582_912.0;
-/// Makes the bits of a sum with [`ROUND`] a number whose bytes are 128 above the signed pieces.
-const ABOVE: u32 = 0x0080_8080u32.wrapping_sub(ROUND.to_bits());
-/// Takes 128 off each byte.
-const SIGNED: u32 = 0x8080_8080;
 /// Stands for the widest range and the largest number where all are zero.
 pub(super) const TINY: f32 = 1e-30;
 
@@ -115,59 +105,131 @@ pub(super) fn load_boxes<S: Simd, E: Element>(
     out
 }
 
-/// Pieces of `scaled·ranges`, quad by quad, and `query·minima`, for `BLOCK` pages.
+/// [`load_boxes`] of the page in lane `lane` alone, channel after channel: its widest range.
+///
+/// `corners` is memory for the box, `[2 (max, min), head_dim]`, in whole vectors, as `ranges` and
+/// `minima` are.
 #[inline(always)]
-pub(super) fn factors(
+pub(super) fn load_box<S: Simd, E: Element>(
+    simd: S,
+    boxes: &[E],
+    lane: usize,
+    (corners, ranges, minima): (&mut [E], &mut [f32], &mut [f32]),
+) -> f32 {
+    let (max, min) = corners.split_at_mut(corners.len() / 2);
+    let rows = boxes.chunks_exact(2 * GROUP_PAGES);
+    for (rows, (max, min)) in rows.zip(max.iter_mut().zip(&mut *min)) {
+        (*max, *min) = (rows[lane], rows[GROUP_PAGES + lane]);
+    }
+    let mut widest = simd.splat(TINY);
+    let out = ranges.chunks_exact_mut(S::LANES).zip(minima.chunks_exact_mut(S::LANES));
+    let corners = max.chunks_exact(S::LANES).zip(min.chunks_exact(S::LANES));
+    for ((max, min), (ranges, minima)) in corners.zip(out) {
+        let min = E::load(simd, min);
+        let range = simd.sub(E::load(simd, max), min);
+        simd.store(range, ranges);
+        simd.store(min, minima);
+        widest = simd.max(range, widest);
+    }
+    let widest = simd.highest(widest);
+    for ranges in ranges.chunks_exact_mut(S::LANES) {
+        simd.store(simd.div(simd.load(ranges), simd.splat(widest)), ranges);
+    }
+    widest
+}
+
+/// Chains that `query·minima` is summed up in, channel by channel in turn: whether many pages or
+/// many queries are side by side, so that a page's score is the same to the last bit.
+const CHAINS: usize = 4;
+
+#[inline(always)]
+fn joined<S: Simd>(simd: S, [a, b, c, d]: [S::V; CHAINS]) -> S::V {
+    simd.add(simd.add(a, b), simd.add(c, d))
+}
+
+/// Pieces of `scaled·ranges` for `BLOCK` pages, and `query·minima`.
+///
+/// `out` is `[quads, PIECES, BLOCK]`.
+#[inline(always)]
+pub(super) fn factors<S: Simd>(
+    simd: S,
     (query, scaled): (&[f32], &[f32]),
     (ranges, minima): (&[f32], &[f32]),
     out: &mut [u32],
 ) -> [f32; BLOCK] {
     let mut offsets = [0.0f32; BLOCK];
-    for (quad, out) in out.chunks_exact_mut(PIECES * BLOCK).enumerate() {
-        let mut above = [[0x0080_8080u32; BLOCK]; QUAD];
-        for (c, above) in above.iter_mut().enumerate() {
-            let channel = quad * QUAD + c;
-            if channel >= query.len() {
-                break;
+    for at in (0..BLOCK).step_by(S::LANES) {
+        let mut sums = [simd.splat(0.0); CHAINS];
+        for (quad, out) in out.chunks_exact_mut(PIECES * BLOCK).enumerate() {
+            let mut factors = [simd.splat(SPLIT); QUAD];
+            let chains = factors.iter_mut().zip(&mut sums).enumerate();
+            for (c, (factor, sum)) in chains {
+                let channel = quad * QUAD + c;
+                if channel >= query.len() {
+                    break;
+                }
+                let row = channel * BLOCK + at;
+                let range = simd.load(&ranges[row..]);
+                *factor = simd.mul_add(range, simd.splat(scaled[channel]), *factor);
+                *sum = simd.mul_add(simd.splat(query[channel]), simd.load(&minima[row..]), *sum);
             }
-            let (q, scaled) = (query[channel], scaled[channel]);
-            let rows = channel * BLOCK..(channel + 1) * BLOCK;
-            let (ranges, minima) = (&ranges[rows.clone()], &minima[rows]);
-            for page in 0..BLOCK {
-                above[page] = (ranges[page] * scaled + ROUND).to_bits().wrapping_add(ABOVE);
-                offsets[page] += q * minima[page];
-            }
+            let (low, rest) = out.split_at_mut(BLOCK);
+            let (middle, high) = rest.split_at_mut(BLOCK);
+            simd.split_quads(&factors, [&mut low[at..], &mut middle[at..], &mut high[at..]]);
         }
-        let [a, b, c, d] = above;
-        let (low, rest) = out.split_at_mut(BLOCK);
-        let (middle, high) = rest.split_at_mut(BLOCK);
-        for page in 0..BLOCK {
-            let (a, b, c, d) = (a[page], b[page], c[page], d[page]);
-            let outer_ab = a & 0x00ff_00ff | (b & 0x00ff_00ff) << 8;
-            let outer_cd = c & 0x00ff_00ff | (d & 0x00ff_00ff) << 8;
-            let middle_ab = a >> 8 & 0xff | b & 0xff00;
-            let middle_cd = c >> 8 & 0xff | d & 0xff00;
-            low[page] = (outer_ab & 0xffff | outer_cd << 16) ^ SIGNED;
-            middle[page] = (middle_ab | middle_cd << 16) ^ SIGNED;
-            high[page] = (outer_ab >> 16 | outer_cd & 0xffff_0000) ^ SIGNED;
-        }
+        simd.store(joined(simd, sums), &mut offsets[at..]);
     }
     offsets
 }
 
+/// Pieces of `scaled·ranges` for one page, `[vectors of channels, PIECES, LANES / QUAD words]`;
+/// `scaled` and `ranges` are whole vectors.
+#[inline(always)]
+pub(super) fn page_factors<S: Simd>(simd: S, scaled: &[f32], ranges: &[f32], out: &mut [u32]) {
+    let bytes: &mut [u8] = bytemuck::cast_slice_mut(out);
+    let channels = scaled.chunks_exact(S::LANES).zip(ranges.chunks_exact(S::LANES));
+    for ((scaled, ranges), out) in channels.zip(bytes.chunks_exact_mut(PIECES * S::LANES)) {
+        let sums = simd.mul_add(simd.load(ranges), simd.load(scaled), simd.splat(SPLIT));
+        let (low, rest) = out.split_at_mut(S::LANES);
+        let (middle, high) = rest.split_at_mut(S::LANES);
+        simd.split(sums, [low, middle, high]);
+    }
+}
+
+/// `query·minima` of one page for `LANES` queries, `columns` `[head_dim, LANES]`.
+#[inline(always)]
+pub(super) fn page_offsets<S: Simd>(simd: S, columns: &[f32], minima: &[f32], offsets: &mut [f32]) {
+    let mut sums = [simd.splat(0.0); CHAINS];
+    let quads = columns.chunks(CHAINS * S::LANES).zip(minima.chunks(CHAINS));
+    for (columns, minima) in quads {
+        let channels = columns.chunks_exact(S::LANES).zip(minima);
+        for ((queries, &min), sum) in channels.zip(&mut sums) {
+            *sum = simd.mul_add(simd.load(queries), simd.splat(min), *sum);
+        }
+    }
+    simd.store(joined(simd, sums), offsets);
+}
+
 /// Scores of the tokens of one page for `Q` queries, into rows of `out` that are `chunk` apart.
 ///
-/// `factors` is `[Q, quads, PIECES, BLOCK]`, of which `lane` is the page's.
+/// `factors` are those of `Q` queries, one after the other: where they are `BLOCKED` as [`factors`]
+/// has them, with the page in lane `lane`, else as [`page_factors`] has. `starts` and `units` say
+/// what the scores of each query begin with, and what they count in.
 #[inline(always)]
-pub(super) fn dots<S: Simd, const Q: usize, const BITS: usize>(
+pub(super) fn dots<S: Simd, const Q: usize, const BITS: usize, const BLOCKED: bool>(
     simd: S,
     (page, layout, size): (&[u8], CodeLayout, usize),
     (factors, lane): (&[u32], usize),
-    (offsets, units): (&[[f32; BLOCK]; Q], &[[f32; BLOCK]; Q]),
+    (starts, units): (&[f32; Q], &[f32; Q]),
     (out, chunk): (&mut [f32], usize),
 ) {
-    let words = layout.key_words();
-    let length = factors.len() / Q;
+    let (words, length) = (layout.key_words(), factors.len() / Q);
+    let mut queries = [&[] as &[u32]; Q];
+    for (query, factors) in queries.iter_mut().zip(factors.chunks_exact(length)) {
+        *query = factors;
+    }
+    // Words from a piece to the next.
+    let step = if BLOCKED { BLOCK } else { S::LANES / QUAD };
     let mut token = 0;
     while token < size {
         let mut counts = [[simd.counts(0); PIECES]; Q];
@@ -176,18 +238,26 @@ pub(super) fn dots<S: Simd, const Q: usize, const BITS: usize>(
             for part in 0..8 / BITS {
                 let quad = word * (8 / BITS) + part;
                 let codes = half::<S, BITS>(simd, codes, part);
-                for (q, counts) in counts.iter_mut().enumerate() {
-                    let at = q * length + quad * PIECES * BLOCK + lane;
-                    let factors = &factors[at..at + (PIECES - 1) * BLOCK + 1];
+                let first = if BLOCKED {
+                    quad * PIECES * step + lane
+                } else {
+                    quad / step * PIECES * step + quad % step
+                };
+                let last = first + (PIECES - 1) * step;
+                if last >= length {
+                    // Never so; the compiler leaves out the checks of every query instead.
+                    break;
+                }
+                for (factors, counts) in queries.iter().zip(&mut counts) {
                     for (piece, counts) in counts.iter_mut().enumerate() {
-                        let factor = factors[piece * BLOCK].cast_signed();
-                        *counts = simd.add_products(*counts, codes, factor);
+                        let factor = factors[first + piece * step];
+                        *counts = simd.add_products(*counts, codes, factor.cast_signed());
                     }
                 }
             }
         }
         for (q, counts) in counts.iter().enumerate() {
-            let scores = number(simd, counts, (offsets[q][lane], units[q][lane]));
+            let scores = number(simd, counts, (starts[q], units[q]));
             out[q * chunk + token..][..BLOCK].copy_from_slice(&scores);
         }
         token += BLOCK;
@@ -232,19 +302,32 @@ pub(super) fn products<S: Simd>(
 #[inline(always)]
 pub(super) fn split<S: Simd>(simd: S, products: &[f32], out: &mut [u8]) -> f32 {
     let vectors = products.chunks_exact(S::LANES);
-    let mut largest = vectors.remainder().iter().fold(TINY, |a, &x| if x > a { x } else { a });
-    let mut highest = simd.splat(largest);
+    let rest = vectors.remainder();
+    let mut highest = simd.splat(TINY);
     for x in vectors {
         highest = simd.max(simd.load(x), highest);
     }
-    largest = simd.highest(highest);
-    let factor = LARGEST / largest;
+    highest = simd.max(simd.load_tail(rest), highest);
+    let largest = simd.highest(highest);
+    let factor = simd.splat(LARGEST / largest);
     let (low, rest) = out.split_at_mut(products.len());
     let (middle, high) = rest.split_at_mut(products.len());
-    let pieces = low.iter_mut().zip(middle).zip(high);
-    for (&x, ((low, middle), high)) in products.iter().zip(pieces) {
-        let above = (x * factor + ROUND).to_bits().wrapping_add(ABOVE) ^ SIGNED;
-        (*low, *middle, *high) = (above as u8, (above >> 8) as u8, (above >> 16) as u8);
+    let mut at = 0;
+    while at + S::LANES <= products.len() {
+        let sums = simd.mul_add(simd.load(&products[at..]), factor, simd.splat(SPLIT));
+        simd.split(sums, [&mut low[at..], &mut middle[at..], &mut high[at..]]);
+        at += S::LANES;
+    }
+    if at < products.len() {
+        let sums = simd.mul_add(simd.load_tail(&products[at..]), factor, simd.splat(SPLIT));
+        let mut bytes = [[0; BLOCK]; PIECES];
+        let [a, b, c] = &mut bytes;
+        simd.split(sums, [a, b, c]);
+        for (out, bytes) in [low, middle, high].into_iter().zip(&bytes) {
+            let out = &mut out[at..];
+            let length = out.len();
+            out.copy_from_slice(&bytes[..length]);
+        }
     }
     largest / LARGEST
 }

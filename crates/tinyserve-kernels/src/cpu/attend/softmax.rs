@@ -26,6 +26,31 @@ pub(super) fn block_of(query: usize, queries: usize) -> (usize, usize) {
     }
 }
 
+/// Queries whose values are added up together, of so many that are left: as many as the registers
+/// hold sums for, so that a value is widened once for all of them.
+#[inline(always)]
+pub(super) fn value_block<S: Simd>(left: usize) -> usize {
+    match left {
+        8.. if S::LANES == 16 => 8,
+        4.. if S::LANES == 16 => 4,
+        2.. => 2,
+        _ => 1,
+    }
+}
+
+/// Pages whose scores are summed up together for a block of queries: as many as the registers hold
+/// sums for.
+#[inline(always)]
+pub(super) fn pages_together<S: Simd>(block: usize) -> usize {
+    match block {
+        8 if S::LANES == 16 => 2,
+        4 if S::LANES == 16 => 4,
+        4 => 2,
+        8 => 1,
+        _ => 4,
+    }
+}
+
 /// The queries of a tile.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Shape {
@@ -235,14 +260,15 @@ impl<'a> State<'a> {
         range: Range<usize>,
     ) {
         match shifts.len() {
-            4 => self.add_to::<S, T, 4>(simd, query, weights, shifts, values, range),
-            2 => self.add_to::<S, T, 2>(simd, query, weights, shifts, values, range),
-            _ => self.add_to::<S, T, 1>(simd, query, weights, shifts, values, range),
+            8 => self.add_to::<S, T, 8, 2>(simd, query, weights, shifts, values, range),
+            4 => self.add_to::<S, T, 4, 4>(simd, query, weights, shifts, values, range),
+            2 => self.add_to::<S, T, 2, 4>(simd, query, weights, shifts, values, range),
+            _ => self.add_to::<S, T, 1, 4>(simd, query, weights, shifts, values, range),
         }
     }
 
     #[inline(always)]
-    fn add_to<'v, S: Simd, T: Element, const Q: usize>(
+    fn add_to<'v, S: Simd, T: Element, const Q: usize, const V: usize>(
         &mut self,
         simd: S,
         query: usize,
@@ -257,15 +283,17 @@ impl<'a> State<'a> {
         let shifts = std::array::from_fn(|i| shifts[i]);
         let (mut at, out) = (0, out.0);
         while at < dim {
-            // As many whole vectors at a time as there are, up to four; then a part of one.
+            // As many whole vectors at a time as registers hold sums for; then a part of one.
             let vectors = (dim - at) / S::LANES;
-            match vectors {
-                4.. => rows.add::<S, Q, 4>(simd, weights, at, shifts, (out, stride)),
-                3 => rows.add::<S, Q, 3>(simd, weights, at, shifts, (out, stride)),
-                2 => rows.add::<S, Q, 2>(simd, weights, at, shifts, (out, stride)),
-                _ => rows.add::<S, Q, 1>(simd, weights, at, shifts, (out, stride)),
-            }
-            at += vectors.clamp(1, 4) * S::LANES;
+            let shift = (shifts, (&mut *out, stride));
+            at += S::LANES
+                * if vectors >= V {
+                    rows.add::<S, Q, V>(simd, weights, at, shift)
+                } else if vectors >= 2 {
+                    rows.add::<S, Q, 2>(simd, weights, at, shift)
+                } else {
+                    rows.add::<S, Q, 1>(simd, weights, at, shift)
+                };
         }
     }
 }
@@ -279,16 +307,15 @@ struct Values<F> {
 }
 
 impl<'v, T: Element, F: Fn(usize) -> &'v [T]> Values<F> {
-    /// Adds columns `at..` of every value, `V` vectors, the last of them perhaps partly.
+    /// Adds columns `at..` of every value, `V` vectors, the last of them perhaps partly; gives `V`.
     #[inline(always)]
     fn add<S: Simd, const Q: usize, const V: usize>(
         &self,
         simd: S,
         (weights, chunk): (&[f32], usize),
         at: usize,
-        shifts: [f32; Q],
-        (out, stride): (&mut [f32], usize),
-    ) {
+        (shifts, (out, stride)): ([f32; Q], (&mut [f32], usize)),
+    ) -> usize {
         let mut sums = [[simd.splat(0.0); V]; Q];
         for (i, sums) in sums.iter_mut().enumerate() {
             let shift = simd.splat(shifts[i]);
@@ -328,6 +355,7 @@ impl<'v, T: Element, F: Fn(usize) -> &'v [T]> Values<F> {
                 simd.store(sum, &mut out[i * stride + at + v * S::LANES..]);
             }
         }
+        V
     }
 }
 
@@ -373,37 +401,49 @@ fn scores_of<S: Simd, T: Element, const Q: usize>(
     }
 }
 
-/// [`scores`] of all keys of four pages at once, from column `at` of `out` on.
+/// [`scores`] of all keys of [`pages_together`] pages at once, from column `at` of `out` on.
 #[inline(always)]
-pub(super) fn scores_of_four<S: Simd, T: Element>(
+pub(super) fn scores_of_pages<'k, S: Simd, T: Element>(
     simd: S,
     (q, block): (&[f32], usize),
-    pages: ([&[T]; 4], usize),
+    pages: (impl Fn(usize) -> &'k [T], usize),
     out: (&mut [f32], usize, usize),
 ) {
     match block {
-        2 => four_pages::<S, T, 2>(simd, q, pages, out),
-        _ => four_pages::<S, T, 1>(simd, q, pages, out),
+        8 => pages_of::<S, T, 8, 2>(simd, q, pages, out),
+        4 if S::LANES == 16 => pages_of::<S, T, 4, 4>(simd, q, pages, out),
+        4 => pages_of::<S, T, 4, 2>(simd, q, pages, out),
+        2 => pages_of::<S, T, 2, 4>(simd, q, pages, out),
+        _ => pages_of::<S, T, 1, 4>(simd, q, pages, out),
     }
 }
 
 #[inline(always)]
-fn four_pages<S: Simd, T: Element, const Q: usize>(
+fn pages_of<'k, S: Simd, T: Element, const Q: usize, const P: usize>(
     simd: S,
     q: &[f32],
-    ([a, b, c, d], size): ([&[T]; 4], usize),
+    (page, size): (impl Fn(usize) -> &'k [T], usize),
     (out, chunk, first): (&mut [f32], usize, usize),
 ) {
+    let mut pages = [&[] as &[T]; P];
+    for (i, keys) in pages.iter_mut().enumerate() {
+        *keys = page(i);
+    }
+    let length = pages[0].len();
+    assert!(pages.iter().all(|keys| keys.len() == length), "pages of one size");
     let mut at = 0;
     while at < size {
-        let mut sums = [[simd.splat(0.0); 4]; Q];
-        let columns = a.chunks_exact(size).zip(b.chunks_exact(size));
-        let more = c.chunks_exact(size).zip(d.chunks_exact(size));
-        for (((a, b), (c, d)), q) in columns.zip(more).zip(q.chunks_exact(Q)) {
+        let mut sums = [[simd.splat(0.0); P]; Q];
+        let mut key = at;
+        for q in q.chunks_exact(Q) {
+            if key + S::LANES > length {
+                // Never so; the compiler leaves out the checks of every page instead.
+                break;
+            }
             // Not `map`: its closure would be compiled without the vector instructions.
-            let mut keys = [simd.splat(0.0); 4];
-            for (wide, stored) in keys.iter_mut().zip([a, b, c, d]) {
-                *wide = T::load(simd, &stored[at..at + S::LANES]);
+            let mut keys = [simd.splat(0.0); P];
+            for (wide, stored) in keys.iter_mut().zip(&pages) {
+                *wide = T::load(simd, &stored[key..key + S::LANES]);
             }
             for (sums, &q) in sums.iter_mut().zip(q) {
                 let q = simd.splat(q);
@@ -411,6 +451,7 @@ fn four_pages<S: Simd, T: Element, const Q: usize>(
                     *sum = simd.mul_add(q, keys, *sum);
                 }
             }
+            key += size;
         }
         for (i, sums) in sums.iter().enumerate() {
             for (page, &sum) in sums.iter().enumerate() {

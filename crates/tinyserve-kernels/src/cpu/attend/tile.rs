@@ -4,10 +4,10 @@
 //! chunks. A row goes through the same additions in the same order whichever rows share its tile
 //! and whoever computes its parts, so it gets bit for bit what it gets alone.
 
-use std::marker::PhantomData;
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-use tinyserve_kv::{HeadPage, KvElement};
+use tinyserve_kv::{HeadPage, HeadPages, KvElement};
 
 use super::codes::CodeScratch;
 use super::observe::Records;
@@ -94,35 +94,55 @@ pub(super) enum Target<'a> {
     Part(&'a mut [f32]),
 }
 
+/// The pages of one KV head in one layer, in one of the ways that they are stored.
+pub(super) trait StoredPages: Copy {
+    /// Whether they hold codes.
+    const CODES: bool;
+
+    /// Adds listed pages `pages`, one chunk, to the softmax of every query of `tile`.
+    fn add_chunk<S: Simd>(
+        tile: &Tile<'_, Self>,
+        simd: S,
+        pages: Range<usize>,
+        shape: (Shape, usize),
+        records: (Records, usize),
+        scratch: &mut TileScratch,
+    );
+
+    /// Asks for what page `i` of the tile's list holds.
+    fn prefetch<S: Simd>(tile: &Tile<'_, Self>, simd: S, i: usize);
+}
+
 /// Rows of one sequence and the query heads of one KV head, over listed pages.
-pub(super) struct Tile<'a, E> {
+pub(super) struct Tile<'a, P> {
     pub(super) context: &'a Context<'a>,
     pub(super) unit: &'a Unit,
+    pub(super) pages: P,
     pub(super) list: PageList<'a>,
     /// Which pages of the list are read; it begins with a part.
-    pub(super) range: std::ops::Range<usize>,
+    pub(super) range: Range<usize>,
     pub(super) target: Target<'a>,
     pub(super) scratch: &'a mut TileScratch,
     /// Where the mass of the list's tokens goes, unless the list is read in parts.
     pub(super) mass: &'a Mutex<Vec<f32>>,
-    pub(super) element: PhantomData<E>,
 }
 
-impl<E: KvElement + Element> Kernel for Tile<'_, E> {
+impl<P: StoredPages> Kernel for Tile<'_, P> {
     type Output = ();
+    const INTEGERS: bool = P::CODES;
 
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
         let (context, unit) = (self.context, self.unit);
-        let (size, codes) = (context.pages.layout().page_size(), context.pages.layout().codes());
+        let size = context.pages.layout().page_size();
         let shape = context.shape(unit.rows.len());
         let mut chunk = (chunk_pages(size) * size).next_multiple_of(S::LANES);
         let mut scratch = std::mem::take(self.scratch);
         scratch.load_queries(context, unit);
-        if codes.is_some() {
+        if P::CODES {
             // Scores are written in whole blocks, wherever their page ends.
             chunk = (chunk + products::BLOCK).next_multiple_of(products::BLOCK);
-            scratch.codes.load_queries((0..shape.queries).map(|query| self.query(query)));
+            scratch.codes.load_queries(S::LANES, (0..shape.queries).map(|query| self.query(query)));
         }
         scratch.weights.resize(shape.queries * chunk, 0.0);
         scratch.shifts.resize(shape.queries, 0.0);
@@ -139,11 +159,7 @@ impl<E: KvElement + Element> Kernel for Tile<'_, E> {
                 let pages = first..(first + chunk_pages).min(end);
                 first = pages.end;
                 let records = (records, (pages.start - self.range.start) / chunk_pages);
-                let (shape, scratch) = ((shape, chunk), &mut scratch);
-                match codes {
-                    Some(codes) => self.add_code_chunk(simd, pages, shape, records, codes, scratch),
-                    None => self.add_chunk(simd, pages, shape, records, scratch),
-                }
+                P::add_chunk(&self, simd, pages, (shape, chunk), records, &mut scratch);
             }
             match &mut self.target {
                 Target::Part(part) => {
@@ -193,17 +209,64 @@ impl TileScratch {
     }
 }
 
-impl<E: KvElement + Element> Tile<'_, E> {
+impl<P: StoredPages> Tile<'_, P> {
+    /// The query with this number in the tile.
     #[inline(always)]
-    pub(super) fn page(&self, i: usize) -> HeadPage<'_, E> {
-        let page = self.unit.table(self.context)[self.list.get(i)];
-        self.context.pages.head::<E>(self.context.layer, page, self.unit.kv_head)
+    pub(super) fn query(&self, query: usize) -> &[f32] {
+        let (group, dim) = (self.context.heads.group(), self.context.heads.head_dim);
+        let row = self.unit.rows.start + query / group;
+        let at = query % group * dim;
+        &self.context.queries(row, self.unit.kv_head)[at..at + dim]
+    }
+
+    /// Asks for the page that the arithmetic reaches in a while. One row is through with a page
+    /// before the processor guesses where the next one is; a tile of many rows is not.
+    #[inline(always)]
+    pub(super) fn prefetch_after<S: Simd>(&self, simd: S, i: usize) {
+        let bytes = self.context.pages.layout().head_bytes();
+        let pages = (PREFETCH_BYTES / bytes).min(PREFETCH_PAGES);
+        if self.unit.rows.len() == 1 && pages > 0 && i + pages < self.range.end {
+            P::prefetch(self, simd, i + pages);
+        }
+    }
+}
+
+impl<E: KvElement + Element> StoredPages for HeadPages<'_, E> {
+    const CODES: bool = false;
+
+    #[inline(always)]
+    fn add_chunk<S: Simd>(
+        tile: &Tile<'_, Self>,
+        simd: S,
+        pages: Range<usize>,
+        shape: (Shape, usize),
+        records: (Records, usize),
+        scratch: &mut TileScratch,
+    ) {
+        tile.add_chunk(simd, pages, shape, records, scratch);
+    }
+
+    #[inline(always)]
+    fn prefetch<S: Simd>(tile: &Tile<'_, Self>, simd: S, i: usize) {
+        let page = tile.page(i);
+        for rows in [page.keys, page.values] {
+            for line in rows.chunks(LINE_BYTES / size_of::<E>()) {
+                simd.prefetch(line.as_ptr());
+            }
+        }
+    }
+}
+
+impl<E: KvElement + Element> Tile<'_, HeadPages<'_, E>> {
+    #[inline(always)]
+    fn page(&self, i: usize) -> HeadPage<'_, E> {
+        self.pages.get(self.unit.table(self.context)[self.list.get(i)])
     }
 
     /// Tokens of the listed pages `pages` that the tile's row `row` sees. They come first: only
     /// the last pages of a list hold tokens that some rows do not see, or no token at all.
     #[inline(always)]
-    fn visible(&self, pages: &std::ops::Range<usize>, row: usize) -> usize {
+    fn visible(&self, pages: &Range<usize>, row: usize) -> usize {
         let size = self.context.pages.layout().page_size();
         let tokens = self.unit.first_visible + row;
         if (self.list.get(pages.end - 1) + 1) * size <= tokens {
@@ -212,36 +275,11 @@ impl<E: KvElement + Element> Tile<'_, E> {
         pages.clone().map(|i| tokens.saturating_sub(self.list.get(i) * size).min(size)).sum()
     }
 
-    /// Asks for the page that the arithmetic reaches in a while. One row is through with a page
-    /// before the processor guesses where the next one is; a tile of many rows is not.
-    #[inline(always)]
-    pub(super) fn prefetch<S: Simd>(&self, simd: S, i: usize) {
-        let layout = self.context.pages.layout();
-        let bytes = layout.head_bytes();
-        let ahead = i + (PREFETCH_BYTES / bytes).min(PREFETCH_PAGES);
-        if self.unit.rows.len() > 1 || ahead == i || ahead >= self.range.end {
-            return;
-        }
-        if layout.codes().is_some() {
-            for line in self.code_page(ahead).bytes().chunks(LINE_BYTES) {
-                simd.prefetch(line.as_ptr());
-            }
-            return;
-        }
-        let page = self.page(ahead);
-        for rows in [page.keys, page.values] {
-            for line in rows.chunks(LINE_BYTES / size_of::<E>()) {
-                simd.prefetch(line.as_ptr());
-            }
-        }
-    }
-
-    /// Adds listed pages `pages`, one chunk, to the softmax of every query.
     #[inline(always)]
     fn add_chunk<S: Simd>(
         &self,
         simd: S,
-        pages: std::ops::Range<usize>,
+        pages: Range<usize>,
         (shape, chunk): (Shape, usize),
         (records, chunk_index): (Records, usize),
         scratch: &mut TileScratch,
@@ -249,61 +287,32 @@ impl<E: KvElement + Element> Tile<'_, E> {
         let (size, group) = (self.context.pages.layout().page_size(), shape.group);
         let dim = shape.head_dim;
         let most = self.visible(&pages, shape.queries / group - 1);
+        let tokens = |query: usize| {
+            if shape.queries == group { most } else { self.visible(&pages, query / group) }
+        };
         let whole_vectors = size.is_multiple_of(S::LANES);
         if !whole_vectors {
-            self.gather(simd, pages.clone(), chunk, scratch);
+            let chunk_keys = (&mut scratch.page, &mut scratch.keys);
+            let keys = |i: usize| self.page(pages.start + i).keys;
+            gather(simd, (keys, pages.len()), (size, dim), chunk, chunk_keys);
         }
-        let mut state = State::new(&mut scratch.part, shape);
         let mut query = 0;
         while query < shape.queries {
             let (_, block) = softmax::block_of(query, shape.queries);
             let q = &scratch.queries[query * dim..(query + block) * dim];
             let out = &mut scratch.weights[query * chunk..(query + block) * chunk];
-            let tokens = if shape.queries == group {
-                most
+            let tokens = tokens(query + block - 1);
+            if whole_vectors {
+                self.page_scores(simd, (q, block), (&pages, tokens), (out, chunk), query == 0);
             } else {
-                self.visible(&pages, (query + block - 1) / group)
-            };
-            if !whole_vectors {
                 let keys = &scratch.keys[..dim * chunk];
                 softmax::scores(simd, (q, block), (keys, chunk), tokens, (out, chunk));
-            } else if block <= 2 {
-                // One vector of keys at a time would leave the processor waiting for its sum.
-                let mut i = pages.start;
-                while i < pages.end && (i - pages.start) * size < tokens {
-                    let at = (i - pages.start) * size;
-                    if i + 4 <= pages.end {
-                        (i..i + 4).for_each(|i| self.prefetch(simd, i));
-                        let four = [i, i + 1, i + 2, i + 3].map(|i| self.page(i).keys);
-                        softmax::scores_of_four(simd, (q, block), (four, size), (out, chunk, at));
-                        i += 4;
-                    } else {
-                        self.prefetch(simd, i);
-                        let keys = (self.page(i).keys, size);
-                        let tokens = (tokens - at).min(size);
-                        softmax::scores(simd, (q, block), keys, tokens, (&mut out[at..], chunk));
-                        i += 1;
-                    }
-                }
-            } else {
-                for i in pages.clone() {
-                    let at = (i - pages.start) * size;
-                    if at >= tokens {
-                        break;
-                    }
-                    if query == 0 {
-                        self.prefetch(simd, i);
-                    }
-                    let keys = (self.page(i).keys, size);
-                    let tokens = (tokens - at).min(size);
-                    softmax::scores(simd, (q, block), keys, tokens, (&mut out[at..], chunk));
-                }
             }
             query += block;
         }
+        let mut state = State::new(&mut scratch.part, shape);
         for query in 0..shape.queries {
-            let tokens =
-                if shape.queries == group { most } else { self.visible(&pages, query / group) };
+            let tokens = tokens(query);
             let weights = &mut scratch.weights[query * chunk..(query + 1) * chunk];
             scratch.shifts[query] =
                 state.soften(simd, query, &mut weights[..], tokens, self.context.scale);
@@ -312,14 +321,9 @@ impl<E: KvElement + Element> Tile<'_, E> {
                 records.keep(&mut scratch.records, (chunk_index, query), weights, &state);
             }
         }
-        let together = if S::LANES == 16 { 4 } else { 2 };
         let mut query = 0;
         while query < shape.queries {
-            let wanted = together.min(shape.queries - query);
-            let block = if wanted == 3 { 2 } else { wanted };
-            let tokens = |query: usize| {
-                if shape.queries == group { most } else { self.visible(&pages, query / group) }
-            };
+            let block = softmax::value_block::<S>(shape.queries - query);
             let weights = &scratch.weights[query * chunk..(query + block) * chunk];
             let shifts = &scratch.shifts[query..query + block];
             // What every query of the block sees goes together, the rest query by query: a weight
@@ -345,29 +349,61 @@ impl<E: KvElement + Element> Tile<'_, E> {
         }
     }
 
-    /// Puts the keys of pages that are not whole vectors side by side: `[head_dim, chunk]`.
+    /// Scores of the first `tokens` tokens of pages that are whole vectors, several pages at a time:
+    /// one vector of keys alone would leave the processor waiting for its sum, or for queries.
     #[inline(always)]
-    pub(super) fn gather<S: Simd>(
+    fn page_scores<S: Simd>(
         &self,
         simd: S,
-        pages: std::ops::Range<usize>,
-        chunk: usize,
-        scratch: &mut TileScratch,
+        (q, block): (&[f32], usize),
+        (pages, tokens): (&Range<usize>, usize),
+        (out, chunk): (&mut [f32], usize),
+        prefetch: bool,
     ) {
         let size = self.context.pages.layout().page_size();
-        let (dim, first) = (self.context.heads.head_dim, pages.start);
-        scratch.page.resize((size * dim).next_multiple_of(S::LANES), 0.0);
-        scratch.keys.resize(dim * chunk, 0.0);
-        for i in pages {
-            let keys = self.page(i).keys;
-            for (x, out) in keys.chunks(S::LANES).zip(scratch.page.chunks_exact_mut(S::LANES)) {
-                simd.store(simd.load_up_to(x), out);
+        let together = softmax::pages_together::<S>(block);
+        let mut i = 0;
+        while i * size < tokens {
+            let at = i * size;
+            let n = if at + together * size <= tokens { together } else { 1 };
+            if prefetch {
+                for i in i..i + n {
+                    self.prefetch_after(simd, pages.start + i);
+                }
             }
-            let at = (i - first) * size;
-            let columns = scratch.keys.chunks_exact_mut(chunk);
-            for (column, out) in scratch.page.chunks_exact(size).zip(columns) {
-                out[at..at + size].copy_from_slice(column);
+            if n > 1 {
+                let keys = |page: usize| self.page(pages.start + i + page).keys;
+                softmax::scores_of_pages(simd, (q, block), (keys, size), (out, chunk, at));
+            } else {
+                let keys = (self.page(pages.start + i).keys, size);
+                let tokens = (tokens - at).min(size);
+                softmax::scores(simd, (q, block), keys, tokens, (&mut out[at..], chunk));
             }
+            i += n;
+        }
+    }
+}
+
+/// Puts the keys of pages that are not whole vectors side by side, widened: `[head_dim, chunk]`.
+///
+/// `keys` gives those of each page, `[dim, size]`.
+#[inline(always)]
+pub(super) fn gather<'k, S: Simd, T: Element>(
+    simd: S,
+    (keys, pages): (impl Fn(usize) -> &'k [T], usize),
+    (size, dim): (usize, usize),
+    chunk: usize,
+    (page, out): (&mut Vec<f32>, &mut Vec<f32>),
+) {
+    page.resize((size * dim).next_multiple_of(S::LANES), 0.0);
+    out.resize(dim * chunk, 0.0);
+    for i in 0..pages {
+        for (x, wide) in keys(i).chunks(S::LANES).zip(page.chunks_exact_mut(S::LANES)) {
+            simd.store(simd.load_up_to(x), wide);
+        }
+        let columns = out.chunks_exact_mut(chunk);
+        for (column, out) in page.chunks_exact(size).zip(columns) {
+            out[i * size..(i + 1) * size].copy_from_slice(column);
         }
     }
 }

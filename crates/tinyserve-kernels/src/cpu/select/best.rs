@@ -19,7 +19,7 @@ impl Kernel for Best<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, _simd: S) {
+    fn run<S: Simd>(self, simd: S) {
         let Self { scores, budget, sink, recent, list } = self;
         let pages = scores.len();
         let sink = sink.min(pages);
@@ -27,7 +27,7 @@ impl Kernel for Best<'_> {
         let wanted = budget.saturating_sub(sink + pages - recent).min(recent - sink);
         list.clear();
         list.extend(0..sink as u32);
-        best(&scores[sink..recent], wanted, list);
+        best(simd, &scores[sink..recent], wanted, list);
         list.extend(recent as u32..pages as u32);
     }
 }
@@ -43,26 +43,58 @@ fn threshold(ordered: i64) -> f32 {
     f32::from_bits(order(ordered as i32) as u32)
 }
 
+/// A bit for each of a vector's scores, or of what is left of one, that is at least `threshold`.
+#[inline(always)]
+fn mask<S: Simd>(simd: S, scores: &[f32], threshold: S::V) -> u32 {
+    if scores.len() == S::LANES {
+        return simd.at_least(simd.load(scores), threshold);
+    }
+    simd.at_least(simd.load_tail(scores), threshold) & ((1 << scores.len()) - 1)
+}
+
+/// The lowest and the highest of `scores`, of which there is one at least.
+#[inline(always)]
+fn extremes<S: Simd>(simd: S, scores: &[f32]) -> (f32, f32) {
+    let (mut low, mut high) = (simd.splat(scores[0]), simd.splat(scores[0]));
+    let vectors = scores.chunks_exact(S::LANES);
+    let rest = vectors.remainder();
+    for scores in vectors {
+        let scores = simd.load(scores);
+        (low, high) = (simd.min(scores, low), simd.max(scores, high));
+    }
+    let mut lowest = -simd.highest(simd.sub(simd.splat(0.0), low));
+    let mut highest = simd.highest(high);
+    for &score in rest {
+        lowest = if score < lowest { score } else { lowest };
+        highest = if score > highest { score } else { highest };
+    }
+    (lowest, highest)
+}
+
 /// Lists the `wanted` highest of `scores`, ties to the first, in ascending order; page 0 is the
 /// one after those that `list` holds already.
 #[inline(always)]
-fn best(scores: &[f32], wanted: usize, list: &mut Vec<u32>) {
+fn best<S: Simd>(simd: S, scores: &[f32], wanted: usize, list: &mut Vec<u32>) {
     let start = list.len();
     if wanted == 0 || wanted >= scores.len() {
         list.extend((start..start + wanted).map(|page| page as u32));
         return;
     }
-    let at_least = |x: f32| scores.iter().map(|&score| u32::from(score >= x)).sum::<u32>() as usize;
-    let lowest = scores.iter().fold(f32::INFINITY, |a, &b| if b < a { b } else { a });
-    let highest = scores.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
+    let (lowest, highest) = extremes(simd, scores);
     let ordered = |x: f32| i64::from(order(x.to_bits() as i32));
     // More than wanted are as high as the lower threshold, fewer are as high as the upper one:
-    // none at first, so it begins after +0 when the highest is −0, which is as high.
-    let (mut low, mut high) = (ordered(lowest), ordered(highest + 0.0) + 1);
+    // none at first, so it begins after +0 when the highest is −0, which is as high. And −0 is as
+    // low as the lowest when that is +0.
+    let (mut low, mut high) = (ordered(lowest + 0.0), ordered(highest + 0.0) + 1);
     let mut above = 0;
     while high - low > 1 {
         let middle = low + (high - low) / 2;
-        let count = at_least(threshold(middle));
+        let at_least = simd.splat(threshold(middle));
+        let mut count = 0;
+        for scores in scores.chunks(S::LANES) {
+            count += mask(simd, scores, at_least).count_ones();
+        }
+        let count = count as usize;
         if count == wanted {
             (low, high, above) = (middle, middle, wanted);
         } else if count > wanted {
@@ -72,18 +104,22 @@ fn best(scores: &[f32], wanted: usize, list: &mut Vec<u32>) {
         }
     }
     let mut ties = wanted - above;
-    let (low, high) = (threshold(low), threshold(high));
-    // Every page is written, and stays if it is counted: nothing to mispredict.
-    list.resize(start + wanted + 1, 0);
-    let (out, mut n) = (&mut list[start..], 0);
-    for (i, &score) in scores.iter().enumerate() {
-        out[n] = (start + i) as u32;
-        let sure = score >= high;
-        let tie = !sure & (score >= low) & (ties > 0);
-        ties -= usize::from(tie);
-        n += usize::from(sure | tie);
+    let (low, high) = (simd.splat(threshold(low)), simd.splat(threshold(high)));
+    list.reserve(wanted);
+    for (i, scores) in scores.chunks(S::LANES).enumerate() {
+        let mut chosen = mask(simd, scores, high);
+        let mut tie = mask(simd, scores, low) & !chosen;
+        while ties > 0 && tie != 0 {
+            chosen |= tie & tie.wrapping_neg();
+            tie &= tie - 1;
+            ties -= 1;
+        }
+        let first = start + i * S::LANES;
+        while chosen != 0 {
+            list.push(first as u32 + chosen.trailing_zeros());
+            chosen &= chosen - 1;
+        }
     }
-    list.truncate(start + wanted);
 }
 
 #[cfg(test)]

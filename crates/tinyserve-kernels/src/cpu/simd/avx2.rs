@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{Kernel, Simd};
+use super::{ABOVE, Kernel, PIECES, Simd};
 
 /// Proof that the processor has AVX2, FMA and F16C.
 #[derive(Clone, Copy)]
@@ -128,9 +128,70 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
+    fn at_least(self, x: __m256, threshold: __m256) -> u32 {
+        intrinsic!(_mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(x, threshold))).cast_unsigned()
+    }
+    #[inline(always)]
     fn prefetch<T>(self, address: *const T) {
         // A hint never faults, wherever it points.
         intrinsic!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
+    }
+
+    #[inline(always)]
+    fn store_bytes(self, x: __m256, out: &mut [u8]) {
+        let out = &mut out[..8];
+        intrinsic!({
+            let words = _mm256_cvttps_epi32(x);
+            let (low, high) = (_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+            let halves = _mm_packus_epi32(low, high);
+            _mm_storel_epi64(out.as_mut_ptr().cast(), _mm_packus_epi16(halves, halves));
+        });
+    }
+    #[inline(always)]
+    fn split(self, sums: __m256, [low, middle, high]: [&mut [u8]; PIECES]) {
+        let mut bytes = [0; 32];
+        intrinsic!({
+            // The first, second and third bytes of four numbers side by side, then of eight.
+            let order = _mm256_setr_epi8(
+                0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9, 13, 2,
+                6, 10, 14, 3, 7, 11, 15,
+            );
+            let fours = _mm256_shuffle_epi8(_mm256_castps_si256(sums), order);
+            let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+            let eights = _mm256_permutevar8x32_epi32(fours, order);
+            let (flip, above) = (i64::from_le_bytes([0x80; 8]), i64::from_le_bytes([ABOVE; 8]));
+            let eights = _mm256_xor_si256(eights, _mm256_setr_epi64x(flip, flip, 0, 0));
+            let eights = _mm256_sub_epi8(eights, _mm256_setr_epi64x(0, 0, above, 0));
+            _mm256_storeu_si256(bytes.as_mut_ptr().cast(), eights);
+        });
+        low[..8].copy_from_slice(&bytes[..8]);
+        middle[..8].copy_from_slice(&bytes[8..16]);
+        high[..8].copy_from_slice(&bytes[16..24]);
+    }
+    #[inline(always)]
+    fn split_quads(self, sums: &[__m256; 4], [low, middle, high]: [&mut [u32]; PIECES]) {
+        let (low, middle, high) = (&mut low[..8], &mut middle[..8], &mut high[..8]);
+        intrinsic!({
+            let (a, b) = (_mm256_castps_si256(sums[0]), _mm256_castps_si256(sums[1]));
+            let (c, d) = (_mm256_castps_si256(sums[2]), _mm256_castps_si256(sums[3]));
+            let bytes = _mm256_set1_epi16(0xff);
+            let (ac, bd) = (
+                _mm256_blend_epi16::<0xaa>(a, _mm256_slli_epi32::<16>(c)),
+                _mm256_blend_epi16::<0xaa>(b, _mm256_slli_epi32::<16>(d)),
+            );
+            let (ac_high, bd_high) = (
+                _mm256_blend_epi16::<0xaa>(_mm256_srli_epi32::<16>(a), c),
+                _mm256_blend_epi16::<0xaa>(_mm256_srli_epi32::<16>(b), d),
+            );
+            let flip = _mm256_set1_epi8(-128);
+            let l = _mm256_blendv_epi8(_mm256_slli_epi16::<8>(bd), ac, bytes);
+            let m = _mm256_blendv_epi8(bd, _mm256_srli_epi16::<8>(ac), bytes);
+            let h = _mm256_blendv_epi8(_mm256_slli_epi16::<8>(bd_high), ac_high, bytes);
+            let h = _mm256_sub_epi8(h, _mm256_set1_epi8(ABOVE.cast_signed()));
+            _mm256_storeu_si256(low.as_mut_ptr().cast(), _mm256_xor_si256(l, flip));
+            _mm256_storeu_si256(middle.as_mut_ptr().cast(), _mm256_xor_si256(m, flip));
+            _mm256_storeu_si256(high.as_mut_ptr().cast(), h);
+        });
     }
 
     type Codes = [__m256i; 2];

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{Kernel, Simd};
+use super::{ABOVE, Kernel, PIECES, Simd};
 
 /// Proof that the processor has AVX-512 F, BW, VL and DQ, and VNNI if it says so.
 #[derive(Clone, Copy)]
@@ -79,7 +79,11 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     #[inline(always)]
     fn load_f16(self, x: &[f16]) -> __m512 {
         let x = &x[..16];
-        intrinsic!(_mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())))
+        // Rounding as usual, which there is none of: told to suppress exceptions, as the plain
+        // intrinsic does, the instruction could not read memory, and would need a shuffle.
+        intrinsic!(_mm512_cvt_roundph_ps::<_MM_FROUND_CUR_DIRECTION>(_mm256_loadu_si256(
+            x.as_ptr().cast()
+        )))
     }
     #[inline(always)]
     fn load_bf16(self, x: &[bf16]) -> __m512 {
@@ -169,9 +173,68 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         intrinsic!(_mm512_reduce_max_ps(x))
     }
     #[inline(always)]
+    fn at_least(self, x: __m512, threshold: __m512) -> u32 {
+        u32::from(intrinsic!(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(x, threshold)))
+    }
+    #[inline(always)]
     fn prefetch<T>(self, address: *const T) {
         // A hint never faults, wherever it points.
         intrinsic!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
+    }
+
+    #[inline(always)]
+    fn store_bytes(self, x: __m512, out: &mut [u8]) {
+        let out = &mut out[..16];
+        intrinsic!({
+            let bytes = _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(x));
+            _mm_storeu_si128(out.as_mut_ptr().cast(), bytes);
+        });
+    }
+    #[inline(always)]
+    fn split(self, sums: __m512, [low, middle, high]: [&mut [u8]; PIECES]) {
+        let (low, middle, high) = (&mut low[..16], &mut middle[..16], &mut high[..16]);
+        intrinsic!({
+            let bits = _mm512_castps_si512(sums);
+            let flip = _mm_set1_epi8(-128);
+            let l = _mm_xor_si128(_mm512_cvtepi32_epi8(bits), flip);
+            let m = _mm_xor_si128(_mm512_cvtepi32_epi8(_mm512_srli_epi32::<8>(bits)), flip);
+            let h = _mm512_cvtepi32_epi8(_mm512_srli_epi32::<16>(bits));
+            let h = _mm_sub_epi8(h, _mm_set1_epi8(ABOVE.cast_signed()));
+            _mm_storeu_si128(low.as_mut_ptr().cast(), l);
+            _mm_storeu_si128(middle.as_mut_ptr().cast(), m);
+            _mm_storeu_si128(high.as_mut_ptr().cast(), h);
+        });
+    }
+    #[inline(always)]
+    fn split_quads(self, sums: &[__m512; 4], [low, middle, high]: [&mut [u32]; PIECES]) {
+        let (low, middle, high) = (&mut low[..16], &mut middle[..16], &mut high[..16]);
+        intrinsic!({
+            let (a, b) = (_mm512_castps_si512(sums[0]), _mm512_castps_si512(sums[1]));
+            let (c, d) = (_mm512_castps_si512(sums[2]), _mm512_castps_si512(sums[3]));
+            let (words, bytes) = (_mm512_set1_epi32(0xffff), _mm512_set1_epi16(0xff));
+            // Bits of `x` where the mask has ones, of `y` elsewhere.
+            macro_rules! select {
+                ($mask:ident, $x:expr, $y:expr) => {
+                    _mm512_ternarylogic_epi32::<0xca>($mask, $x, $y)
+                };
+            }
+            let (ac, bd) = (
+                select!(words, a, _mm512_slli_epi32::<16>(c)),
+                select!(words, b, _mm512_slli_epi32::<16>(d)),
+            );
+            let (ac_high, bd_high) = (
+                select!(words, _mm512_srli_epi32::<16>(a), c),
+                select!(words, _mm512_srli_epi32::<16>(b), d),
+            );
+            let flip = _mm512_set1_epi8(-128);
+            let l = select!(bytes, ac, _mm512_slli_epi16::<8>(bd));
+            let m = select!(bytes, _mm512_srli_epi16::<8>(ac), bd);
+            let h = select!(bytes, ac_high, _mm512_slli_epi16::<8>(bd_high));
+            let h = _mm512_sub_epi8(h, _mm512_set1_epi8(ABOVE.cast_signed()));
+            _mm512_storeu_si512(low.as_mut_ptr().cast(), _mm512_xor_si512(l, flip));
+            _mm512_storeu_si512(middle.as_mut_ptr().cast(), _mm512_xor_si512(m, flip));
+            _mm512_storeu_si512(high.as_mut_ptr().cast(), h);
+        });
     }
 
     type Codes = __m512i;
@@ -218,7 +281,9 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     #[inline(always)]
     fn block_f16(self, bytes: &[u8]) -> __m512 {
         let bytes = &bytes[..32];
-        intrinsic!(_mm512_cvtph_ps(_mm256_loadu_si256(bytes.as_ptr().cast())))
+        intrinsic!(_mm512_cvt_roundph_ps::<_MM_FROUND_CUR_DIRECTION>(_mm256_loadu_si256(
+            bytes.as_ptr().cast()
+        )))
     }
     #[inline(always)]
     fn add_counts(self, sums: __m512, counts: __m512i, scale: __m512, x_scale: f32) -> __m512 {
