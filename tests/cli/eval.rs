@@ -112,7 +112,7 @@ fn predictions_through_policies_are_held_against_dense_ones() {
 
 #[test]
 fn the_divergence_of_codes_is_from_dense_attention_over_floats() {
-    let (home, _) = induction();
+    let home = tempfile::tempdir().unwrap();
     let file = story(&home);
     let kl = |dtype: &str, reference: &[&str]| {
         let mut args = vec!["eval", "kl", "--text-file", text(&file), "--kv-cache-dtype", dtype];
