@@ -5,6 +5,7 @@ pub mod conformance;
 mod cpu;
 mod cuda;
 mod error;
+mod page_lists;
 mod profiled;
 mod reference;
 mod tensor;
@@ -20,5 +21,6 @@ pub use cuda::{
     Cuda, CudaDevice, CudaError, CudaLinear, CudaPages, CudaTensor, CudaVector, CudaVersion,
 };
 pub use error::KernelError;
+pub use page_lists::{PageLists, Reuse};
 pub use profiled::{Profile, Profiled};
 pub use tensor::{DType, HostTensor};

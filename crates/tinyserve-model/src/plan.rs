@@ -331,7 +331,7 @@ mod tests {
                 observe: Observe::NOTHING,
             };
             let steps: Vec<_> = tables.iter().zip(lengths).map(step).collect();
-            let batch = Batch { sequences: &steps, measure_recall: false };
+            let batch = Batch { sequences: &steps, measure_recall: false, list_pages: false };
             model.forward(&mut activations, &mut cache, &batch, &mut output).unwrap();
             most = most.max(cache.pages.open_bytes());
         }

@@ -2,6 +2,7 @@
 
 mod attention;
 mod bandwidth;
+mod conversation;
 mod latency;
 mod load;
 mod memory;
@@ -15,6 +16,7 @@ mod throughput;
 mod trace;
 
 pub(crate) use attention::{AttentionArgs, attention};
+pub(crate) use conversation::{ConversationArgs, conversation};
 pub(crate) use latency::{Format, LatencyArgs, latency};
 pub(crate) use memory::{MemoryArgs, memory};
 pub(crate) use serve::{ServeArgs, serve};

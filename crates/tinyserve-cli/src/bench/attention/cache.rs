@@ -164,6 +164,7 @@ impl Bench {
                 sequences: &sequences,
                 pages,
                 measure_recall: false,
+                page_lists: None,
                 sequence_stats: None,
                 observe: None,
                 out: &mut out,

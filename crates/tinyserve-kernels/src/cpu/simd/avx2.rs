@@ -136,6 +136,11 @@ impl Simd for Avx2 {
         // A hint never faults, wherever it points.
         intrinsic!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
     }
+    #[inline(always)]
+    fn prefetch_far<T>(self, address: *const T) {
+        // As above.
+        intrinsic!(_mm_prefetch::<_MM_HINT_T1>(address.cast()));
+    }
 
     #[inline(always)]
     fn store_bytes(self, x: __m256, out: &mut [u8]) {

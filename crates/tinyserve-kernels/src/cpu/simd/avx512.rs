@@ -181,6 +181,11 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         // A hint never faults, wherever it points.
         intrinsic!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
     }
+    #[inline(always)]
+    fn prefetch_far<T>(self, address: *const T) {
+        // As above.
+        intrinsic!(_mm_prefetch::<_MM_HINT_T1>(address.cast()));
+    }
 
     #[inline(always)]
     fn store_bytes(self, x: __m512, out: &mut [u8]) {
