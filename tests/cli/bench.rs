@@ -171,10 +171,20 @@ fn throughput_counts_the_whole_batch() {
     for (row, n_batch) in rows.iter().zip([1, 3]) {
         assert_eq!((&row["n_batch"], &row["n_prompt"]), (&n_batch.into(), &20.into()));
         assert_eq!((&row["n_gen"], &row["model"]), (&5.into(), &"tiny-llama".into()));
-        let (pp, tg, ts) = (number(row, "pp_ts"), number(row, "tg_ts"), number(row, "ts"));
-        assert!((25.0 / ts - 20.0 / pp - 5.0 / tg).abs() < 0.01 * 25.0 / ts, "{row}");
+        assert_eq!((&row["completed"], &row["failed"]), (&n_batch.into(), &0.into()));
+        assert_eq!(row["total_input_tokens"], 20 * n_batch);
+        assert_eq!(
+            (&row["total_output_tokens"], &row["n_threads"]),
+            (&(5 * n_batch).into(), &1.into())
+        );
+        let tokens = number(row, "total_token_throughput") * number(row, "duration");
+        assert!((tokens - 25.0 * f64::from(n_batch)).abs() < 1e-6, "{row}");
+        assert!(number(row, "pp_ts") > 0.0 && number(row, "tg_ts") > 0.0, "{row}");
     }
-    assert_eq!(words(command).done().lines().count(), 5);
+    let text = words(&format!("{command} -b 1,3")).done();
+    assert_eq!(text.matches("Serving Benchmark Result").count(), 2, "{text}");
+    assert!(text.contains("Sequences together:                      3"), "{text}");
+    assert!(text.lines().last().unwrap().starts_with("3 together decode "), "{text}");
     let csv = words(&format!("{command} -b 2 -o csv")).done();
     assert_eq!(csv.lines().count(), 2);
     words(&format!("{command} -b 0")).refused_with(2, &["--n-batch (-b) is 0"]);
@@ -309,6 +319,55 @@ fn requests_that_arrive_over_time_are_counted_in_vllms_words() {
     }
     let rate = number(&object, "total_output_tokens") / number(&object, "duration");
     assert!((rate / number(&object, "output_throughput") - 1.0).abs() < 1e-9);
+}
+
+#[test]
+fn requests_whose_callers_leave_leave_no_page() {
+    let command = "bench serve -p 10 -n 20 --num-prompts 60 --max-concurrency 8 -t 1 --json";
+    let object = words(&format!("{command} --abort-share 0.5")).json();
+    let [completed, aborted] = ["completed", "aborted"].map(|name| number(&object, name));
+    assert!(completed > 0.0 && aborted > 0.0 && completed + aborted == 60.0, "{object}");
+    assert_eq!((&object["failed"], &object["pages_used"]), (&0.into(), &0.into()));
+    let object = words(&format!("{command} --max-num-seqs 1 --max-num-queued-reqs 1")).json();
+    let [completed, rejected] = ["completed", "rejected"].map(|name| number(&object, name));
+    assert!(completed > 0.0 && rejected > 0.0 && completed + rejected == 60.0, "{object}");
+    words(&format!("{command} --abort-share 2")).refused_with(2, &["--abort-share is 2"]);
+}
+
+#[test]
+fn a_turn_of_a_conversation_computes_what_is_new() {
+    let command = "bench conversation --turns 3 -p 40 --n-new 8 -n 6 -r 1 -t 1";
+    let rows = words(&format!("{command} -o json")).json();
+    let rows = rows.as_array().unwrap();
+    let sizes: Vec<_> =
+        rows.iter().map(|row| ["n_prompt", "n_cached"].map(|name| number(row, name))).collect();
+    // The last token of an answer is not computed before something follows it.
+    assert_eq!(sizes, [[40.0, 0.0], [54.0, 45.0], [68.0, 59.0]]);
+    for row in rows {
+        assert!(number(row, "ttft_ms") > 0.0 && number(row, "ttft_alone_ms") > 0.0, "{row}");
+    }
+    assert_eq!(words(command).done().lines().count(), 5);
+    words(&format!("{command} --turns 0")).refused_with(2, &["--turns is 0"]);
+    words("bench conversation -p 500 -n 50").refused_with(2, &["at most 512"]);
+}
+
+#[test]
+fn devices_of_a_load_are_checked() {
+    let command = "bench serve --num-prompts 1 -n 2";
+    for (flags, sentence) in [
+        ("--tensor-parallel-size 2", "--tensor-parallel-size is 2, expected 1"),
+        ("--gpu-ids 0,0", "--gpu-ids is [0, 0]"),
+        ("--num-gpus 2 --gpu-ids 1", "--gpu-ids is [1], expected 2"),
+        ("--num-gpus 2 --device cpu", "--device is cpu, expected auto or cuda"),
+        ("--num-gpus 0", "--num-gpus is 0"),
+        ("--replicas 0", "--replicas is 0"),
+    ] {
+        words(&format!("{command} {flags}")).refused_with(2, &[sentence]);
+    }
+    // No machine has so many.
+    words(&format!("{command} --gpu-ids 97,98")).refused_with(1, &["CUDA"]);
+    let object = words(&format!("{command} --replicas 2 -t 2 --json")).json();
+    assert_eq!(object["completed"], 1);
 }
 
 #[test]

@@ -43,7 +43,7 @@ fn every_flag_of_run_has_an_effect() {
     let exits = ["--enable-entropy-early-exit", "--entropy-threshold", "100"];
     let late = [&exits[..], &["--min-tokens-before-exit", "0"]].concat();
     let prunes = ["--enable-token-pruning", "--pruning-ratio", "0.9"];
-    let cases: [(&[&str], &[&str], &str); 36] = [
+    let cases: [(&[&str], &[&str], &str); 38] = [
         (&none, &["-n", "3"], "/tokens"),
         (&none, &["--temperature", "0"], "/tokens"),
         (&none, &["--top-p", "0.05"], "/tokens"),
@@ -72,6 +72,8 @@ fn every_flag_of_run_has_an_effect() {
         (&select, &["--recent-pages", "9"], "/kv/bytes_read"),
         (&["--attention", "sparse"], &["--dense-layers", "5"], "/kv/bytes_read"),
         (&none, &["--approximate-attention", "box"], "/kv/bytes_read"),
+        (&select, &["--adaptive", "--target-latency-ms", "0.0001"], "/kv/bytes_read"),
+        (&select[2..], &["--attention", "sparse"], "/kv/reuse"),
         (&none, &exits, "/stop_reason"),
         (&exits[..1], &exits[1..], "/stop_reason"),
         (&exits, &["--min-tokens-before-exit", "5"], "/tokens"),
@@ -89,6 +91,40 @@ fn every_flag_of_run_has_an_effect() {
     }
     let dense = [&["--attention", "dense"][..], &["--sparse-min-context", "100"]].concat();
     assert_eq!(report(&dense, &[])["kv"]["bytes_read_ratio"], 1.0);
+}
+
+#[test]
+fn the_budget_follows_a_latency_and_says_so() {
+    let prompt = prompt();
+    let run = |flags: &[&str]| {
+        let args = ["run", "-p", &prompt, "-n", "60", "--seed", "3", "--ignore-eos"];
+        let select = ["--attention", "sparse", "--dense-layers", "0"];
+        tinyserve(&[&args[..], &select, flags].concat())
+    };
+    // Slower than nothing, so down to the bound; three moves in 60 tokens.
+    let slow =
+        run(&["--adaptive", "--target-latency-ms", "0.0001", "--adaptive-min-budget", "0.6"]);
+    let moves: Vec<_> = slow.stderr.lines().filter(|line| line.contains(" → ")).collect();
+    let expected = ["0.300 → 0.240", "0.240 → 0.192", "0.192 → 0.180"];
+    assert_eq!(moves.len(), 3, "{slow:?}");
+    for (line, expected) in moves.iter().zip(expected) {
+        assert!(line.contains(expected) && line.ends_with("target 0.000 ms"), "{line}");
+    }
+    let fast = run(&["--adaptive", "--target-latency-ms", "1e6", "--adaptive-max-budget", "1.2"]);
+    assert!(fast.stderr.contains("selection_ratio 0.330 → 0.360: "), "{fast:?}");
+    let refused: [(&[&str], &str); 6] = [
+        (&["--adaptive", "--attention", "dense"], "--adaptive is true, expected false"),
+        (&["--adaptive", "--dense-layers", "5"], "--dense-layers is 5, expected fewer than the 5"),
+        (&["--adaptive", "--target-latency-ms", "0"], "--target-latency-ms is 0"),
+        (&["--adaptive", "--adaptive-min-budget", "2"], "--adaptive-min-budget is 2"),
+        (&["--adaptive", "--adaptive-max-budget", "0.5"], "--adaptive-max-budget is 0.5"),
+        (&["--target-latency-ms", "5"], "--target-latency-ms is given, expected --adaptive"),
+    ];
+    for (flags, words) in refused {
+        let ran = tinyserve(&[&["run", "-p", "a"], flags].concat());
+        let stderr = ran.refused(2);
+        assert!(stderr.contains(words), "{words:?} is not in {stderr:?}");
+    }
 }
 
 #[test]

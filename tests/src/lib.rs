@@ -173,7 +173,7 @@ impl<B: Backend> Runner<B> {
                 observe: s.observe,
             })
             .collect();
-        let batch = Batch { sequences: &steps, measure_recall: false };
+        let batch = Batch { sequences: &steps, measure_recall: false, list_pages: false };
         self.model
             .forward(&mut self.activations, &mut self.cache, &batch, &mut self.output)
             .expect("a step");

@@ -36,6 +36,7 @@ const ROOMS: &[(&[&str], &[&str])] = &[
         &["tinyserve-kv", "tinyserve-kernels", "tinyserve-model", "tinyserve-tests", "xtask"],
     ),
     (&["minijinja", "minijinja-contrib"], &["tinyserve-model"]),
+    (&["rustix"], &["tinyserve"]),
     (&["axum", "tokio", "hyper"], &["tinyserve-server"]),
     (&["clap", "anyhow", "indicatif"], &["tinyserve-cli", "xtask"]),
     (&["proptest", "criterion", "tempfile"], &["tinyserve-tests"]),

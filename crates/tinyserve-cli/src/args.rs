@@ -66,7 +66,8 @@ impl ModelArgs {
 #[command(next_help_heading = "Device")]
 pub(crate) struct WeightsArgs {
     /// How weights are kept: auto (as stored), the stored type by name (f32, f16, bf16), or
-    /// quantised while they are loaded: int8 or int4.
+    /// quantised while they are loaded: int8, or int4 (embedding, head and matrices of fewer than
+    /// 128 inputs: int8).
     #[arg(long, value_name = "DTYPE", env = "TINYSERVE_WEIGHTS", value_parser = values::weights)]
     weights: Option<Weights>,
 }
@@ -121,6 +122,17 @@ pub(crate) struct ScheduleArgs {
     /// [default: 1].
     #[arg(long, value_name = "N", env = "TINYSERVE_REPLICAS", value_parser = values::size)]
     replicas: Option<usize>,
+    /// CUDA devices with a copy of the model each, that share the work [default: the one of
+    /// --device].
+    #[arg(long, value_name = "N", env = "TINYSERVE_NUM_GPUS", value_parser = values::size)]
+    num_gpus: Option<usize>,
+    /// The numbers of these devices [default: the first --num-gpus].
+    #[arg(long, value_name = "N,…", env = "TINYSERVE_GPU_IDS", value_delimiter = ',')]
+    gpu_ids: Option<Vec<usize>>,
+    /// Devices that one model is split over; only 1 is implemented [default: 1].
+    #[arg(long, value_name = "N", env = "TINYSERVE_TENSOR_PARALLEL_SIZE",
+          value_parser = values::size)]
+    tensor_parallel_size: Option<usize>,
     /// Most sequences that run together in a replica [default: 16].
     #[arg(long, value_name = "N", env = "TINYSERVE_MAX_NUM_SEQS", value_parser = values::size)]
     max_num_seqs: Option<usize>,
@@ -146,12 +158,94 @@ pub(crate) struct ScheduleArgs {
 impl ScheduleArgs {
     pub(crate) fn apply(&self, config: &mut TinyServeConfig) {
         set(&mut config.replicas, self.replicas);
+        set_some(&mut config.num_gpus, self.num_gpus);
+        set_some(&mut config.gpu_ids, self.gpu_ids.clone());
+        set(&mut config.tensor_parallel_size, self.tensor_parallel_size);
         set(&mut config.max_num_seqs, self.max_num_seqs);
         set_some(&mut config.max_num_batched_tokens, self.max_num_batched_tokens);
         let caching =
             if self.no_enable_prefix_caching { Some(false) } else { self.enable_prefix_caching };
         set(&mut config.enable_prefix_caching, caching);
         set(&mut config.eviction_policy, self.eviction_policy);
+    }
+}
+
+/// How many may wait.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Scheduling")]
+pub(crate) struct QueueArgs {
+    /// Requests that may wait in a replica; more are turned away, with 429 over HTTP [default: no
+    /// limit; of a server: 1024].
+    #[arg(long, value_name = "N", env = "TINYSERVE_MAX_NUM_QUEUED_REQS",
+          value_parser = values::size)]
+    max_num_queued_reqs: Option<usize>,
+    /// Prompt tokens that may wait in a replica; more are turned away [default: no limit; of a
+    /// server: 1M].
+    #[arg(long, value_name = "TOKENS", env = "TINYSERVE_MAX_NUM_QUEUED_TOKENS",
+          value_parser = values::size)]
+    max_num_queued_tokens: Option<usize>,
+}
+
+impl QueueArgs {
+    pub(crate) fn apply(&self, config: &mut TinyServeConfig) {
+        set_some(&mut config.max_num_queued_reqs, self.max_num_queued_reqs);
+        set_some(&mut config.max_num_queued_tokens, self.max_num_queued_tokens);
+    }
+}
+
+/// How the selection budget follows a latency.
+#[derive(Debug, Args)]
+#[command(next_help_heading = SELECTION)]
+pub(crate) struct AdaptiveArgs {
+    /// Moves the selection budget so that decode steps keep to --target-latency-ms, and says each
+    /// move; the same seed may give another text then.
+    #[arg(long, env = "TINYSERVE_ADAPTIVE",
+          value_parser = clap::builder::BoolishValueParser::new())]
+    adaptive: bool,
+    /// Milliseconds per generated token that --adaptive keeps to [default: 50].
+    #[arg(
+        long,
+        value_name = "MS",
+        env = "TINYSERVE_TARGET_LATENCY_MS",
+        allow_negative_numbers = true
+    )]
+    target_latency_ms: Option<f64>,
+    /// Least budget that --adaptive moves to, as a multiple of the stated one [default: 0.25].
+    #[arg(
+        long,
+        value_name = "FACTOR",
+        env = "TINYSERVE_ADAPTIVE_MIN_BUDGET",
+        allow_negative_numbers = true
+    )]
+    adaptive_min_budget: Option<f64>,
+    /// Largest budget that --adaptive moves to, as a multiple of the stated one [default: 1].
+    #[arg(
+        long,
+        value_name = "FACTOR",
+        env = "TINYSERVE_ADAPTIVE_MAX_BUDGET",
+        allow_negative_numbers = true
+    )]
+    adaptive_max_budget: Option<f64>,
+}
+
+impl AdaptiveArgs {
+    /// What only the controller reads is refused without it.
+    pub(crate) fn apply(&self, config: &mut TinyServeConfig) -> Result<()> {
+        config.adaptive |= self.adaptive;
+        set(&mut config.target_latency_ms, self.target_latency_ms);
+        set(&mut config.adaptive_min_budget, self.adaptive_min_budget);
+        set(&mut config.adaptive_max_budget, self.adaptive_max_budget);
+        let given = [
+            ("--target-latency-ms", self.target_latency_ms.is_some()),
+            ("--adaptive-min-budget", self.adaptive_min_budget.is_some()),
+            ("--adaptive-max-budget", self.adaptive_max_budget.is_some()),
+        ];
+        match given.iter().find(|(_, given)| *given && !config.adaptive) {
+            Some((flag, _)) => {
+                Err(Usage(format!("{flag} is given, expected --adaptive beside it")).into())
+            }
+            None => Ok(()),
+        }
     }
 }
 
@@ -202,12 +296,9 @@ impl DeviceArgs {
 
     /// The CPU backend that `config` and the flags ask for.
     pub(crate) fn backend(&self, config: &TinyServeConfig) -> Result<Cpu> {
-        if let Device::Cuda(_) = config.device {
-            return Err(out_of_range(
-                "--device",
-                String::from(config.device),
-                "cpu for this command",
-            ));
+        if !config.cuda_devices().is_empty() {
+            let device = String::from(config.device);
+            return Err(out_of_range("--device", device, "cpu for this command"));
         }
         let options = CpuOptions { threads: config.threads, path: self.cpu };
         Ok(Cpu::new(options).map_err(TinyServeError::from)?)
@@ -215,12 +306,17 @@ impl DeviceArgs {
 
     /// Loads the model of `config`, with a progress bar if that takes long.
     pub(crate) fn load(&self, config: TinyServeConfig) -> Result<TinyServe> {
-        self.prepare(config).map_err(Into::into)
+        self.prepare(config, true).map_err(Into::into)
     }
 
-    /// As [`Self::load`], with the facade's own error.
-    pub(crate) fn prepare(&self, config: TinyServeConfig) -> Result<TinyServe, TinyServeError> {
-        self.build(TinyServe::builder().config(config))
+    /// As [`Self::load`], with the facade's own error; moves of the selection budget are told only
+    /// if `tells_moves`.
+    pub(crate) fn prepare(
+        &self,
+        config: TinyServeConfig,
+        tells_moves: bool,
+    ) -> Result<TinyServe, TinyServeError> {
+        self.build(TinyServe::builder().config(config), tells_moves)
     }
 
     /// As [`Self::load`], from a checkpoint that is open already.
@@ -229,13 +325,23 @@ impl DeviceArgs {
         config: TinyServeConfig,
         checkpoint: Checkpoint,
     ) -> Result<TinyServe> {
-        Ok(self.build(TinyServe::builder().config(config).checkpoint(checkpoint))?)
+        Ok(self.build(TinyServe::builder().config(config).checkpoint(checkpoint), true)?)
     }
 
-    fn build(&self, mut builder: TinyServeBuilder) -> Result<TinyServe, TinyServeError> {
+    fn build(
+        &self,
+        mut builder: TinyServeBuilder,
+        tells_moves: bool,
+    ) -> Result<TinyServe, TinyServeError> {
         let mut progress = Progress::new("loading");
         if let Some(path) = self.cpu {
             builder = builder.cpu_path(path);
+        }
+        if tells_moves {
+            builder = builder.on_budget_move(|moved| {
+                let engine = std::thread::current();
+                eprintln!("{}: {moved}", engine.name().unwrap_or("engine"));
+            });
         }
         let engine = builder.build_with_progress(|done, total| progress.update(done, total))?;
         progress.finish();

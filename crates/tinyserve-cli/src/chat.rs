@@ -13,7 +13,9 @@ use tinyserve::{
     TinyServeResponse,
 };
 
-use crate::args::{self, ForwardArgs, MemoryArgs, PluginArgs, SelectionArgs, Sources};
+use crate::args::{
+    self, AdaptiveArgs, ForwardArgs, MemoryArgs, PluginArgs, SelectionArgs, Sources,
+};
 use crate::exit::{Quiet, out_of_range};
 use crate::interrupt::{Conversation, Interrupt};
 use crate::run::SamplingArgs;
@@ -53,6 +55,8 @@ pub(crate) struct ChatArgs {
     #[command(flatten)]
     selection: SelectionArgs,
     #[command(flatten)]
+    adaptive: AdaptiveArgs,
+    #[command(flatten)]
     plugins: PluginArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
@@ -69,6 +73,7 @@ pub(crate) fn chat(args: &ChatArgs, sources: Sources) -> Result<()> {
     config.session_timeout = 1e9;
     args.memory.apply(&mut config);
     args.plugins.apply(&mut config)?;
+    args.adaptive.apply(&mut config)?;
     config.check()?;
     if args.max_tokens == 0 {
         return Err(out_of_range("--max-tokens (-n)", 0, "at least 1"));
@@ -226,7 +231,8 @@ impl Chat<'_> {
         if let Some(ratio) = kv.bytes_read_ratio {
             lines += &format!("attention read {} of the bytes of dense attention", percent(ratio));
             let recall = kv.recall.map(|recall| format!("; recall {}", percent(recall)));
-            lines += &format!("{}\n", recall.unwrap_or_default());
+            let reuse = kv.reuse.map(|reuse| format!("; reuse {}", percent(reuse)));
+            lines += &format!("{}{}\n", recall.unwrap_or_default(), reuse.unwrap_or_default());
         }
         if let Some(session) = self.engine.get_session_info(SESSION)? {
             let bytes_per_page = self.engine.engine().limits().bytes_per_page;

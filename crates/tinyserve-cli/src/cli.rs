@@ -73,6 +73,7 @@ pub(crate) enum EvalCommand {
     Recall(eval::RecallArgs),
 }
 
+#[allow(clippy::large_enum_variant, reason = "it is parsed once")]
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchCommand {
     /// Speed of prefill (pp) and decode (tg), at each depth and batch size.
@@ -90,6 +91,9 @@ pub(crate) enum BenchCommand {
     /// Memory that a token of the cache takes, by the formats of keys and values.
     #[command(after_help = NOTES)]
     Memory(bench::MemoryArgs),
+    /// Time to the first token of each turn of a conversation, beside that without a session.
+    #[command(after_help = NOTES)]
+    Conversation(bench::ConversationArgs),
     /// Time of restoring a session from a file beside that of computing it again.
     #[command(after_help = NOTES)]
     Session(bench::SessionArgs),

@@ -52,6 +52,7 @@ fn main() -> ExitCode {
             BenchCommand::Attention(args) => bench::attention(args),
             BenchCommand::Memory(args) => bench::memory(args),
             BenchCommand::Serve(args) => bench::serve(args, sources),
+            BenchCommand::Conversation(args) => bench::conversation(args, sources),
             BenchCommand::Session(args) => bench::session(args),
         },
         Command::Analyze(args) => analyze::analyze(args),

@@ -12,7 +12,9 @@ use tinyserve::{
     TinyServeResponse,
 };
 
-use crate::args::{self, ForwardArgs, MemoryArgs, PluginArgs, SelectionArgs, Sources};
+use crate::args::{
+    self, AdaptiveArgs, ForwardArgs, MemoryArgs, PluginArgs, SelectionArgs, Sources,
+};
 use crate::exit::{Quiet, out_of_range};
 use crate::interrupt::Interrupt;
 use crate::progress::Progress;
@@ -47,6 +49,8 @@ pub(crate) struct RunArgs {
     attention: Option<AttentionMode>,
     #[command(flatten)]
     selection: SelectionArgs,
+    #[command(flatten)]
+    adaptive: AdaptiveArgs,
     #[command(flatten)]
     plugins: PluginArgs,
     #[command(flatten)]
@@ -156,6 +160,7 @@ pub(crate) fn run(args: &RunArgs, sources: Sources) -> Result<()> {
     config.max_num_seqs = 1;
     args.memory.apply(&mut config);
     args.plugins.apply(&mut config)?;
+    args.adaptive.apply(&mut config)?;
     config.check()?;
     let sampling = args.sampling.params()?;
     if args.max_tokens == 0 {
@@ -334,6 +339,9 @@ fn summary(engine: &TinyServe, response: &TinyServeResponse) -> String {
     }
     if let Some(recall) = kv.recall {
         lines += &format!("; recall {}", percent(recall));
+    }
+    if let Some(reuse) = kv.reuse {
+        lines += &format!("; reuse {}", percent(reuse));
     }
     if kv.pruned_tokens > 0 {
         let (tokens, freed) = (count(kv.pruned_tokens), bytes(kv.pruned_bytes));

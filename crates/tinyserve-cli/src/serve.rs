@@ -10,7 +10,8 @@ use tinyserve_server::{
 };
 
 use crate::args::{
-    self, ForwardArgs, MemoryArgs, PluginArgs, ScheduleArgs, SelectionArgs, Sources,
+    self, AdaptiveArgs, ForwardArgs, MemoryArgs, PluginArgs, QueueArgs, ScheduleArgs,
+    SelectionArgs, Sources,
 };
 use crate::exit::Usage;
 use crate::values;
@@ -28,6 +29,8 @@ pub(crate) struct ServeArgs {
     #[command(flatten)]
     queue: QueueArgs,
     #[command(flatten)]
+    wait: WaitArgs,
+    #[command(flatten)]
     forward: ForwardArgs,
     /// The same as --weights, by vLLM's name.
     #[arg(long, value_name = "DTYPE", help_heading = "Device", conflicts_with = "weights",
@@ -42,6 +45,8 @@ pub(crate) struct ServeArgs {
     attention: Option<AttentionMode>,
     #[command(flatten)]
     selection: SelectionArgs,
+    #[command(flatten)]
+    adaptive: AdaptiveArgs,
     #[command(flatten)]
     plugins: PluginArgs,
 }
@@ -144,16 +149,10 @@ struct LimitArgs {
     drain_timeout: Option<f64>,
 }
 
-/// Who waits, and for how long.
+/// Who runs first, and with which seed.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Scheduling")]
-struct QueueArgs {
-    /// Requests that may wait; more are answered with 429 [default: 1024].
-    #[arg(long, value_name = "N", env = "TINYSERVE_MAX_NUM_QUEUED_REQS", value_parser = values::size)]
-    max_num_queued_reqs: Option<usize>,
-    /// Prompt tokens that may wait; more are answered with 429 [default: 1M].
-    #[arg(long, value_name = "TOKENS", env = "TINYSERVE_MAX_NUM_QUEUED_TOKENS", value_parser = values::size)]
-    max_num_queued_tokens: Option<usize>,
+struct WaitArgs {
     /// Seconds of waiting that count as much as one step of priority [default: 10].
     #[arg(long, value_name = "SECONDS", env = "TINYSERVE_PRIORITY_AGEING")]
     priority_ageing: Option<f64>,
@@ -166,23 +165,17 @@ struct QueueArgs {
     /// [default: another at each start].
     #[arg(long, value_name = "N", env = "TINYSERVE_SEED")]
     seed: Option<u64>,
-    /// Devices that one model is split over; only 1 is implemented.
-    #[arg(long, value_name = "N", env = "TINYSERVE_TENSOR_PARALLEL_SIZE", value_parser = values::size)]
-    tensor_parallel_size: Option<usize>,
 }
 
-impl QueueArgs {
+impl WaitArgs {
     fn apply(&self, config: &mut TinyServeConfig) {
-        set_some(&mut config.max_num_queued_reqs, self.max_num_queued_reqs);
-        set_some(&mut config.max_num_queued_tokens, self.max_num_queued_tokens);
         set(&mut config.priority_ageing, self.priority_ageing);
-        set(&mut config.tensor_parallel_size, self.tensor_parallel_size);
     }
 }
 
 impl ServeArgs {
     fn apply(&self, config: &mut ServerConfig) {
-        let Self { listen, limits, sessions, queue, .. } = self;
+        let Self { listen, limits, sessions, wait, .. } = self;
         set(&mut config.host, listen.host.clone());
         set(&mut config.port, listen.port);
         set_some(&mut config.uds, listen.uds.clone());
@@ -206,8 +199,8 @@ impl ServeArgs {
         set_some(&mut config.session_folder, sessions.session_folder.clone());
         config.restore_sessions |= sessions.restore_sessions;
         set(&mut config.max_saved_sessions, sessions.max_saved_sessions);
-        set(&mut config.scheduling_policy, queue.scheduling_policy);
-        set_some(&mut config.seed, queue.seed);
+        set(&mut config.scheduling_policy, wait.scheduling_policy);
+        set_some(&mut config.seed, wait.seed);
     }
 }
 
@@ -222,16 +215,19 @@ pub(crate) fn serve(args: &ServeArgs, sources: Sources) -> Result<()> {
     let mut engine = engine;
     args.schedule.apply(&mut engine);
     args.queue.apply(&mut engine);
+    args.wait.apply(&mut engine);
     args.memory.apply(&mut engine);
+    args.adaptive.apply(&mut engine)?;
     set(&mut engine.weights, args.dtype);
     args.plugins.offer(&mut engine);
     set(&mut engine.session_timeout, args.sessions.session_timeout);
     let engine = args.forward.selecting_from(engine, &args.selection, args.attention, sources)?;
     let engine = with_bounded_queue(engine);
+    let tells_moves = server.log_level >= LogLevel::Info;
     let bound = Server::bind(server).map_err(by_flag)?;
     let device = args.forward.device.clone();
     let model = engine.model.clone();
-    bound.run(&model, move || device.prepare(engine)).map_err(by_flag)
+    bound.run(&model, move || device.prepare(engine, tells_moves)).map_err(by_flag)
 }
 
 /// A setting of the server's, called by its flag.

@@ -9,7 +9,7 @@ use tinyserve_kv::{
 };
 
 use crate::cpu::packed_bytes;
-use crate::{DType, HostTensor, KernelError};
+use crate::{DType, HostTensor, KernelError, PageLists, Reuse};
 
 /// Pointwise function of a feed-forward layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -311,6 +311,9 @@ pub struct AttendArgs<'a, B: Backend> {
     pub pages: &'a B::KvPages,
     /// Whether to measure recall too, which reads every key of the sequences that select.
     pub measure_recall: bool,
+    /// Where to add the page lists of each sequence's last row, by KV head. A backend that keeps
+    /// lists where its pages are adds none.
+    pub page_lists: Option<&'a mut PageLists>,
     /// What each sequence read `[sequences]`, added to what is there: requests that share a step
     /// are told apart.
     pub sequence_stats: Option<&'a mut [AttendStats]>,
@@ -362,6 +365,8 @@ pub struct AttendStats {
     pub recall_sum: f64,
     /// How many recalls were measured.
     pub recall_count: u64,
+    /// How much of the selections was selected in the step before, where that was compared.
+    pub reuse: Reuse,
 }
 
 impl AttendStats {
@@ -373,6 +378,7 @@ impl AttendStats {
         self.bytes_dense += other.bytes_dense;
         self.recall_sum += other.recall_sum;
         self.recall_count += other.recall_count;
+        self.reuse.add(other.reuse);
     }
 
     /// Bytes read as a share of what dense attention reads; `None` before anything was read.

@@ -5,6 +5,7 @@ pub mod conformance;
 mod cpu;
 mod cuda;
 mod error;
+mod page_lists;
 mod profiled;
 mod reference;
 mod tensor;
@@ -21,5 +22,6 @@ pub use cuda::{
     FusedLimits,
 };
 pub use error::KernelError;
+pub use page_lists::{PageLists, Reuse};
 pub use profiled::{Profile, Profiled};
 pub use tensor::{DType, HostTensor};

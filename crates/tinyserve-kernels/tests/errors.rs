@@ -149,6 +149,7 @@ fn rows_that_two_sequences_claim_are_refused() {
                 sequences: &sequences,
                 pages: &cache.pages,
                 measure_recall: false,
+                page_lists: None,
                 sequence_stats: None,
                 observe: None,
                 out: &mut out,

@@ -144,22 +144,30 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig::with_cases(30))]
 
     #[test]
     fn a_row_of_a_long_prompt_is_what_it_is_alone(
         dtype in prop::sample::select(vec![DType::F32, DType::F16, DType::Bf16]),
+        format in prop::sample::select(vec![
+            WeightFormat::Stored,
+            WeightFormat::Int8,
+            WeightFormat::Int4,
+        ]),
         store in prop::sample::select(vec![Store::Overwrite, Store::Add]),
         inputs in prop::sample::select(vec![1000usize, 1024, 1025, 1039, 2048, 2500]),
         outputs in prop::sample::select(vec![1usize, 3, 64, 67, 130]),
         rows in 1usize..300,
         seed in any::<u64>(),
     ) {
+        // Quantising takes longer than multiplying here.
+        let quantised = format != WeightFormat::Stored;
+        let (inputs, outputs) =
+            if quantised { (inputs.min(1039), outputs.min(67)) } else { (inputs, outputs) };
         let mut numbers = Numbers(seed);
         let weight = tensor(&mut numbers, dtype, &[outputs, inputs]);
         let bias = Some(tensor(&mut numbers, dtype, &[outputs]));
         let parts = vec![LinearPart { weight, bias }];
-        let format = WeightFormat::Stored;
         let spec = LinearSpec { parts, layout: MatrixLayout::OutIn, format };
         let x = numbers.numbers(rows * inputs);
         let before = numbers.numbers(rows * outputs);

@@ -53,6 +53,7 @@ fn observe(
         sequences: &steps,
         pages: &cache.pages,
         measure_recall: false,
+        page_lists: None,
         sequence_stats: None,
         observe: Some(ObserveArgs { lse: &mut lse, entropy: &mut entropy, mass: Some(told) }),
         out: &mut out,

@@ -56,6 +56,7 @@ fn attend(
         sequences: &[sequence],
         pages,
         measure_recall: true,
+        page_lists: None,
         sequence_stats: None,
         observe: None,
         out: &mut out,

@@ -119,7 +119,7 @@ impl<B: Backend> Probe<B> {
         self.cache.extend(self.model.backend(), table, tokens.len())?;
         let observe = Observe::default();
         let step = SequenceStep { tokens, table, attention, logits, observe };
-        let batch = Batch { sequences: &[step], measure_recall };
+        let batch = Batch { sequences: &[step], measure_recall, list_pages: false };
         self.model.forward(&mut self.activations, &mut self.cache, &batch, &mut self.output)?;
         Ok(&self.output)
     }

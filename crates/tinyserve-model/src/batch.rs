@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use tinyserve_kernels::{AttendStats, Attention};
+use tinyserve_kernels::{AttendStats, Attention, PageLists};
 use tinyserve_kv::PageTable;
 
 /// Which positions of a sequence's step yield logits.
@@ -68,6 +68,8 @@ pub struct Batch<'a> {
     pub sequences: &'a [SequenceStep<'a>],
     /// Whether to measure the recall of the selections too, which costs a dense read.
     pub measure_recall: bool,
+    /// Whether to tell which pages were selected: [`StepOutput::page_lists`].
+    pub list_pages: bool,
 }
 
 /// What a step computed. Reused from step to step.
@@ -81,6 +83,7 @@ pub struct StepOutput {
     pub(crate) sequence_stats: Vec<AttendStats>,
     /// One for each layer.
     pub(crate) layer_stats: Vec<AttendStats>,
+    pub(crate) page_lists: PageLists,
     pub(crate) observed: Observed,
 }
 
@@ -141,6 +144,13 @@ impl StepOutput {
     pub fn attention_mass(&self, sequence: usize) -> Option<&[f32]> {
         let range = self.observed.mass_ranges[sequence].clone();
         (!range.is_empty()).then(|| &self.observed.mass[range])
+    }
+
+    /// The pages that each sequence's last row selected, if that was asked for; none of sequences
+    /// that read everything, and none on a device that keeps its lists to itself.
+    #[must_use]
+    pub fn page_lists(&self) -> &PageLists {
+        &self.page_lists
     }
 
     /// What attention read, over all layers and sequences.

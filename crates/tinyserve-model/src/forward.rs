@@ -3,7 +3,7 @@
 use smallvec::SmallVec;
 use tinyserve_kernels::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendSequence, AttendStats, Backend, EmbedArgs,
-    LinearArgs, NormArgs, RotaryAnglesArgs, RotaryArgs, Store,
+    LinearArgs, NormArgs, PageLists, RotaryAnglesArgs, RotaryArgs, Store,
 };
 use tinyserve_kv::Slot;
 
@@ -69,6 +69,13 @@ impl<B: Backend> Activations<B> {
     }
 }
 
+/// What a layer's attention tells of what it read.
+struct Told<'a> {
+    measure_recall: bool,
+    page_lists: Option<&'a mut PageLists>,
+    sequence_stats: &'a mut [AttendStats],
+}
+
 impl<B: Backend> Model<B> {
     /// Runs one step: appends the keys and values of every new token to `cache` and computes the
     /// logits that were asked for.
@@ -122,10 +129,15 @@ impl<B: Backend> Model<B> {
                 }
             })
             .collect();
+        output.page_lists.clear();
         a.observation.begin(self, batch, &mut output.observed);
         for layer in 0..self.blocks.len() {
-            let read = (batch.measure_recall, &mut output.sequence_stats[..]);
-            let stats = self.attention(a, cache, layer, &sequences, read)?;
+            let told = Told {
+                measure_recall: batch.measure_recall,
+                page_lists: batch.list_pages.then_some(&mut output.page_lists),
+                sequence_stats: &mut output.sequence_stats,
+            };
+            let stats = self.attention(a, cache, layer, &sequences, told)?;
             output.stats.add(&stats);
             output.layer_stats.push(stats);
             self.feed_forward(a, layer);
@@ -187,7 +199,7 @@ impl<B: Backend> Model<B> {
         cache: &mut KvCache<B>,
         layer: usize,
         sequences: &[AttendSequence<'_>],
-        (measure_recall, sequence_stats): (bool, &mut [AttendStats]),
+        Told { measure_recall, page_lists, sequence_stats }: Told<'_>,
     ) -> Result<AttendStats, ModelError> {
         let (backend, block, heads) = (&self.backend, &self.blocks[layer], self.structure.heads);
         self.norm(&block.attention_norm, &a.hidden, &mut a.normed);
@@ -215,6 +227,7 @@ impl<B: Backend> Model<B> {
             sequences,
             pages: &cache.pages,
             measure_recall,
+            page_lists,
             sequence_stats: Some(sequence_stats),
             observe: a.observation.args(layer),
             out: &mut a.attended,

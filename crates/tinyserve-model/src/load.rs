@@ -17,7 +17,10 @@ pub struct LoadOptions {
     /// What the matrices are quantised to, if at all.
     ///
     /// The token embedding and the output head have eight bits at least: they are few of the
-    /// weights and the most sensitive ones. Norms, biases and learned positions stay as they are.
+    /// weights and the most sensitive ones. So have matrices of fewer than 128 inputs: where they
+    /// are that narrow, a whole model lies in the processor's caches, fewer bits make no step
+    /// faster, and few weights share a rounding error. Norms, biases and learned positions stay as
+    /// they are.
     pub format: WeightFormat,
     /// Folder in which quantised weights are kept from one start to the next.
     pub cache: Option<PathBuf>,
@@ -26,6 +29,17 @@ pub struct LoadOptions {
 impl From<WeightFormat> for LoadOptions {
     fn from(format: WeightFormat) -> Self {
         Self { format, cache: None }
+    }
+}
+
+/// Inputs from which on a matrix inside the layers is not narrow.
+const WIDE_INPUTS: usize = 128;
+
+/// What a matrix of `inputs` inside the layers is quantised to, where the model is to `format`.
+pub(crate) fn matrix_format(format: WeightFormat, inputs: usize) -> WeightFormat {
+    match format {
+        WeightFormat::Int4 if inputs < WIDE_INPUTS => WeightFormat::Int8,
+        format => format,
     }
 }
 
@@ -164,7 +178,7 @@ struct Weights<'a, B: Backend> {
     checkpoint: &'a Checkpoint,
     backend: &'a B,
     config: &'a ModelConfig,
-    /// Of the matrices inside the layers.
+    /// Of the matrices inside the layers that are not narrow.
     format: WeightFormat,
     /// Bytes loaded so far.
     bytes: Cell<usize>,
@@ -257,7 +271,7 @@ impl<B: Backend> Weights<'_, B> {
         let (hidden, wide) = (self.config.hidden_size, self.config.intermediate_size);
         let linear = |name: &str, inputs, outputs| {
             let name = format!("h.{layer}.{name}");
-            let how = (MatrixLayout::InOut, self.format);
+            let how = (MatrixLayout::InOut, matrix_format(self.format, inputs));
             self.linear(how, inputs, &[(&name, outputs, true)])
         };
         Ok(Block {
@@ -282,7 +296,8 @@ impl<B: Backend> Weights<'_, B> {
                 .zip(parts)
                 .map(|(name, &(_, outputs))| (name.as_str(), outputs, has_bias))
                 .collect();
-            self.linear((MatrixLayout::OutIn, self.format), inputs, &parts)
+            let how = (MatrixLayout::OutIn, matrix_format(self.format, inputs));
+            self.linear(how, inputs, &parts)
         };
         let qkv = [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)];
         let gate_up = [("mlp.gate_proj", wide), ("mlp.up_proj", wide)];

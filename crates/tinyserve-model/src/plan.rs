@@ -3,6 +3,7 @@
 use tinyserve_kernels::{DType, LinearSize, WeightFormat};
 use tinyserve_kv::KvLayout;
 
+use crate::load::matrix_format;
 use crate::{Architecture, Checkpoint, ModelConfig, ModelError};
 
 /// Attention's buffers of one thread: a tile's queries, scores and sums, at the largest heads.
@@ -194,6 +195,7 @@ impl ModelConfig {
             (wide, hidden, mlp),
         ];
         sizes.into_iter().fold(0, |sum: u64, (inputs, outputs, biased)| {
+            let format = matrix_format(format, inputs);
             sum.saturating_add(LinearSize { inputs, outputs, biased, stored, format }.bytes())
         })
     }
@@ -329,7 +331,7 @@ mod tests {
                 observe: Observe::NOTHING,
             };
             let steps: Vec<_> = tables.iter().zip(lengths).map(step).collect();
-            let batch = Batch { sequences: &steps, measure_recall: false };
+            let batch = Batch { sequences: &steps, measure_recall: false, list_pages: false };
             model.forward(&mut activations, &mut cache, &batch, &mut output).unwrap();
             most = most.max(cache.pages.open_bytes());
         }

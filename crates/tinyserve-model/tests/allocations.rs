@@ -59,7 +59,8 @@ impl Engine {
         let sequence = |table| SequenceStep { tokens, table, attention, logits, observe };
         // Whoever calls owns the list of sequences: here it lies on the stack.
         let steps: [SequenceStep<'_>; 2] = [sequence(&tables[0]), sequence(&tables[1])];
-        let batch = Batch { sequences: &steps[..tables.len()], measure_recall: false };
+        let batch =
+            Batch { sequences: &steps[..tables.len()], measure_recall: false, list_pages: false };
         let Self { model, cache, activations, output, .. } = self;
         model.forward(activations, cache, &batch, output).unwrap();
         for sequence in 0..tables.len() {

@@ -44,7 +44,7 @@ impl World {
         self.cache.extend(self.model.backend(), table, tokens.len()).unwrap();
         let (attention, logits) = (Attention::Dense, LogitRows::Last);
         let step = SequenceStep { tokens, table, attention, logits, observe: Observe::default() };
-        let batch = Batch { sequences: &[step], measure_recall: false };
+        let batch = Batch { sequences: &[step], measure_recall: false, list_pages: false };
         let (activations, cache) = (&mut self.activations, &mut self.cache);
         self.model.forward(activations, cache, &batch, &mut self.output).unwrap();
         self.output.logits(0).next().unwrap().to_vec()

@@ -42,7 +42,7 @@ fn logits(model: &Model<Cpu>) -> Vec<u32> {
         logits: LogitRows::All,
         observe: Observe::default(),
     };
-    let batch = Batch { sequences: &[sequence], measure_recall: false };
+    let batch = Batch { sequences: &[sequence], measure_recall: false, list_pages: false };
     let (mut activations, mut output) = (Activations::new(model), StepOutput::default());
     model.forward(&mut activations, &mut cache, &batch, &mut output).unwrap();
     output.logits(0).flatten().map(|logit| logit.to_bits()).collect()

@@ -95,8 +95,8 @@ impl PrefillContext<'_> {
         self.computed.clone()
     }
 
-    /// Whether this is the first part. A request that lost its cache begins again, with what it has
-    /// generated as part of its prompt.
+    /// Whether this is the first part: what was observed before is forgotten. A request that was
+    /// preempted computes what it had computed without its plugins, and goes on with them.
     #[must_use]
     pub fn is_first(&self) -> bool {
         self.first

@@ -19,7 +19,7 @@ use crate::{
 pub struct Prefilled<'a> {
     /// Positions of its tokens.
     pub computed: Range<usize>,
-    /// Whether it is the first part: what was observed before, until a preemption, is forgotten.
+    /// Whether it is the first part: what was observed before is forgotten.
     pub first: bool,
     /// Whether it is the last part.
     pub last: bool,

@@ -64,9 +64,10 @@ impl Engine {
             return Err(crate::config::setting("replicas", 0, "at least 1"));
         }
         let patience = config.max_num_seqs as u64;
-        let workers = replicas.into_iter().enumerate().map(|(index, runner)| {
-            Worker::start(format!("{name}-{index}"), runner, config.clone())
-        });
+        let workers = replicas
+            .into_iter()
+            .enumerate()
+            .map(|(index, runner)| Worker::start((name, index), runner, config.clone()));
         let workers = workers.collect::<Result<_, _>>()?;
         Ok(Self { workers, blocks: Mutex::default(), patience })
     }

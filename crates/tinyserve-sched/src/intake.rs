@@ -11,6 +11,7 @@ use tinyserve_plugins::{PluginError, RequestInfo};
 use crate::channel::{EventStream, events};
 use crate::config::setting;
 use crate::metrics::{Metrics, count};
+use crate::pruning::Prunings;
 use crate::sequence::{QueuePlace, Rank, Sequence, Times};
 use crate::text::TextStream;
 use crate::{
@@ -126,6 +127,7 @@ impl Intake {
             id,
             rank: Rank::new(since_start, request.priority, ageing, id),
             events,
+            adapts: request.attention.is_none(),
             attention: request.attention.unwrap_or_else(|| self.config.attention.clone()),
             max_tokens: request.max_tokens,
             min_tokens: request.min_tokens,
@@ -146,7 +148,10 @@ impl Intake {
             planned: 0,
             fresh: true,
             dense: usize::MAX,
+            shares: true,
             remembered: false,
+            prunings: Prunings::default(),
+            seen: 0,
             place: Some(place),
             cached_tokens: 0,
             kv: KvUse::default(),

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod adaptive;
 mod advisor;
 mod api;
 mod channel;
@@ -9,6 +10,7 @@ mod config;
 mod engine;
 mod intake;
 mod metrics;
+mod pruning;
 mod runner;
 mod scheduler;
 mod sequence;
@@ -16,6 +18,7 @@ mod session;
 mod text;
 mod worker;
 
+pub use adaptive::{Adaptive, BudgetMove};
 pub use advisor::Suggestion;
 pub use api::{
     AdmissionError, AttentionChoice, Event, Failure, FailureKind, FinishReason, Finished, KvUse,
@@ -23,7 +26,7 @@ pub use api::{
 };
 pub use channel::{EventStream, Reply};
 pub use clock::Clock;
-pub use config::EngineConfig;
+pub use config::{EngineConfig, OnStart};
 pub use engine::Engine;
 pub use intake::{Intake, Limits, Submission};
 pub use metrics::{Histogram, LayerPages, Stats};

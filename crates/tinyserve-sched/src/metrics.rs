@@ -283,6 +283,8 @@ counters! {
     preemptions,
     /// Steps.
     steps,
+    /// Times that the selection budget was moved to keep to a latency.
+    budget_moves,
     /// Sequences that run now.
     running,
     /// Sequences that wait now, preempted ones included.
@@ -319,6 +321,10 @@ counters! {
     bytes_dense,
     /// How many recalls were measured.
     recall_count,
+    /// Pages that selections chose in steps that were compared with the one before.
+    pages_compared,
+    /// Of those, pages that the step before had chosen, too.
+    pages_reused,
 }
 
 impl Metrics {
@@ -337,6 +343,16 @@ impl Metrics {
         count(&self.bytes_dense, stats.bytes_dense);
         count(&self.recall_count, stats.recall_count);
         count(&self.recall_millionths, (stats.recall_sum * 1e6) as u64);
+    }
+}
+
+impl Stats {
+    /// Reuse of page selection: the share of a step's pages that the step before had chosen, too;
+    /// `None` while nothing was compared.
+    #[must_use]
+    pub fn reuse(&self) -> Option<f64> {
+        let compared = self.pages_compared;
+        (compared > 0).then(|| self.pages_reused as f64 / compared as f64)
     }
 }
 

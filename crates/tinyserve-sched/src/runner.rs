@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use tinyserve_kernels::{AttendStats, Backend};
+use tinyserve_kernels::{AttendStats, Backend, PageLists};
 use tinyserve_kv::{KvError, PagePool, PageTable, Prefix, PrefixStats};
 use tinyserve_model::{
     Activations, Batch, KvCache, Model, ModelError, RestoredSession, SessionToSave, StepOutput,
@@ -124,6 +124,11 @@ pub trait Runner: Send {
     /// # Panics
     /// When there is no such sequence.
     fn read(&self, sequence: usize) -> AttendStats;
+
+    /// The pages that the sequences of the last step selected, if that was asked for.
+    fn page_lists(&self) -> Option<&PageLists> {
+        None
+    }
 
     /// What the last step read in each layer; none where there are no layers.
     fn layers(&self) -> &[AttendStats] {
@@ -256,6 +261,10 @@ impl<B: Backend> Runner for ModelRunner<B> {
 
     fn read(&self, sequence: usize) -> AttendStats {
         *self.output.sequence_stats(sequence)
+    }
+
+    fn page_lists(&self) -> Option<&PageLists> {
+        Some(self.output.page_lists())
     }
 
     fn layers(&self) -> &[AttendStats] {

@@ -1,25 +1,29 @@
 //! Who runs next: a state machine that plans a step, runs it and hands its results out.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
 use smallvec::SmallVec;
-use tinyserve_kernels::Attention;
-use tinyserve_kv::{PageId, PageTable, Prefix};
-use tinyserve_model::{Batch, LogitRows, ModelError, SequenceStep};
+use tinyserve_kv::{PageId, Prefix};
+use tinyserve_model::ModelError;
 
+use crate::adaptive::Controller;
 use crate::intake::{Intake, Submission};
 use crate::metrics::{Metrics, count, gauge};
 use crate::sequence::{End, Sequence};
 use crate::session::{Kept, SessionInfo, Sessions};
 use crate::{
-    EngineConfig, Event, Failure, FailureKind, FinishReason, Finished, RequestId, Runner, Stats,
+    AttentionChoice, EngineConfig, Event, Failure, FailureKind, FinishReason, Finished, RequestId,
+    Runner, Stats,
 };
 
 mod commit;
 mod hooks;
+mod plan;
+mod run;
 mod saved;
+
+use run::Selected;
 
 /// Sequences of a step that need no allocation.
 const ON_STACK: usize = 16;
@@ -44,6 +48,10 @@ pub struct Scheduler<R: Runner> {
     decode_steps: u64,
     /// Logits that plugins may change.
     logits: Vec<f32>,
+    /// Moves the budget of the engine's own policy.
+    controller: Option<Controller>,
+    /// What the last step that was listed selected.
+    selected: Selected,
 }
 
 impl<R: Runner> Scheduler<R> {
@@ -57,6 +65,12 @@ impl<R: Runner> Scheduler<R> {
         let pages = runner.pool().capacity();
         gauge(&metrics.pages, pages);
         let intake = Intake::new(config.clone(), (runner.shape(), pages), Arc::clone(&metrics));
+        let controller = match (&config.adaptive, &config.attention) {
+            (Some(adaptive), AttentionChoice::Policy(policy)) => {
+                Some(Controller::new(adaptive.clone(), policy.budget))
+            }
+            _ => None,
+        };
         let sessions = Sessions::new(config.clock.clone(), config.session_timeout);
         Ok(Self {
             runner,
@@ -67,6 +81,8 @@ impl<R: Runner> Scheduler<R> {
             sessions,
             decode_steps: 0,
             logits: Vec::new(),
+            controller,
+            selected: Selected::default(),
             config,
         })
     }
@@ -113,6 +129,9 @@ impl<R: Runner> Scheduler<R> {
         if let Some(session) = &sequence.session {
             self.sessions.open(session);
         }
+        if let Some(controller) = &self.controller {
+            sequence.set_budget(controller.budget());
+        }
         hooks::request(&mut sequence);
         if sequence.end.is_some() {
             self.retire([sequence]);
@@ -151,227 +170,52 @@ impl<R: Runner> Scheduler<R> {
         let members: SmallVec<[usize; ON_STACK]> =
             (0..self.running.len()).filter(|&i| self.running[i].planned > 0).collect();
         if members.is_empty() {
-            self.give_up();
+            // A sequence that could not be pruned has ended in the plan.
+            if !self.sweep() {
+                self.give_up();
+            }
             return false;
         }
+        let decodes = members.iter().any(|&i| self.running[i].is_planned_decode());
+        let followed = self.controller.is_some() && self.follows_budget(&members);
         let start = self.config.clock.now();
         self.metrics.step_tokens.record(members.iter().map(|&i| self.running[i].planned).sum());
         self.run(&members);
+        self.decode_steps += u64::from(decodes);
+        let took = self.config.clock.now().saturating_duration_since(start);
         count(&self.metrics.steps, 1);
-        self.metrics.step.record(self.config.clock.now().saturating_duration_since(start));
+        self.metrics.step.record(took);
+        if followed {
+            self.adapt(took);
+        }
         self.sweep();
         true
     }
 
-    /// Hands out, in order: one token to each sequence that decodes, chunks of prompts to those
-    /// that run already, then places to those that wait.
-    fn plan(&mut self) {
-        let mut budget = self.config.max_num_batched_tokens;
-        let preemptions = self.metrics.preemptions.load(std::sync::atomic::Ordering::Relaxed);
-        for decoding in [true, false] {
-            let mut i = 0;
-            while i < self.running.len() && budget > 0 {
-                let sequence = &self.running[i];
-                if sequence.planned == 0 && sequence.is_decoding() == decoding {
-                    self.reserve(i, &mut budget);
-                }
-                i += 1;
-            }
-        }
-        if self.metrics.preemptions.load(std::sync::atomic::Ordering::Relaxed) > preemptions {
-            // Who waits would take the pages that were just taken from somebody.
-            return;
-        }
-        while self.running.len() < self.config.max_num_seqs && budget > 0 {
-            let Some(index) = self.next_waiting().and_then(|next| self.start(next)) else { break };
-            self.reserve(index, &mut budget);
+    /// Whether the step that is planned only decodes, and the budget matters to it: what prompts
+    /// take is not the budget's doing.
+    fn follows_budget(&self, members: &[usize]) -> bool {
+        let mut members = members.iter().map(|&i| &self.running[i]);
+        members.clone().all(Sequence::is_planned_decode) && members.any(Sequence::follows_budget)
+    }
+
+    /// Lets the controller know what a decode step took, and every sequence what it decides.
+    fn adapt(&mut self, took: Duration) {
+        let moved = self.controller.as_mut().and_then(|controller| controller.note(took));
+        if let Some(moved) = moved {
+            count(&self.metrics.budget_moves, 1);
+            let all = self.running.iter_mut().chain(&mut self.waiting);
+            all.for_each(|sequence| sequence.set_budget(moved.to));
         }
     }
 
-    /// Plans the next tokens of a running sequence, as many as `budget` and pages allow.
-    ///
-    /// Pages come, in order, from the free ones, from sessions that rest, and from running
-    /// sequences that come later: lowest priority first, newest first.
-    fn reserve(&mut self, index: usize, budget: &mut usize) {
-        let mut most = self.config.attention_chunk_size.min(*budget);
-        if self.running[index].scores_prompt() {
-            let scoring = self.running.iter().filter(|sequence| sequence.scores_prompt());
-            most = most.min(MOST_SCORED_TOKENS - scoring.map(|s| s.planned).sum::<usize>());
-        }
-        if most == 0 {
-            return;
-        }
-        let wanted = self.running[index].uniform(most);
-        let planned = loop {
-            if self.runner.extend(&mut self.running[index].table, wanted).is_ok() {
-                break wanted;
-            }
-            if self.evict_session(None) {
-                continue;
-            }
-            let last = self.running.len() - 1;
-            if last > index {
-                *budget += self.preempt(last);
-                continue;
-            }
-            // Nobody comes later: take what there is, or wait for those who come before.
-            let table = &mut self.running[index].table;
-            let page_size = table.page_size();
-            let room = (table.pages().len() + self.runner.pool().free_pages()) * page_size;
-            let room = wanted.min(room - table.len());
-            break if room > 0 && self.runner.extend(table, room).is_ok() { room } else { 0 };
-        };
-        self.running[index].planned = planned;
-        *budget -= planned;
-    }
-
-    /// Takes the pages of a running sequence away, to be computed again later; returns the tokens
-    /// that had been planned for it.
-    fn preempt(&mut self, index: usize) -> usize {
-        let mut sequence = self.running.remove(index);
-        let empty = PageTable::new(sequence.table.page_size());
-        self.runner.release(std::mem::replace(&mut sequence.table, empty));
-        sequence.times.preemptions += 1;
-        sequence.fresh = true;
-        sequence.dense = usize::MAX;
-        sequence.remembered = false;
-        count(&self.metrics.preemptions, 1);
-        let planned = std::mem::take(&mut sequence.planned);
-        insert(&mut self.waiting, sequence);
-        planned
-    }
-
-    /// The first that waits for nothing but capacity: of each session, the oldest request waits
-    /// for the one that runs, and the others wait for the oldest.
-    fn next_waiting(&self) -> Option<usize> {
-        self.waiting.iter().position(|sequence| {
-            let Some(session) = &sequence.session else { return true };
-            let same = |other: &&Sequence| other.session.as_ref() == Some(session);
-            self.running.iter().find(same).is_none()
-                && self.waiting.iter().filter(same).all(|other| other.id >= sequence.id)
-        })
-    }
-
-    /// Lets a waiting sequence run if its tokens fit beside those that run; returns its place.
-    fn start(&mut self, index: usize) -> Option<usize> {
-        let sequence = &self.waiting[index];
-        let page_size = sequence.table.page_size();
-        let session = sequence.session.as_deref();
-        let kept = session.and_then(|session| self.sessions.kept(session));
-        let of_session = kept.map_or(0, |kept| reusable(sequence, kept));
-        let prefix = Prefix { salt: &sequence.cache_salt, tokens: &sequence.tokens };
-        // Prompts whose every token is scored are computed whole.
-        let scores = sequence.prompt_logprobs.is_some();
-        let known = if scores { 0 } else { self.runner.known(prefix) };
-        let shares = known > of_session;
-        let reused = of_session.max(known);
-        let reused_pages =
-            if shares { 0 } else { kept.map_or(0, |kept| kept.pages_of(of_session)) };
-        // Where tokens were pruned, a few fewer would do.
-        let needed = (sequence.tokens.len() - reused + 1).div_ceil(page_size);
-        let own = kept.map_or(0, |kept| kept.table.pages().len() - reused_pages);
-        let others = self.sessions.kept_pages(session);
-        // Pages that only the index holds are available until they are shared.
-        let shared = if shares { known / page_size } else { 0 };
-        let available = (self.runner.available_pages() + own + others).saturating_sub(shared);
-        // Each that runs may need a page soon; it would have to be taken away again.
-        if !self.running.is_empty() && needed + self.running.len() > available {
-            return None;
-        }
-        let mut sequence = self.waiting.remove(index);
-        let kept = sequence.session.as_deref().and_then(|session| self.sessions.take(session));
-        let mut left = reused;
-        match kept {
-            Some(Kept { table, .. }) if shares => self.runner.release(table),
-            Some(Kept { mut table, tokens, dense, .. }) => {
-                if reused < tokens.len() {
-                    // A sealed page of codes goes whole.
-                    left = self.runner.truncate(&mut table, reused);
-                }
-                sequence.table = table;
-                // What follows tokens of selecting steps is not what any request would compute.
-                sequence.dense = if left > dense { dense } else { usize::MAX };
-            }
-            None => {}
-        }
-        // A prompt that nobody knows is looked up, too, and counted as one that was not found.
-        if shares || of_session == 0 && !scores {
-            let prefix = Prefix { salt: &sequence.cache_salt, tokens: &sequence.tokens };
-            sequence.table = self.runner.start(prefix);
-        }
-        let reused = if shares { sequence.table.len() } else { left };
-        self.tell_started(&mut sequence, reused);
-        Some(insert(&mut self.running, sequence))
-    }
-
-    fn tell_started(&mut self, sequence: &mut Sequence, cached_tokens: usize) {
-        // One that comes back after a preemption has left the queue already.
-        if sequence.place.take().is_none() {
-            return;
-        }
-        let now = self.config.clock.now();
-        let queued = now.saturating_duration_since(sequence.times.submitted);
-        sequence.times.started = Some(now);
-        sequence.cached_tokens = cached_tokens;
-        count(&self.metrics.prompt_tokens, sequence.prompt_len as u64);
-        count(&self.metrics.cached_tokens, cached_tokens as u64);
-        self.metrics.queue_time.record(queued);
-        sequence.events.send(Event::Started { cached_tokens, queued });
-    }
-
-    /// Runs the planned tokens of `members` together; if that fails, each alone, so that only
-    /// those that fail alone do fail.
-    fn run(&mut self, members: &[usize]) {
-        let interval = self.config.recall_interval as u64;
-        let decodes = |sequence: &Sequence| {
-            sequence.planned == 1 && sequence.computed() > sequence.prompt_len
-        };
-        let mut decoding =
-            members.iter().map(|&i| &self.running[i]).filter(|s| decodes(s)).peekable();
-        let somebody = decoding.peek().is_some();
-        let measure_recall = interval > 0
-            && somebody
-            && (self.decode_steps.is_multiple_of(interval)
-                || decoding.any(|sequence| sequence.kv.decode_steps == 0));
-        self.decode_steps += u64::from(somebody);
-        let failure = match self.forward(members, measure_recall) {
-            Ok(Ok(())) => {
-                // Prompts are read in full, whatever the selection: they would hide it.
-                if members.iter().all(|&i| self.running[i].planned == 1) {
-                    self.metrics.read_in_layers(self.runner.layers());
-                }
-                for (row, &i) in members.iter().enumerate() {
-                    self.commit(row, i);
-                }
-                return;
-            }
-            Ok(Err(error)) => model_failure(&error),
-            Err(panic) => panicked("the step", panic.as_ref()),
-        };
-        match members {
-            [i] => self.running[*i].end_with(End::Failed(failure)),
-            _ => members.iter().for_each(|&i| self.run(&[i])),
-        }
-    }
-
-    /// Computes the planned tokens of `members`.
-    fn forward(
-        &mut self,
-        members: &[usize],
-        measure_recall: bool,
-    ) -> std::thread::Result<Result<(), ModelError>> {
-        let (runner, running) = (&mut self.runner, &self.running);
-        let steps: SmallVec<[_; ON_STACK]> = members.iter().map(|&i| step(&running[i])).collect();
-        let batch = Batch { sequences: &steps, measure_recall };
-        // What a step that panicked has written, the next one writes again before it reads it.
-        catch_unwind(AssertUnwindSafe(|| runner.run(&batch)))
-    }
-
-    /// Ends sequences that have come to an end.
-    fn sweep(&mut self) {
+    /// Ends sequences that have come to an end; tells whether there were any.
+    fn sweep(&mut self) -> bool {
         let ended: Vec<_> =
             self.running.extract_if(.., |sequence| sequence.end.is_some()).collect();
+        let some = !ended.is_empty();
         self.retire(ended);
+        some
     }
 
     /// Gives pages back or leaves them to sessions, then tells everybody that it is over.
@@ -424,6 +268,7 @@ impl<R: Runner> Scheduler<R> {
             self.remember(&mut sequence);
         }
         let dense = sequence.dense_tokens();
+        let prunings = std::mem::take(&mut sequence.prunings).into_made();
         let Sequence { mut table, mut tokens, session, cache_salt, events, .. } = sequence;
         let kept = match session {
             Some(session) => {
@@ -432,7 +277,7 @@ impl<R: Runner> Scheduler<R> {
                 tokens.truncate(table.next_position());
                 let keeps = !failed && !table.is_empty();
                 if keeps {
-                    let kept = Kept { table, tokens, cache_salt, dense };
+                    let kept = Kept { table, tokens, cache_salt, dense, prunings };
                     self.sessions.close(&session, total, Some(kept)).map(|kept| kept.table)
                 } else {
                     self.sessions.close(&session, total, None);
@@ -554,47 +399,6 @@ fn insert(sequences: &mut Vec<Sequence>, sequence: Sequence) -> usize {
     let index = sequences.partition_point(|other| other.rank < sequence.rank);
     sequences.insert(index, sequence);
     index
-}
-
-/// Tokens at the start of a sequence that a session's pages hold, one fewer than it has at most:
-/// the last token is always computed, for its logits.
-///
-/// A cut inside a page would leave a box that is larger than its keys, so cuts are whole pages.
-fn reusable(sequence: &Sequence, kept: &Kept) -> usize {
-    if sequence.cache_salt != kept.cache_salt || sequence.prompt_logprobs.is_some() {
-        return 0;
-    }
-    let most = sequence.tokens.len() - 1;
-    let intact = kept.table.intact();
-    let same = sequence.tokens.iter().zip(&kept.tokens).take_while(|(a, b)| a == b).count();
-    let page_size = kept.table.page_size();
-    match same.min(most) {
-        all if all == kept.tokens.len() => all,
-        // Where tokens were pruned, what lies behind them is all that follows or nothing.
-        some => some.min(intact) - some.min(intact) % page_size,
-    }
-}
-
-/// What a sequence does in the step that is planned.
-fn step(sequence: &Sequence) -> SequenceStep<'_> {
-    let end = sequence.computed();
-    let start = end - sequence.planned;
-    let in_prompt = start < sequence.prompt_len;
-    let logits = if in_prompt && sequence.prompt_logprobs.is_some() {
-        LogitRows::All
-    } else if end == sequence.tokens.len() {
-        LogitRows::Last
-    } else {
-        LogitRows::None
-    };
-    let attention = if in_prompt { Attention::Dense } else { sequence.attention.as_kernel() };
-    SequenceStep {
-        tokens: &sequence.tokens[start..end],
-        table: &sequence.table,
-        attention,
-        logits,
-        observe: hooks::observe(sequence, end),
-    }
 }
 
 fn model_failure(error: &ModelError) -> Failure {

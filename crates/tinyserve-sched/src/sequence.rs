@@ -5,12 +5,13 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tinyserve_kernels::AttendStats;
-use tinyserve_kv::PageTable;
+use tinyserve_kv::{Budget, PageTable};
 use tinyserve_model::Sampler;
 use tinyserve_plugins::RequestPlugins;
 
 use crate::channel::EventSender;
 use crate::metrics::Metrics;
+use crate::pruning::Prunings;
 use crate::text::TextStream;
 use crate::{
     AttentionChoice, Event, Failure, FinishReason, KvUse, PromptToken, RequestId, StopReason,
@@ -67,6 +68,8 @@ pub(crate) struct Sequence {
     pub(crate) rank: Rank,
     pub(crate) events: EventSender,
     pub(crate) attention: AttentionChoice,
+    /// Whether `attention` is the engine's, whose budget may move.
+    pub(crate) adapts: bool,
     pub(crate) max_tokens: usize,
     pub(crate) min_tokens: usize,
     /// End-of-sequence tokens that end it; none when they are ignored.
@@ -95,8 +98,14 @@ pub(crate) struct Sequence {
     /// Tokens from the first on that were computed with dense attention, as any request would, if
     /// that many are computed: pages of theirs may be shared.
     pub(crate) dense: usize,
+    /// Whether it shares pages with others; not after it found no room to prune what it shared.
+    pub(crate) shares: bool,
     /// Whether its prompt's pages were offered to others.
     pub(crate) remembered: bool,
+    pub(crate) prunings: Prunings,
+    /// Tokens that had been computed when its pages were taken away. Plugins have seen those: they
+    /// are computed again behind their backs, with the same prunings in between.
+    pub(crate) seen: usize,
     pub(crate) place: Option<QueuePlace>,
     pub(crate) cached_tokens: usize,
     pub(crate) kv: KvUse,
@@ -148,6 +157,11 @@ impl Sequence {
         self.table.next_position()
     }
 
+    /// Tokens in the cache, those that are about to be pruned not counted.
+    pub(crate) fn cached(&self) -> usize {
+        self.table.len() - self.prunings.due(self.computed())
+    }
+
     /// Tokens to compute before the next one is drawn.
     pub(crate) fn pending(&self) -> usize {
         self.tokens.len() - self.computed()
@@ -162,6 +176,11 @@ impl Sequence {
         self.pending() == 1 && !self.generated().is_empty()
     }
 
+    /// Whether the planned step computes one token that was generated.
+    pub(crate) fn is_planned_decode(&self) -> bool {
+        self.planned == 1 && self.computed() > self.prompt_len
+    }
+
     /// Whether its next tokens, or those that are planned, are prompt tokens to be scored.
     pub(crate) fn scores_prompt(&self) -> bool {
         self.prompt_logprobs.is_some() && self.computed() - self.planned < self.prompt_len
@@ -172,11 +191,33 @@ impl Sequence {
     pub(crate) fn uniform(&self, most: usize) -> usize {
         let done = self.computed();
         let end = if done < self.prompt_len { self.prompt_len } else { self.tokens.len() };
+        let end = self.prunings.next().map_or(end, |pruning| end.min(pruning.computed));
+        let end = if done < self.seen { end.min(self.seen) } else { end };
         most.min(end - done)
     }
 
-    /// Tokens from the first on that were computed as any request would compute them.
-    pub(crate) fn dense_tokens(&self) -> usize {
+    /// Gives its pages up, to compute what they held again later.
+    pub(crate) fn begin_again(&mut self) -> PageTable {
+        let computed = self.computed() - self.planned;
+        let empty = PageTable::new(self.table.page_size());
+        let table = std::mem::replace(&mut self.table, empty);
+        self.planned = 0;
+        self.dense = usize::MAX;
+        self.remembered = false;
+        self.times.preemptions += 1;
+        if table.next_position() - table.len() == self.prunings.removed() {
+            self.seen = self.seen.max(computed);
+            self.prunings.rewind();
+        } else {
+            // It began with what a session had pruned, of which nobody knows when: all is new.
+            (self.fresh, self.seen, self.prunings) = (true, 0, Prunings::default());
+        }
+        table
+    }
+
+    /// Of its tokens, those from the first on that any request computes alike: they read all that
+    /// comes before them.
+    pub(crate) fn alike(&self) -> &[u32] {
         let dense = match &self.attention {
             AttentionChoice::Dense => usize::MAX,
             // The token at position `p` sees `p + 1` tokens.
@@ -185,7 +226,35 @@ impl Sequence {
             }
             AttentionChoice::Custom(_) => self.prompt_len,
         };
-        self.dense.min(dense).min(self.computed())
+        let unpruned = self.prunings.first().map_or(usize::MAX, |pruning| pruning.computed);
+        &self.tokens[..dense.min(unpruned).min(self.tokens.len())]
+    }
+
+    /// Tokens from the first on that were computed as any request would compute them.
+    pub(crate) fn dense_tokens(&self) -> usize {
+        self.dense.min(self.alike().len()).min(self.computed())
+    }
+
+    /// Whether the budget of the engine's policy decides what its next step reads.
+    pub(crate) fn follows_budget(&self) -> bool {
+        let AttentionChoice::Policy(policy) = &self.attention else { return false };
+        let kept = policy.sink_pages.saturating_add(policy.recent_pages.max(1));
+        let pages = self.table.pages().len();
+        self.adapts && self.table.len() >= policy.min_context && pages > kept
+    }
+
+    /// What names the pages that it selects from one step to the next.
+    pub(crate) fn selects_as(&self) -> (RequestId, u64) {
+        (self.id, self.kv.pruned_tokens)
+    }
+
+    /// Moves the budget of the engine's policy.
+    pub(crate) fn set_budget(&mut self, budget: Budget) {
+        if let AttentionChoice::Policy(policy) = &mut self.attention
+            && self.adapts
+        {
+            policy.budget = budget;
+        }
     }
 
     pub(crate) fn note_decode(&mut self, read: &AttendStats) {

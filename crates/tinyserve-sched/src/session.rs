@@ -5,6 +5,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use tinyserve_kv::PageTable;
 
+use crate::pruning::Prunings;
 use crate::{Clock, Runner};
 
 /// What is known of a session.
@@ -49,6 +50,8 @@ pub(crate) struct Kept {
     pub(crate) cache_salt: String,
     /// How many of the first tokens were computed with dense attention, as any request would.
     pub(crate) dense: usize,
+    /// What the pages have gone through.
+    pub(crate) prunings: Prunings,
 }
 
 impl Kept {

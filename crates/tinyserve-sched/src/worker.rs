@@ -87,18 +87,21 @@ impl Drop for Ended {
 }
 
 impl Worker {
-    /// Starts a thread named `name` that drives `runner`.
+    /// Starts the thread of replica `replica`, named `name` and its number, that drives `runner`.
     pub(crate) fn start<R: Runner + 'static>(
-        name: String,
+        (name, replica): (&str, usize),
         runner: R,
         config: EngineConfig,
     ) -> Result<Self, AdmissionError> {
+        let on_start = config.on_start.clone();
         let scheduler = Scheduler::new(runner, config)?;
         let (intake, metrics) = (Arc::clone(scheduler.intake()), Arc::clone(scheduler.metrics()));
         let (commands, received) = channel();
         let state = Arc::new(State::default());
         let ended = Ended(Arc::clone(&state));
+        let name = format!("{name}-{replica}");
         let thread = std::thread::Builder::new().name(name).spawn(move || {
+            on_start.call(replica);
             drive(scheduler, &received, ended);
         });
         let thread = thread.map_err(|error| {

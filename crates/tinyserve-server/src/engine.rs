@@ -241,6 +241,7 @@ fn detail(summary: &Summary) -> serde_json::Value {
             "bytes_dense": kv.decode.bytes_dense,
             "bytes_read_ratio": kv.decode.bytes_ratio(),
             "recall": kv.decode.recall(),
+            "reuse": kv.decode.reuse.share(),
         },
     })
 }

@@ -80,10 +80,25 @@ pub struct TinyServeConfig {
     /// or fewer where memory holds fewer.
     #[serde(alias = "max_model_len", skip_serializing_if = "Option::is_none")]
     pub max_sequence_length: Option<usize>,
-    /// Mean time per generated token that `get_optimized_config` steers towards, milliseconds.
+    /// Mean time per generated token that `get_optimized_config` and `adaptive` steer towards,
+    /// milliseconds.
     pub target_latency_ms: f64,
+    /// Whether the selection budget is moved while the engine runs, so that decode steps keep to
+    /// `target_latency_ms`. Then the same seed may give another text.
+    pub adaptive: bool,
+    /// Least budget that `adaptive` moves to, as a multiple of the stated one; above 0 and at most 1.
+    pub adaptive_min_budget: f64,
+    /// Largest budget that `adaptive` moves to, as a multiple of the stated one; at least 1.
+    pub adaptive_max_budget: f64,
     /// Copies of the model, each with threads, weights and pages of its own, that share the work.
     pub replicas: usize,
+    /// CUDA devices with a copy of the model each, that share the work; the first ones unless
+    /// `gpu_ids` says which.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub num_gpus: Option<usize>,
+    /// The numbers of these devices.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu_ids: Option<Vec<usize>>,
     /// Devices that one model is split over; only 1 is implemented.
     pub tensor_parallel_size: usize,
     /// Most sequences that run together in a replica.
@@ -162,7 +177,12 @@ impl Default for TinyServeConfig {
             attention_chunk_size: 256,
             max_sequence_length: None,
             target_latency_ms: 50.0,
+            adaptive: false,
+            adaptive_min_budget: 0.25,
+            adaptive_max_budget: 1.0,
             replicas: 1,
+            num_gpus: None,
+            gpu_ids: None,
             tensor_parallel_size: 1,
             max_num_seqs: 16,
             max_num_batched_tokens: None,
@@ -242,6 +262,7 @@ impl TinyServeConfig {
             ("threads", self.threads),
             ("max_sequence_length", self.max_sequence_length),
             ("replicas", Some(self.replicas)),
+            ("num_gpus", self.num_gpus),
             ("max_num_seqs", Some(self.max_num_seqs)),
             ("max_num_batched_tokens", self.max_num_batched_tokens),
         ];
@@ -263,7 +284,7 @@ impl TinyServeConfig {
                 expected: "weights int8 or int4: only quantised weights are cached".to_owned(),
             });
         }
-        if let (Some(fused), Device::Auto | Device::Cpu) = (self.use_fused_kernel, self.device) {
+        if let Some(fused) = self.use_fused_kernel.filter(|_| self.cuda_devices().is_empty()) {
             return Err(TinyServeError::Setting {
                 field: "use_fused_kernel",
                 found: format!("{fused} with device {}", String::from(self.device)),
@@ -277,6 +298,8 @@ impl TinyServeConfig {
                 expected: "a number above 0".to_owned(),
             });
         }
+        self.check_adaptive()?;
+        self.check_gpus()?;
         if self.tensor_parallel_size != 1 {
             return Err(TinyServeError::Setting {
                 field: "tensor_parallel_size",
@@ -351,6 +374,72 @@ impl TinyServeConfig {
             }
         }
         Ok(self.selection_policy().check()?)
+    }
+
+    /// The CUDA devices that get a copy of the model each; none for the CPU.
+    #[must_use]
+    pub fn cuda_devices(&self) -> Vec<usize> {
+        match (&self.gpu_ids, self.num_gpus, self.device) {
+            (Some(ids), _, _) => ids.clone(),
+            (None, Some(n), _) => (0..n).collect(),
+            (None, None, Device::Cuda(number)) => vec![number],
+            (None, None, Device::Auto | Device::Cpu) => Vec::new(),
+        }
+    }
+
+    fn check_gpus(&self) -> Result<(), TinyServeError> {
+        let wrong = |field, found: String, expected: String| {
+            Err(TinyServeError::Setting { field, found, expected })
+        };
+        let devices = self.cuda_devices();
+        if let Some(ids) = &self.gpu_ids {
+            let shown = format!("{ids:?}");
+            let twice = |(i, id): (usize, &usize)| ids[..i].contains(id);
+            if ids.is_empty() || ids.iter().enumerate().any(twice) {
+                return wrong("gpu_ids", shown, "numbers of devices, each once".to_owned());
+            }
+            if let Some(n) = self.num_gpus.filter(|&n| n != ids.len()) {
+                let expected = format!("{n} of them, the value of num_gpus");
+                return wrong("gpu_ids", shown, expected);
+            }
+        }
+        let chosen = self.gpu_ids.is_some() || self.num_gpus.is_some();
+        // `cuda` alone is `cuda:0`.
+        if chosen && !matches!(self.device, Device::Auto | Device::Cuda(0)) {
+            let expected = "auto or cuda where num_gpus or gpu_ids name the devices".to_owned();
+            return wrong("device", String::from(self.device), expected);
+        }
+        if !devices.is_empty() && self.replicas > 1 {
+            let expected = "1 on CUDA devices: gpu_ids names those that get a copy of the model";
+            return wrong("replicas", self.replicas.to_string(), expected.to_owned());
+        }
+        Ok(())
+    }
+
+    fn check_adaptive(&self) -> Result<(), TinyServeError> {
+        let wrong = |field, found: String, expected: &str| {
+            Err(TinyServeError::Setting { field, found, expected: expected.to_owned() })
+        };
+        let (min, max) = (self.adaptive_min_budget, self.adaptive_max_budget);
+        if !(min > 0.0 && min <= 1.0) {
+            return wrong("adaptive_min_budget", min.to_string(), "above 0 and at most 1");
+        }
+        if !(max >= 1.0 && max.is_finite()) {
+            return wrong("adaptive_max_budget", max.to_string(), "a number of at least 1");
+        }
+        if !self.adaptive {
+            return Ok(());
+        }
+        if self.attention == AttentionMode::Dense {
+            let expected = "false with dense attention: there is no selection budget to move";
+            return wrong("adaptive", "true".to_owned(), expected);
+        }
+        let full = self.selection_ratio >= 1.0 && self.token_budget.is_none();
+        if min == 1.0 && (max == 1.0 || full && self.top_p_pages.is_none()) {
+            let expected = "below 1 with adaptive: these bounds leave no room to move";
+            return wrong("adaptive_min_budget", min.to_string(), expected);
+        }
+        Ok(())
     }
 
     /// How a model whose weights are stored as `stored` is loaded.
@@ -519,6 +608,21 @@ mod tests {
     }
 
     #[test]
+    fn devices_are_named_one_way_or_the_other() {
+        let of = |device, num_gpus, gpu_ids: Option<&[usize]>| {
+            let gpu_ids = gpu_ids.map(<[_]>::to_vec);
+            let config = TinyServeConfig { device, num_gpus, gpu_ids, ..Default::default() };
+            config.check().unwrap();
+            config.cuda_devices()
+        };
+        assert_eq!(of(Device::Cpu, None, None), [0; 0]);
+        assert_eq!(of(Device::Cuda(3), None, None), [3]);
+        assert_eq!(of(Device::Auto, Some(2), None), [0, 1]);
+        assert_eq!(of(Device::Cuda(0), None, Some(&[2, 0])), [2, 0]);
+        assert_eq!(of(Device::Auto, Some(1), Some(&[5])), [5]);
+    }
+
+    #[test]
     fn mistakes_are_named() {
         let dir = tempfile::tempdir().unwrap();
         let cases = [
@@ -526,7 +630,11 @@ mod tests {
             ("b.json", r#"{"selection_ratio": 0}"#, "selection_ratio is 0"),
             ("c.json", r#"{"selection_ratio": 1.5}"#, "selection_ratio is 1.5"),
             ("d.toml", "page_size = 0", "page_size is 0"),
-            ("e.toml", "num_gpus = 2", "num_gpus"),
+            ("e.toml", "num_gpus = 0", "num_gpus is 0"),
+            ("u.toml", "gpu_ids = [1, 1]", "gpu_ids is [1, 1], expected numbers of devices"),
+            ("v.toml", "num_gpus = 3\ngpu_ids = [0, 2]", "gpu_ids is [0, 2], expected 3"),
+            ("w.toml", "num_gpus = 2\ndevice = \"cpu\"", "device is cpu, expected auto or cuda"),
+            ("x.toml", "device = \"cuda\"\nreplicas = 2", "replicas is 2, expected 1 on CUDA"),
             ("l.toml", "max_num_seqs = 0", "max_num_seqs is 0"),
             ("o.toml", "tensor_parallel_size = 2", "tensor_parallel_size is 2, expected 1"),
             ("p.toml", "replicas = 3\nthreads = 2", "replicas is 3, expected at most 2"),
@@ -545,6 +653,14 @@ mod tests {
             ("f.toml", "kv_cache_dtype = \"int3\"", "int3"),
             ("g.json", "{", "EOF"),
             ("h.yaml", "", ".json or .toml"),
+            (
+                "q.toml",
+                "adaptive = true\nattention = \"dense\"",
+                "adaptive is true, expected false",
+            ),
+            ("r.toml", "adaptive_min_budget = 0.0", "adaptive_min_budget is 0"),
+            ("s.toml", "adaptive_max_budget = 0.5", "adaptive_max_budget is 0.5"),
+            ("t.toml", "adaptive = true\nadaptive_min_budget = 1.0", "no room to move"),
             ("j.toml", "scorer = \"bocks\"", "cuboid-mean"),
             ("k.json", r#"{"top_p_pages": 1.5}"#, "top_p_pages is 1.5"),
         ];

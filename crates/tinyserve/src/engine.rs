@@ -47,6 +47,7 @@ pub struct TinyServe {
     /// Element type of the stored weights.
     stored: DType,
     load: Duration,
+    threads: usize,
     backend_name: String,
     plugins: PluginManager,
     engine: Engine,
@@ -99,6 +100,12 @@ impl TinyServe {
     #[must_use]
     pub fn weights_cache(&self) -> Option<&CacheOutcome> {
         self.weights_cache.as_ref()
+    }
+
+    /// Threads of the CPU that a replica has.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        self.threads
     }
 
     /// How long loading took.
@@ -420,6 +427,7 @@ impl TinyServe {
                 bytes_dense: stats.bytes_dense,
                 bytes_read_ratio: stats.bytes_ratio(),
                 recall: stats.recall(),
+                reuse: stats.reuse.share(),
                 pruned_tokens: summary.kv.pruned_tokens,
                 pruned_bytes: summary.kv.pruned_bytes,
             },

@@ -68,7 +68,7 @@ impl PlannedMemory {
         let logits = sequences.saturating_add(MOST_SCORED_TOKENS);
         let step = LargestStep { tokens, sequences, logits, threads };
         // Room for the longest sequence as often as sequences run together, or for what fits.
-        let replicas = config.replicas;
+        let replicas = config.replicas.max(config.cuda_devices().len());
         let pages = match config.kv_cache_memory_bytes {
             Some(bytes) => bytes / replicas / layout.bytes_per_page(),
             None => layout.pages_for(limit).saturating_mul(sequences),

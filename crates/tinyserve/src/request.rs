@@ -244,6 +244,9 @@ pub struct KvUsage {
     /// Share of the dense attention mass that the selected pages held, measured on sampled steps;
     /// null when no step selected.
     pub recall: Option<f64>,
+    /// Share of the selected pages that the step before had selected, too, measured on sampled
+    /// steps; null when no two steps in a row that select were compared.
+    pub reuse: Option<f64>,
     /// Tokens that plugins removed from its cache.
     pub pruned_tokens: u64,
     /// Bytes of the pages that it gave back then.

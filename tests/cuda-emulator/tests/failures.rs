@@ -40,7 +40,7 @@ fn a_failed_launch_leaves_the_engine_usable_and_memory_comes_back() {
                 logits: LogitRows::Last,
                 observe: Observe::default(),
             };
-            let batch = Batch { sequences: &[sequence], measure_recall: false };
+            let batch = Batch { sequences: &[sequence], measure_recall: false, list_pages: false };
             let done = model.forward(&mut activations, &mut cache, &batch, &mut output);
             cache.release(table);
             done?;

@@ -77,7 +77,7 @@ impl<B: Backend> Runner<B> {
             logits: LogitRows::Last,
             observe: Observe::default(),
         };
-        let batch = Batch { sequences: &[step], measure_recall: false };
+        let batch = Batch { sequences: &[step], measure_recall: false, list_pages: false };
         let Self { model, cache, activations, output } = self;
         model.forward(activations, cache, &batch, output).unwrap();
         let logits = self.output.logits(0).next().unwrap();

@@ -72,6 +72,7 @@ fn lists(cuda: &Cuda, policy: &SelectionPolicy, layout: KvLayout, seed: u64) -> 
         sequences: &[sequence],
         pages: &pages,
         measure_recall: false,
+        page_lists: None,
         sequence_stats: None,
         observe: None,
         out: &mut out,

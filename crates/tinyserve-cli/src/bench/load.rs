@@ -11,7 +11,7 @@ use anyhow::{Result, anyhow};
 use serde::Serialize;
 use tinyserve::TinyServeError;
 use tinyserve::model::SamplingParams;
-use tinyserve::sched::{Engine, Event, EventStream, Request};
+use tinyserve::sched::{AdmissionError, Engine, Event, EventStream, Request};
 
 use super::statistics::{deviation, mean, quantile};
 
@@ -23,6 +23,8 @@ pub(super) struct Arrival {
     pub(super) prompt: Vec<u32>,
     /// Tokens that it generates, whatever they are.
     pub(super) tokens: usize,
+    /// Tokens after which its caller loses interest, if it does.
+    pub(super) leaves_after: Option<usize>,
 }
 
 /// What became of a request.
@@ -43,11 +45,43 @@ pub(super) struct Load {
     /// Times between two tokens of a request, seconds.
     itl: Vec<f64>,
     failed: usize,
+    aborted: usize,
+    /// Requests that were not taken because too many waited.
+    rejected: usize,
     duration: Duration,
     /// Until every request had its first token.
-    pub(super) prefilled: Duration,
+    prefilled: Duration,
     /// Tokens that came later.
-    pub(super) tokens_after: usize,
+    tokens_after: usize,
+}
+
+impl Load {
+    /// Adds what became of other requests, which came later.
+    pub(super) fn add(&mut self, other: Self) {
+        self.answered.extend(other.answered);
+        self.itl.extend(other.itl);
+        self.failed += other.failed;
+        self.aborted += other.aborted;
+        self.rejected += other.rejected;
+        self.duration += other.duration;
+        self.prefilled += other.prefilled;
+        self.tokens_after += other.tokens_after;
+    }
+
+    /// Prompt tokens per second until every request had its first token.
+    pub(super) fn prefill_speed(&self) -> f64 {
+        let prompts: usize = self.answered.iter().map(|one| one.prompt).sum();
+        prompts as f64 / self.prefilled.as_secs_f64()
+    }
+
+    /// Generated tokens per second from then on.
+    pub(super) fn decode_speed(&self) -> f64 {
+        self.tokens_after as f64 / (self.duration - self.prefilled).as_secs_f64()
+    }
+
+    fn ended(&self) -> usize {
+        self.answered.len() + self.failed + self.aborted + self.rejected
+    }
 }
 
 /// A request that is not answered yet.
@@ -55,7 +89,18 @@ struct Open {
     stream: EventStream,
     sent: Instant,
     last: Option<Instant>,
+    tokens: usize,
+    leaves_after: Option<usize>,
     answered: Answered,
+}
+
+impl Open {
+    /// Aborts it when its caller has seen enough.
+    fn leave(&self) {
+        if self.leaves_after == Some(self.tokens) {
+            self.stream.abort();
+        }
+    }
 }
 
 /// Wakes this thread.
@@ -85,7 +130,10 @@ pub(super) fn replay(
         while open.len() < most
             && let Some(arrival) = arrivals.pop_front_if(|next| next.at <= start.elapsed())
         {
-            open.push(send(engine, arrival)?);
+            match send(engine, arrival)? {
+                Some(request) => open.push(request),
+                None => load.rejected += 1,
+            }
         }
         open.retain_mut(|request: &mut Open| {
             while let Poll::Ready(Some(event)) = request.stream.poll_next(&mut context) {
@@ -104,6 +152,8 @@ pub(super) fn replay(
                         }
                         let all_are_here = first_tokens == total && now - start > load.prefilled;
                         load.tokens_after += usize::from(all_are_here);
+                        request.tokens += 1;
+                        request.leave();
                     }
                     Event::Finished(finished) => {
                         let summary = &finished.summary;
@@ -114,8 +164,12 @@ pub(super) fn replay(
                         load.answered.push(std::mem::take(&mut request.answered));
                         return false;
                     }
-                    Event::Failed(_) | Event::Aborted(_) => {
+                    Event::Failed(_) => {
                         load.failed += 1;
+                        return false;
+                    }
+                    Event::Aborted(_) => {
+                        load.aborted += 1;
                         return false;
                     }
                     _ => {}
@@ -123,7 +177,7 @@ pub(super) fn replay(
             }
             true
         });
-        progress(load.answered.len() + load.failed, total);
+        progress(load.ended(), total);
         match arrivals.front().filter(|_| open.len() < most) {
             Some(next) => {
                 std::thread::park_timeout(next.at.saturating_sub(start.elapsed()));
@@ -139,15 +193,22 @@ pub(super) fn replay(
     Ok(load)
 }
 
-fn send(engine: &Engine, arrival: Arrival) -> Result<Open> {
+/// `None` when too many requests wait already.
+fn send(engine: &Engine, arrival: Arrival) -> Result<Option<Open>> {
     let answered = Answered { prompt: arrival.prompt.len(), ..Answered::default() };
     let sent = Instant::now();
     let stream = engine.submit(Request {
         ignore_eos: true,
         ..Request::new(arrival.prompt).max_tokens(arrival.tokens).sampling(SamplingParams::greedy())
     });
-    let stream = stream.map_err(TinyServeError::from)?;
-    Ok(Open { stream, sent, last: None, answered })
+    let stream = match stream {
+        Err(AdmissionError::QueueFull { .. }) => return Ok(None),
+        stream => stream.map_err(TinyServeError::from)?,
+    };
+    let leaves_after = arrival.leaves_after;
+    let open = Open { stream, sent, last: None, tokens: 0, leaves_after, answered };
+    open.leave();
+    Ok(Some(open))
 }
 
 /// Times of one kind, milliseconds.
@@ -179,6 +240,8 @@ pub(super) struct Figures {
     pub(super) duration: f64,
     pub(super) completed: usize,
     pub(super) failed: usize,
+    pub(super) aborted: usize,
+    pub(super) rejected: usize,
     pub(super) total_input_tokens: usize,
     pub(super) total_cached_tokens: usize,
     pub(super) total_output_tokens: usize,
@@ -217,6 +280,8 @@ impl Figures {
             duration: seconds,
             completed: answered.len(),
             failed: load.failed,
+            aborted: load.aborted,
+            rejected: load.rejected,
             total_input_tokens: input,
             total_cached_tokens: sum(|one| one.cached),
             total_output_tokens: output,
@@ -239,8 +304,8 @@ impl Figures {
         }
     }
 
-    /// vLLM's block of lines.
-    pub(super) fn block(&self) -> String {
+    /// vLLM's block of lines, with `more` lines at the end of its first part.
+    pub(super) fn block(&self, more: &[(&str, String)]) -> String {
         let mut text = format!("{:=^50}\n", " Serving Benchmark Result ");
         let counts = |value: usize| value.to_string();
         let figures = |value: f64| format!("{value:.2}");
@@ -249,6 +314,13 @@ impl Figures {
         };
         line("Successful requests:", counts(self.completed));
         line("Failed requests:", counts(self.failed));
+        for (name, requests) in
+            [("Aborted requests:", self.aborted), ("Rejected requests:", self.rejected)]
+        {
+            if requests > 0 {
+                line(name, counts(requests));
+            }
+        }
         line("Benchmark duration (s):", figures(self.duration));
         line("Total input tokens:", counts(self.total_input_tokens));
         line("Total cached tokens:", counts(self.total_cached_tokens));
@@ -257,6 +329,7 @@ impl Figures {
         line("Request throughput (req/s):", figures(self.request_throughput));
         line("Output token throughput (tok/s):", figures(self.output_throughput));
         line("Total Token throughput (tok/s):", figures(self.total_token_throughput));
+        more.iter().for_each(|(name, value)| line(name, value.clone()));
         let parts = [
             (
                 "Time to First Token",

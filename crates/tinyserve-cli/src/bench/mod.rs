@@ -2,6 +2,7 @@
 
 mod attention;
 mod bandwidth;
+mod conversation;
 mod device;
 mod latency;
 mod load;
@@ -16,6 +17,7 @@ mod throughput;
 mod trace;
 
 pub(crate) use attention::{AttentionArgs, attention, bandwidths};
+pub(crate) use conversation::{ConversationArgs, conversation};
 pub(crate) use latency::{Format, LatencyArgs, latency};
 pub(crate) use memory::{MemoryArgs, memory};
 pub(crate) use serve::{ServeArgs, serve};

@@ -253,7 +253,7 @@ impl<B: Measurable + Sync> Runner<B> {
                     observe: Observe::NOTHING,
                 })
                 .collect();
-            let batch = Batch { sequences: &sequences, measure_recall: false };
+            let batch = Batch { sequences: &sequences, measure_recall: false, list_pages: false };
             self.model.forward(&mut self.activations, &mut self.cache, &batch, &mut self.output)
         };
         Ok(step().map_err(TinyServeError::from)?)

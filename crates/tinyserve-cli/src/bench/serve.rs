@@ -5,16 +5,19 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::Args;
+use serde::Serialize;
 use tinyserve::AttentionMode;
 
 use super::load::{Arrival, Figures, replay};
 use super::runner::RandomTokens;
 use super::source::{ShapeArgs, Source};
 use super::trace::{self, BLOCK, TraceRow};
-use crate::args::{self, ForwardArgs, MemoryArgs, ScheduleArgs, SelectionArgs, Sources};
+use crate::args::{
+    self, AdaptiveArgs, ForwardArgs, MemoryArgs, QueueArgs, ScheduleArgs, SelectionArgs, Sources,
+};
 use crate::exit::out_of_range;
 use crate::progress::Progress;
-use crate::{output, values};
+use crate::{memory, output, values};
 
 #[derive(Debug, Args)]
 pub(crate) struct ServeArgs {
@@ -45,6 +48,9 @@ pub(crate) struct ServeArgs {
     /// Most requests that are sent and not answered yet [default: no limit].
     #[arg(long, value_name = "N", value_parser = values::size)]
     max_concurrency: Option<usize>,
+    /// Share of the requests whose callers lose interest at a random token, 0 to 1.
+    #[arg(long, value_name = "SHARE", default_value = "0")]
+    abort_share: f64,
     /// Prints one JSON object.
     #[arg(long)]
     json: bool,
@@ -59,22 +65,43 @@ pub(crate) struct ServeArgs {
     #[command(flatten)]
     selection: SelectionArgs,
     #[command(flatten)]
+    adaptive: AdaptiveArgs,
+    #[command(flatten)]
     schedule: ScheduleArgs,
     #[command(flatten)]
+    queue: QueueArgs,
+    #[command(flatten)]
     memory: MemoryArgs,
+}
+
+/// The figures of a load, and what it left behind.
+#[derive(Debug, Serialize)]
+struct Report {
+    #[serde(flatten)]
+    figures: Figures,
+    /// Pages that a request or a session holds at the end.
+    pages_used: u64,
+    /// Resident memory of this process when a tenth of the requests had ended.
+    rss_tenth_bytes: Option<u64>,
+    rss_end_bytes: Option<u64>,
 }
 
 /// Measures and prints.
 pub(crate) fn serve(args: &ServeArgs, sources: Sources) -> Result<()> {
     let mut config = args.forward.selecting(&args.selection, args.attention, sources)?;
     args.schedule.apply(&mut config);
+    args.queue.apply(&mut config);
     args.memory.apply(&mut config);
+    args.adaptive.apply(&mut config)?;
     config.check()?;
     for (flag, factor) in [("--time-scale", args.time_scale), ("--length-scale", args.length_scale)]
     {
         if !(factor >= 0.0 && factor.is_finite()) {
             return Err(out_of_range(flag, factor, "0 or more"));
         }
+    }
+    if !(0.0..=1.0).contains(&args.abort_share) {
+        return Err(out_of_range("--abort-share", args.abort_share, "0 to 1"));
     }
     if args.request_rate.is_nan() || args.request_rate <= 0.0 {
         return Err(out_of_range("--request-rate", args.request_rate, "above 0, or inf"));
@@ -106,19 +133,51 @@ pub(crate) fn serve(args: &ServeArgs, sources: Sources) -> Result<()> {
     let checkpoint = source.checkpoint(&config, (1, longest))?;
     let engine = args.forward.device.load_open(config, checkpoint)?;
     let mut tokens = Prompts::new(engine.engine().limits().vocab);
-    let arrivals = rows.iter().map(|row| tokens.arrival(row, longest)).collect();
+    let mut arrivals: Vec<_> = rows.iter().map(|row| tokens.arrival(row, longest)).collect();
+    leave(&mut arrivals, args.abort_share);
     if cut > 0 {
         eprintln!("{cut} of {} requests are cut to {longest} tokens, the context", rows.len());
     }
     let most = args.max_concurrency.unwrap_or(usize::MAX);
     let mut progress = Progress::new("requests");
-    let load = replay(engine.engine(), arrivals, most, |done, total| progress.update(done, total))?;
+    let mut rss_tenth_bytes = None;
+    let load = replay(engine.engine(), arrivals, most, |done, total| {
+        if rss_tenth_bytes.is_none() && 10 * done >= total {
+            rss_tenth_bytes = memory::resident();
+        }
+        progress.update(done, total);
+    })?;
     progress.finish();
     for advice in engine.engine().stats().suggestions() {
         eprintln!("{}: {} {} ({})", advice.fact, advice.knob, advice.change, advice.effect);
     }
-    let figures = Figures::of(&load);
-    if args.json { output::json(&figures) } else { output::text(&figures.block()) }
+    let report = Report {
+        figures: Figures::of(&load),
+        pages_used: engine.engine().stats().pages_used,
+        rss_tenth_bytes,
+        rss_end_bytes: memory::resident(),
+    };
+    if args.json {
+        return output::json(&report);
+    }
+    let megabytes = |bytes: Option<u64>| {
+        bytes.map_or("unknown".to_owned(), |bytes| format!("{:.1}", bytes as f64 / 1e6))
+    };
+    output::text(&report.figures.block(&[
+        ("Pages in use at the end:", report.pages_used.to_string()),
+        ("Resident memory after a tenth (MB):", megabytes(report.rss_tenth_bytes)),
+        ("Resident memory at the end (MB):", megabytes(report.rss_end_bytes)),
+    ]))
+}
+
+/// Lets the callers of a share of the requests lose interest, each at a random token.
+fn leave(arrivals: &mut [Arrival], share: f64) {
+    let mut uniform = RandomTokens::seeded(1, 1 << 32);
+    let mut share_of = |whole: f64| f64::from(uniform.next()) / (1u64 << 32) as f64 * whole;
+    for arrival in arrivals {
+        let (chance, at) = (share_of(1.0), share_of(arrival.tokens as f64));
+        arrival.leaves_after = (chance < share).then_some(at as usize);
+    }
 }
 
 /// A trace in the time and the lengths that are asked for.
@@ -184,7 +243,7 @@ impl Prompts {
         while ids.len() < prompt {
             ids.push(self.random.next());
         }
-        Arrival { at: row.at, prompt: ids, tokens }
+        Arrival { at: row.at, prompt: ids, tokens, leaves_after: None }
     }
 }
 

@@ -1,18 +1,20 @@
 //! `tinyserve bench throughput`: many sequences together, from prompt to last token.
 
 use std::fmt::Write;
+use std::time::Duration;
 
 use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
 use tinyserve::AttentionMode;
 
-use super::latency::{Format, Mode, load};
-use super::report::{Setup, table};
-use super::runner::DepthFill;
+use super::latency::{Format, Mode};
+use super::load::{Arrival, Figures, Load, replay};
+use super::report::table;
+use super::runner::RandomTokens;
 use super::source::{ShapeArgs, Source};
-use super::statistics::{deviation, mean};
-use crate::args::{self, ForwardArgs, SelectionArgs, Sources};
+use super::statistics::deviation;
+use crate::args::{self, ForwardArgs, MemoryArgs, SelectionArgs, Sources};
 use crate::exit::out_of_range;
 use crate::{memory, output, values};
 
@@ -45,30 +47,36 @@ pub(crate) struct ThroughputArgs {
     attention: Option<AttentionMode>,
     #[command(flatten)]
     selection: SelectionArgs,
+    #[command(flatten)]
+    memory: MemoryArgs,
 }
 
-/// A batch size and its speeds: tokens per second over the whole batch.
+/// A batch size and its figures.
 #[derive(Debug, Clone, Serialize)]
 struct Row {
-    #[serde(flatten)]
-    setup: Setup,
+    model: String,
+    weights: &'static str,
+    n_threads: usize,
+    kv_cache_dtype: &'static str,
+    page_size: usize,
     n_prompt: usize,
     n_gen: usize,
     n_batch: usize,
     attention: &'static str,
-    /// Of the prompts.
+    /// Prompt tokens per second until every sequence had its first token.
     pp_ts: f64,
-    /// Of what is generated.
+    /// Generated tokens per second of all sequences together, from then on.
     tg_ts: f64,
-    /// Of both, from the first prompt to the last token.
-    ts: f64,
+    /// Deviation of the repetitions' `total_token_throughput`.
     stddev_ts: f64,
+    #[serde(flatten)]
+    figures: Figures,
     rss_bytes: Option<u64>,
 }
 
 /// Measures and prints.
 pub(crate) fn throughput(args: &ThroughputArgs, sources: Sources) -> Result<()> {
-    let config = args.forward.selecting(&args.selection, args.attention, sources)?;
+    let mut config = args.forward.selecting(&args.selection, args.attention, sources)?;
     for (flag, least) in [
         ("--repetitions", args.repetitions),
         ("--n-prompt (-p)", args.n_prompt),
@@ -86,73 +94,74 @@ pub(crate) fn throughput(args: &ThroughputArgs, sources: Sources) -> Result<()> 
         return Err(out_of_range("the sum of -p and -n", longest, &expected));
     }
     let sequences = args.n_batch.iter().copied().max().unwrap_or(1);
+    config.max_num_seqs = sequences;
+    config.max_sequence_length = Some(longest);
+    // Every prompt is new: what is kept of old ones would only be in the way.
+    config.enable_prefix_caching = false;
+    args.memory.apply(&mut config);
+    config.check()?;
     let model = source.name(&config);
     let checkpoint = source.checkpoint(&config, (sequences, longest))?;
-    let size = (sequences, longest);
-    let (mut runner, setup) =
-        load(&args.forward, (&config, model), &checkpoint, size, DepthFill::Prefill)?;
-    drop(checkpoint);
-    let mode = Mode::new(&config, config.attention);
+    let stored = checkpoint.dtype();
+    let engine = args.forward.device.load_open(config, checkpoint)?;
+    let config = engine.config();
+    let mut tokens = RandomTokens::new(engine.engine().limits().vocab);
     let mut rows = Vec::new();
     for &n_batch in &args.n_batch {
-        let empty = runner.fill(n_batch, 0, DepthFill::Prefill)?;
-        let mut speeds = [Vec::new(), Vec::new(), Vec::new()];
+        let (mut load, mut speeds) = (Load::default(), Vec::new());
         for run in 0..=args.repetitions {
-            let tokens = (args.n_prompt, args.n_gen);
-            let taken = runner.time(&empty, tokens, mode.attention())?;
-            let [prefill, decode] = taken.map(|sample| sample.elapsed.as_secs_f64());
+            let arrivals = (0..n_batch).map(|_| Arrival {
+                at: Duration::ZERO,
+                prompt: (0..args.n_prompt).map(|_| tokens.next()).collect(),
+                tokens: args.n_gen,
+                leaves_after: None,
+            });
+            let one = replay(engine.engine(), arrivals.collect(), n_batch, |_, _| {})?;
             // The first run warms up.
             if run > 0 {
-                let speed = |tokens: usize, seconds: f64| (n_batch * tokens) as f64 / seconds;
-                speeds[0].push(speed(args.n_prompt, prefill));
-                speeds[1].push(speed(args.n_gen, decode));
-                speeds[2].push(speed(longest, prefill + decode));
+                speeds.push(Figures::of(&one).total_token_throughput);
+                load.add(one);
             }
         }
         rows.push(Row {
-            setup: setup.clone(),
+            model: model.clone(),
+            weights: config.weights.name(stored),
+            n_threads: engine.threads(),
+            kv_cache_dtype: config.kv_cache_dtype.resolve(stored).name(),
+            page_size: config.page_size,
             n_prompt: args.n_prompt,
             n_gen: args.n_gen,
             n_batch,
-            attention: mode.name,
-            pp_ts: mean(&speeds[0]),
-            tg_ts: mean(&speeds[1]),
-            ts: mean(&speeds[2]),
-            stddev_ts: deviation(&speeds[2]),
+            attention: Mode::new(config, config.attention).name,
+            pp_ts: load.prefill_speed(),
+            tg_ts: load.decode_speed(),
+            stddev_ts: deviation(&speeds),
+            figures: Figures::of(&load),
             rss_bytes: memory::peak_resident(),
         });
-        runner.release(empty);
     }
     match args.output {
-        Format::Md => output::text(&markdown(&rows)),
+        Format::Md => output::text(&text(&rows)),
         Format::Csv => output::text(&table(&rows)?),
         Format::Json => output::json(&rows),
     }
 }
 
-fn markdown(rows: &[Row]) -> String {
-    let mut text = "| model | threads | kv | attention | prompt | generated | batch | pp t/s \
-                    | tg t/s | t/s |\n\
-                    | --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
-        .to_owned();
+/// vLLM's block for each batch size, then how they compare.
+fn text(rows: &[Row]) -> String {
+    let mut text = String::new();
     for row in rows {
-        let setup = &row.setup;
-        let _ = writeln!(
-            text,
-            "| {} {} | {} | {} | {} | {} | {} | {} | {:.2} | {:.2} | {:.2} ± {:.2} |",
-            setup.model,
-            setup.weights,
-            setup.n_threads,
-            setup.kv_cache_dtype,
-            row.attention,
-            row.n_prompt,
-            row.n_gen,
-            row.n_batch,
-            row.pp_ts,
-            row.tg_ts,
-            row.ts,
-            row.stddev_ts,
-        );
+        text += &row.figures.block(&[
+            ("Sequences together:", row.n_batch.to_string()),
+            ("Prefill throughput (tok/s):", format!("{:.2}", row.pp_ts)),
+            ("Decode throughput (tok/s):", format!("{:.2}", row.tg_ts)),
+        ]);
+    }
+    if let [first, others @ ..] = rows {
+        for row in others {
+            let (one, many, times) = (first.n_batch, row.n_batch, row.tg_ts / first.tg_ts);
+            let _ = writeln!(text, "{many} together decode {times:.2} times as fast as {one}.");
+        }
     }
     text
 }

@@ -306,6 +306,7 @@ fn attend<B: Backend>(backend: &B, case: &Case) -> Result<Attended, KernelError>
             sequences: &sequences,
             pages: &pages,
             measure_recall: observe.is_none(),
+            page_lists: None,
             sequence_stats: None,
             observe,
             out,

@@ -50,23 +50,33 @@ pub(super) fn run<B: Backend>(
     }
     for layout in [MatrixLayout::OutIn, MatrixLayout::InOut] {
         for dtype in DTYPES {
-            // Parts of one width with a tail, several of different widths, and enough to split.
+            // Parts of one width with a tail, several of different widths, enough to split, and
+            // inputs that no cache takes at once.
             for (inputs, parts) in [
                 (1, vec![1]),
                 (7, vec![5, 3]),
                 (64, vec![64, 16, 16]),
                 (100, vec![131]),
                 (259, vec![260, 131]),
+                (1100, vec![33]),
             ] {
-                for (rows, format) in ROWS.into_iter().flat_map(|r| FORMATS.map(|f| (r, f))) {
-                    for store in STORES {
-                        let spec = (layout, (dtype, format), inputs, parts.as_slice());
+                for format in FORMATS {
+                    // Loaded once for all rows: quantising takes longer than multiplying.
+                    let spec = (layout, (dtype, format), inputs, parts.as_slice());
+                    let (found, expected) = (load(backend, spec)?, load(reference, spec)?);
+                    for (rows, store) in ROWS.into_iter().flat_map(|r| STORES.map(|s| (r, s))) {
                         let case = format!(
                             "{layout:?} {dtype} as {format:?} [{rows}, {inputs}] to {parts:?} \
                              {store:?}"
                         );
-                        let found = linear(backend, spec, rows, store)?;
-                        check("linear", case, SUMS, found, linear(reference, spec, rows, store)?);
+                        let found = linear(backend, &found, rows, store);
+                        check(
+                            "linear",
+                            case,
+                            SUMS,
+                            found,
+                            linear(reference, &expected, rows, store),
+                        );
                     }
                 }
             }
@@ -76,8 +86,9 @@ pub(super) fn run<B: Backend>(
         for (inputs, parts) in [(72, vec![67]), (256, vec![40, 24])] {
             let spec = (MatrixLayout::OutIn, (dtype, WeightFormat::Stored), inputs, &parts[..]);
             let case = format!("{dtype} [{rows}, {inputs}] to {parts:?}");
-            let found = linear(backend, spec, rows, Store::Add)?;
-            check("linear", case, SUMS, found, linear(reference, spec, rows, Store::Add)?);
+            let found = linear(backend, &load(backend, spec)?, rows, Store::Add);
+            let expected = linear(reference, &load(reference, spec)?, rows, Store::Add);
+            check("linear", case, SUMS, found, expected);
         }
     }
     for (rows, head_dim, q_heads, kv_heads) in [
@@ -153,7 +164,15 @@ fn norm<B: Backend>(
     Ok(values(backend, &out))
 }
 
-fn linear<B: Backend>(
+/// A linear layer of a case, and the numbers that its rows are drawn from.
+struct Layer<B: Backend> {
+    linear: B::Linear,
+    inputs: usize,
+    outputs: usize,
+    numbers: Numbers,
+}
+
+fn load<B: Backend>(
     backend: &B,
     (layout, (dtype, format), inputs, outputs): (
         MatrixLayout,
@@ -161,9 +180,7 @@ fn linear<B: Backend>(
         usize,
         &[usize],
     ),
-    rows: usize,
-    store: Store,
-) -> Result<Vec<f32>, KernelError> {
+) -> Result<Layer<B>, KernelError> {
     let mut numbers = Numbers::new(3);
     let parts = outputs
         .iter()
@@ -178,12 +195,16 @@ fn linear<B: Backend>(
             Ok(LinearPart { weight, bias: (i % 2 == 0).then_some(bias) })
         })
         .collect::<Result<_, KernelError>>()?;
-    let layer = backend.load_linear(LinearSpec { parts, layout, format })?;
-    let width = outputs.iter().sum();
-    let x = upload(backend, &numbers.take(rows * inputs), inputs);
-    let mut out = upload(backend, &numbers.take(rows * width), width);
-    backend.linear(LinearArgs { x: &x, linear: &layer, store, out: &mut out });
-    Ok(values(backend, &out))
+    let linear = backend.load_linear(LinearSpec { parts, layout, format })?;
+    Ok(Layer { linear, inputs, outputs: outputs.iter().sum(), numbers })
+}
+
+fn linear<B: Backend>(backend: &B, layer: &Layer<B>, rows: usize, store: Store) -> Vec<f32> {
+    let mut numbers = layer.numbers.clone();
+    let x = upload(backend, &numbers.take(rows * layer.inputs), layer.inputs);
+    let mut out = upload(backend, &numbers.take(rows * layer.outputs), layer.outputs);
+    backend.linear(LinearArgs { x: &x, linear: &layer.linear, store, out: &mut out });
+    values(backend, &out)
 }
 
 fn rotary<B: Backend>(backend: &B, heads: Heads, rows: usize) -> (Vec<f32>, Vec<f32>) {

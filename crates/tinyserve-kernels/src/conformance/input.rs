@@ -7,6 +7,7 @@ use bytes::Bytes;
 use crate::{DType, HostTensor, KernelError};
 
 /// A stream of numbers in −1 to 1, from a seed (splitmix64).
+#[derive(Clone)]
 pub(super) struct Numbers(u64);
 
 impl Numbers {

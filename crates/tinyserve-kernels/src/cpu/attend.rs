@@ -24,7 +24,7 @@ use super::select::{Choice, Chosen, choose};
 use super::simd::{Element, Kernel, Simd, dispatch};
 use super::{Cpu, CpuTensor};
 use crate::reference;
-use crate::{AttendArgs, AttendSequence, AttendStats, Attention, Heads, KernelError};
+use crate::{AttendArgs, AttendSequence, AttendStats, Attention, Heads, KernelError, PageLists};
 
 use observe::Observed;
 use softmax::{Shape, State};
@@ -120,6 +120,7 @@ pub(super) fn attend(cpu: &Cpu, args: AttendArgs<'_, Cpu>) -> Result<AttendStats
         sequences,
         pages,
         measure_recall,
+        mut page_lists,
         mut sequence_stats,
         observe,
         out,
@@ -194,6 +195,9 @@ pub(super) fn attend(cpu: &Cpu, args: AttendArgs<'_, Cpu>) -> Result<AttendStats
             return Ok(stats);
         }
         context.run(cpu, serial, &mut plan, (&mut stats, sequence_stats.as_deref_mut()))?;
+        if let Some(lists) = page_lists.as_deref_mut() {
+            context.add_lists(&mut plan, lists);
+        }
         if let Some(mass) = &mut mass {
             context.add_mass(&plan, mass);
         }
@@ -371,6 +375,17 @@ impl Context<'_> {
             }
         }
         pages.stats = stats;
+    }
+
+    /// Adds the lists of rows that are their sequences' last.
+    fn add_lists(&self, plan: &mut Plan, lists: &mut PageLists) {
+        for (unit, pages) in plan.units.iter().zip(&mut plan.pages) {
+            let pages = pages.get_mut().unwrap_or_else(PoisonError::into_inner);
+            let last = unit.rows.end == self.sequences[unit.sequence].rows.end;
+            if last && pages.chosen == Chosen::Listed {
+                lists.push((self.layer, unit.sequence, unit.kv_head), &pages.list);
+            }
+        }
     }
 
     fn list<'a>(&self, unit: &Unit, pages: &'a Pages) -> PageList<'a> {

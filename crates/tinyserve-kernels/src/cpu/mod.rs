@@ -44,6 +44,7 @@ use activate::Activate;
 use clock::Clock;
 use columns::Columns;
 use embed::Embed;
+use memory::Aligned;
 use norm::Norm;
 use pool::Pool;
 use rotary::Rotary;
@@ -70,6 +71,8 @@ pub struct Cpu {
     plan: Mutex<attend::Plan>,
     /// Buffers of products of many rows, one for each thread.
     panels: Vec<Mutex<linear::PanelScratch>>,
+    /// Sums of products of many rows with quantised weights, one buffer for each thread.
+    sums: Vec<Mutex<Aligned>>,
     /// Input rows of the running product over quantised weights; grows, and is kept.
     quantised: Mutex<Vec<RowGroup>>,
     /// Times the choice of pages, when asked to.
@@ -109,8 +112,9 @@ impl Cpu {
         })?;
         let scratch = (0..threads).map(|_| Mutex::default()).collect();
         let panels = (0..threads).map(|_| Mutex::default()).collect();
+        let sums = (0..threads).map(|_| Mutex::default()).collect();
         let (plan, quantised) = Default::default();
-        Ok(Self { pool, path, scratch, plan, panels, quantised, clock: Clock::default() })
+        Ok(Self { pool, path, scratch, plan, panels, sums, quantised, clock: Clock::default() })
     }
 
     /// The scalar reference, on the thread that calls it: what other backends are held to.
@@ -122,6 +126,7 @@ impl Cpu {
             scratch: vec![Mutex::default()],
             plan: Mutex::default(),
             panels: Vec::new(),
+            sums: Vec::new(),
             quantised: Mutex::default(),
             clock: Clock::default(),
         }

@@ -34,9 +34,16 @@ impl Kernel for Norm<'_> {
                 simd.mul(x, x)
             });
             let scale = (squares / n as f32 + self.epsilon).sqrt().recip();
-            for (i, (out, &x)) in out.iter_mut().zip(x).enumerate() {
-                let y = (x - mean) * scale * self.weight[i];
-                *out = self.bias.map_or(y, |bias| y + bias[i]);
+            let scale = simd.splat(scale);
+            for (at, out) in (0..n).step_by(S::LANES).zip(out.chunks_mut(S::LANES)) {
+                let range = at..at + out.len();
+                let y = simd.sub(simd.load_up_to(&x[range.clone()]), centre);
+                let y = simd.mul(y, scale);
+                let mut y = simd.mul(y, simd.load_up_to(&self.weight[range.clone()]));
+                if let Some(bias) = self.bias {
+                    y = simd.add(y, simd.load_up_to(&bias[range]));
+                }
+                simd.store_up_to(y, out);
             }
         }
     }

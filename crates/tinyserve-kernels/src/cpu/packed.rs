@@ -23,7 +23,7 @@ use super::tensor::{CpuMatrix, Elements};
 use crate::{KernelError, LinearImage, MatrixLayout, WeightFormat};
 
 /// Names the layout above and the search for scales: another name means other bytes.
-pub(crate) const IMAGE_LAYOUT: &str = "blocks-of-16-groups-of-32/1";
+pub(crate) const IMAGE_LAYOUT: &str = "blocks-of-16-groups-of-32/2";
 
 /// Inputs that share a scale.
 pub(crate) const GROUP: usize = 32;
@@ -342,52 +342,67 @@ pub(super) fn largest(x: &[f32; GROUP]) -> f32 {
     f32::from_bits(x.iter().fold(0, |most, x| most.max(x.to_bits() & 0x7fff_ffff)))
 }
 
-/// Shares of a group's range that codes are tried over: leaving its ends out makes the steps
-/// between all others smaller.
-const RANGES: [f32; 6] = [1.0, 0.96, 0.92, 0.88, 0.84, 0.8];
+/// Shares of a group's range that are left out at either end: smaller steps between all other
+/// weights pay for a few at the ends that are cut off.
+const LEFT_OUT: [f32; 3] = [0.0, 0.05, 0.1];
+/// Times that codes and the line through them are fitted to each other, from each range.
+const FITS: usize = 2;
 
-/// Codes 0 to 15, the scale and the minimum, for the least squared error among [`RANGES`].
+/// Codes 0 to 15, the scale and the minimum: those of the least squared error among fits from
+/// every range that [`LEFT_OUT`] leaves.
 #[inline(always)]
 fn quantise_int4(x: &[f32; GROUP]) -> ([u8; GROUP], f16, f16) {
     let low = x.iter().fold(f32::INFINITY, |a, &b| a.min(b));
     let high = x.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
-    let mut best = ([0; GROUP], f16::ZERO, f16::from_f32(low));
     if !largest(x).is_finite() {
         // Broken weights stay broken.
-        return (best.0, f16::NAN, f16::NAN);
+        return ([0; GROUP], f16::NAN, f16::NAN);
     }
+    let mut best = ([0.0; GROUP], f16::ZERO, f16::from_f32(low));
     let mut least = f32::INFINITY;
+    for below in LEFT_OUT {
+        for above in LEFT_OUT {
+            let (codes, scale, minimum) =
+                fit(x, low + (high - low) * below, high - (high - low) * above);
+            let mut errors = [0.0; GROUP];
+            for ((out, code), x) in errors.iter_mut().zip(&codes).zip(x) {
+                let error = scale.to_f32() * code + minimum.to_f32() - x;
+                *out = error * error;
+            }
+            let error = sum(&errors, |x| x);
+            if error < least {
+                (least, best) = (error, (codes, scale, minimum));
+            }
+        }
+    }
+    let mut codes = [0; GROUP];
+    for (out, code) in codes.iter_mut().zip(best.0) {
+        *out = code as u8;
+    }
+    (codes, best.1, best.2)
+}
+
+/// Codes as numbers, scale and minimum: from the line that spreads codes over `low..=high`, each
+/// time the line through the last codes that is nearest to the weights, and the codes nearest to
+/// that.
+#[inline(always)]
+fn fit(x: &[f32; GROUP], low: f32, high: f32) -> ([f32; GROUP], f16, f16) {
     let mean = sum(x, |x| x) / GROUP as f32;
-    for share in RANGES {
-        let scale = (high - low) * share / 15.0;
-        let minimum = low + (high - low) * (1.0 - share) * 0.5;
-        let codes = nearest(x, scale, minimum);
-        // The line through the codes that is nearest to the weights.
+    let mut codes = nearest(x, (high - low) / 15.0, low);
+    let (mut scale, mut minimum) = (f16::ZERO, f16::ZERO);
+    for _ in 0..FITS {
         let centre = sum(&codes, |code| code) / GROUP as f32;
         let spread = sum(&codes, |code| (code - centre) * (code - centre));
         let mut products = [0.0; GROUP];
         for ((out, code), x) in products.iter_mut().zip(&codes).zip(x) {
             *out = (code - centre) * (x - mean);
         }
-        let scale = if spread > 0.0 { sum(&products, |x| x) / spread } else { 0.0 };
-        let scale = f16::from_f32(scale);
-        let minimum = f16::from_f32(mean - scale.to_f32() * centre);
-        let codes = nearest(x, scale.to_f32(), minimum.to_f32());
-        let mut errors = [0.0; GROUP];
-        for ((out, code), x) in errors.iter_mut().zip(&codes).zip(x) {
-            let error = scale.to_f32() * code + minimum.to_f32() - x;
-            *out = error * error;
-        }
-        let error = sum(&errors, |x| x);
-        if error < least {
-            least = error;
-            for (best, code) in best.0.iter_mut().zip(codes) {
-                *best = code as u8;
-            }
-            (best.1, best.2) = (scale, minimum);
-        }
+        let slope = if spread > 0.0 { sum(&products, |x| x) / spread } else { 0.0 };
+        scale = f16::from_f32(slope);
+        minimum = f16::from_f32(mean - scale.to_f32() * centre);
+        codes = nearest(x, scale.to_f32(), minimum.to_f32());
     }
-    best
+    (codes, scale, minimum)
 }
 
 /// The nearest codes of `x`, as numbers.

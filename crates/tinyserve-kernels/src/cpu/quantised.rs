@@ -25,6 +25,10 @@ const STREAM_ROWS: usize = 16;
 const LINE_BYTES: usize = 64;
 /// Lines of the largest record.
 const LINES: usize = CodeBits::Eight.record_bytes().div_ceil(LINE_BYTES);
+/// Blocks that many rows are multiplied with at once.
+const PAIR: usize = 2;
+/// Groups of a pair of blocks that stay in the first-level cache while rows go past.
+const PANEL_GROUPS: usize = 16;
 /// Bytes of quantised rows that are reused from the second-level cache while weights stream past.
 const ROWS_BYTES: usize = 512 * 1024;
 
@@ -112,17 +116,27 @@ pub(super) fn linear(cpu: &Cpu, x: &CpuTensor, packed: &Packed, store: Store, ou
     }
     let columns = Columns::new(out.values_mut(), packed.outputs);
     let (x, add, blocks) = (&*quantised, store == Store::Add, packed.blocks());
-    let run = |blocks: Range<usize>| {
-        dispatch(path, Product { packed, x, rows, blocks, columns, add });
+    let run = |thread: usize, blocks: Range<usize>| {
+        // Never waited for: each thread has its own.
+        let mut sums = cpu.sums[thread].lock().unwrap_or_else(PoisonError::into_inner);
+        if rows > STREAM_ROWS {
+            sums.resize(PAIR * BLOCK * rows.min(rows_at_once(packed)));
+        }
+        dispatch(path, Product { packed, x, rows, blocks, columns, add, sums: &mut sums });
     };
     if cpu.threads() == 1 || rows * packed.inputs * packed.outputs < SERIAL_WORK {
-        return run(0..blocks);
+        return run(0, 0..blocks);
     }
     // Several strips per thread, so that a thread that is held up does not hold up all.
     let strip = blocks.div_ceil(4 * cpu.threads()).next_multiple_of(2);
-    cpu.pool.run(blocks.div_ceil(strip), &|_, i| {
-        run(i * strip..((i + 1) * strip).min(blocks));
+    cpu.pool.run(blocks.div_ceil(strip), &|thread, i| {
+        run(thread, i * strip..((i + 1) * strip).min(blocks));
     });
+}
+
+/// Rows that lie in the second-level cache together.
+fn rows_at_once(packed: &Packed) -> usize {
+    (ROWS_BYTES / (packed.groups() * size_of::<RowGroup>())).max(STREAM_ROWS)
 }
 
 /// Some blocks of outputs, for all rows.
@@ -134,6 +148,8 @@ struct Product<'a> {
     blocks: Range<usize>,
     columns: Columns<'a>,
     add: bool,
+    /// `[rows at once][PAIR][BLOCK]`, where there are more than [`STREAM_ROWS`].
+    sums: &'a mut [f32],
 }
 
 impl Kernel for Product<'_> {
@@ -151,92 +167,166 @@ impl Kernel for Product<'_> {
 
 impl Product<'_> {
     #[inline(always)]
-    fn rows<S: Simd, const FOUR: bool>(&self, simd: S) {
-        let row_bytes = self.packed.groups() * size_of::<RowGroup>();
-        let at_once = (ROWS_BYTES / row_bytes).max(STREAM_ROWS);
-        for first in (0..self.rows).step_by(at_once) {
-            let rows = first..(first + at_once).min(self.rows);
-            let mut block = self.blocks.start;
+    fn rows<S: Simd, const FOUR: bool>(self, simd: S) {
+        let Self { packed, rows, ref blocks, .. } = self;
+        let sums = self.sums;
+        let tiles = Tiles { packed, x: self.x, columns: self.columns, add: self.add };
+        for first in (0..rows).step_by(rows_at_once(packed)) {
+            let rows = first..(first + rows_at_once(packed)).min(rows);
+            let mut block = blocks.start;
             if rows.len() > STREAM_ROWS {
-                while block + 2 <= self.blocks.end {
-                    self.blocks::<S, FOUR, 2>(simd, rows.clone(), block);
-                    block += 2;
+                while block + PAIR <= blocks.end {
+                    tiles.pair::<S, FOUR>(simd, &rows, block, sums);
+                    block += PAIR;
                 }
             }
-            while block < self.blocks.end {
-                self.stream::<S, FOUR>(simd, rows.clone(), block);
+            while block < blocks.end {
+                tiles.stream::<S, FOUR>(simd, rows.clone(), block, blocks.end);
                 block += 1;
             }
         }
     }
+}
 
-    /// Two blocks for many rows.
+/// What every tile of a product reads and writes.
+struct Tiles<'a> {
+    packed: &'a Packed,
+    /// `[rows, groups]`.
+    x: &'a [RowGroup],
+    columns: Columns<'a>,
+    add: bool,
+}
+
+impl Tiles<'_> {
+    /// Two blocks for many rows, panel after panel of their groups.
     #[inline(always)]
-    fn blocks<S: Simd, const FOUR: bool, const O: usize>(
+    fn pair<S: Simd, const FOUR: bool>(
         &self,
         simd: S,
-        rows: Range<usize>,
+        rows: &Range<usize>,
         block: usize,
+        sums: &mut [f32],
     ) {
-        let mut row = rows.start;
-        if S::LANES == 16 {
-            while row + 6 <= rows.end {
-                self.tile::<S, FOUR, 6, O>(simd, row, block, None);
-                row += 6;
+        let groups = self.packed.groups();
+        for first in (0..groups).step_by(PANEL_GROUPS) {
+            let panel = first..(first + PANEL_GROUPS).min(groups);
+            let (mut row, mut sums) = (rows.start, &mut *sums);
+            if S::LANES == 16 {
+                while row + 6 <= rows.end {
+                    sums = self.panel_tile::<S, FOUR, 6>(simd, row, block, &panel, sums);
+                    row += 6;
+                }
+            }
+            while row + 2 <= rows.end {
+                sums = self.panel_tile::<S, FOUR, 2>(simd, row, block, &panel, sums);
+                row += 2;
+            }
+            if row < rows.end {
+                self.panel_tile::<S, FOUR, 1>(simd, row, block, &panel, sums);
             }
         }
-        while row + 2 <= rows.end {
-            self.tile::<S, FOUR, 2, O>(simd, row, block, None);
-            row += 2;
+    }
+
+    /// Adds the products of one panel to what `sums` holds of those before, or stores the result
+    /// where it is the last; returns the sums that follow.
+    #[inline(always)]
+    fn panel_tile<'s, S: Simd, const FOUR: bool, const R: usize>(
+        &self,
+        simd: S,
+        row: usize,
+        block: usize,
+        panel: &Range<usize>,
+        sums: &'s mut [f32],
+    ) -> &'s mut [f32] {
+        let (own, after) = sums.split_at_mut(R * PAIR * BLOCK);
+        let mut totals = [[simd.block_zero(); PAIR]; R];
+        if panel.start > 0 {
+            for r in 0..R {
+                for o in 0..PAIR {
+                    totals[r][o] = simd.block(&own[(r * PAIR + o) * BLOCK..][..BLOCK]);
+                }
+            }
         }
-        if row < rows.end {
-            self.tile::<S, FOUR, 1, O>(simd, row, block, None);
+        let totals = self.tile::<S, FOUR, R, PAIR>(simd, (row, block), panel, None, totals);
+        if panel.end == self.packed.groups() {
+            self.finish_tile(simd, row, block, &totals);
+            return after;
         }
+        for r in 0..R {
+            for o in 0..PAIR {
+                own[(r * PAIR + o) * BLOCK..][..BLOCK]
+                    .copy_from_slice(&simd.block_values(totals[r][o]));
+            }
+        }
+        after
     }
 
     /// One block for few rows, in as few passes as registers allow: each asks for its share of
     /// the next block, so that memory works while the rows are multiplied.
     #[inline(always)]
-    fn stream<S: Simd, const FOUR: bool>(&self, simd: S, rows: Range<usize>, block: usize) {
+    fn stream<S: Simd, const FOUR: bool>(
+        &self,
+        simd: S,
+        rows: Range<usize>,
+        block: usize,
+        end: usize,
+    ) {
         let most = if S::LANES == 16 { 8 } else { 2 };
         let passes = rows.len().div_ceil(most);
-        let share = (block + 1 < self.blocks.end).then(|| LINES.div_ceil(passes));
+        let share = (block + 1 < end).then(|| LINES.div_ceil(passes));
         let mut row = rows.start;
         for pass in 0..passes {
             let lines = share.map(|share| pass * share..((pass + 1) * share).min(LINES));
             let n = (rows.end - row).div_ceil(passes - pass);
             match n {
-                8 => self.tile::<S, FOUR, 8, 1>(simd, row, block, lines.as_ref()),
-                7 => self.tile::<S, FOUR, 7, 1>(simd, row, block, lines.as_ref()),
-                6 => self.tile::<S, FOUR, 6, 1>(simd, row, block, lines.as_ref()),
-                5 => self.tile::<S, FOUR, 5, 1>(simd, row, block, lines.as_ref()),
-                4 => self.tile::<S, FOUR, 4, 1>(simd, row, block, lines.as_ref()),
-                3 => self.tile::<S, FOUR, 3, 1>(simd, row, block, lines.as_ref()),
-                2 => self.tile::<S, FOUR, 2, 1>(simd, row, block, lines.as_ref()),
-                _ => self.tile::<S, FOUR, 1, 1>(simd, row, block, lines.as_ref()),
+                8 => self.stream_tile::<S, FOUR, 8>(simd, row, block, lines.as_ref()),
+                7 => self.stream_tile::<S, FOUR, 7>(simd, row, block, lines.as_ref()),
+                6 => self.stream_tile::<S, FOUR, 6>(simd, row, block, lines.as_ref()),
+                5 => self.stream_tile::<S, FOUR, 5>(simd, row, block, lines.as_ref()),
+                4 => self.stream_tile::<S, FOUR, 4>(simd, row, block, lines.as_ref()),
+                3 => self.stream_tile::<S, FOUR, 3>(simd, row, block, lines.as_ref()),
+                2 => self.stream_tile::<S, FOUR, 2>(simd, row, block, lines.as_ref()),
+                _ => self.stream_tile::<S, FOUR, 1>(simd, row, block, lines.as_ref()),
             }
             row += n;
         }
     }
 
-    /// Rows `row..row + R` times blocks `block..block + O`. Asks for `lines` of each record of the
-    /// block that follows.
     #[inline(always)]
-    fn tile<S: Simd, const FOUR: bool, const R: usize, const O: usize>(
+    fn stream_tile<S: Simd, const FOUR: bool, const R: usize>(
         &self,
         simd: S,
         row: usize,
         block: usize,
         lines: Option<&Range<usize>>,
     ) {
+        let (groups, zeros) = (0..self.packed.groups(), [[simd.block_zero(); 1]; R]);
+        let sums = self.tile::<S, FOUR, R, 1>(simd, (row, block), &groups, lines, zeros);
+        self.finish_tile(simd, row, block, &sums);
+    }
+
+    /// Adds the products of `panel`, some groups, of rows `row..row + R` with blocks
+    /// `block..block + O`. Asks for `lines` of each record of the block that follows.
+    #[inline(always)]
+    fn tile<S: Simd, const FOUR: bool, const R: usize, const O: usize>(
+        &self,
+        simd: S,
+        (row, block): (usize, usize),
+        panel: &Range<usize>,
+        lines: Option<&Range<usize>>,
+        mut sums: [[S::Block; O]; R],
+    ) -> [[S::Block; O]; R] {
         let bits = if FOUR { CodeBits::Four } else { CodeBits::Eight };
         let (groups, bytes) = (self.packed.groups(), bits.record_bytes());
         let w: [&[u8]; O] =
             std::array::from_fn(|o| &self.packed.block(block + o)[..groups * bytes]);
         let x: [&[RowGroup]; R] =
             std::array::from_fn(|r| &self.x[(row + r) * groups..(row + r + 1) * groups]);
-        let mut sums = [[simd.block_zero(); O]; R];
-        for group in 0..groups {
+        let (w, x) = (
+            std::array::from_fn::<_, O, _>(|o| &w[o][..panel.end * bytes]),
+            std::array::from_fn::<_, R, _>(|r| &x[r][..panel.end]),
+        );
+        for group in panel.clone() {
             if let Some(lines) = lines {
                 let next = w[O - 1].as_ptr().wrapping_add((groups + group) * bytes);
                 for line in lines.start..lines.end.min(bytes.div_ceil(LINE_BYTES)) {
@@ -289,6 +379,17 @@ impl Product<'_> {
                 }
             }
         }
+        sums
+    }
+
+    #[inline(always)]
+    fn finish_tile<S: Simd, const R: usize, const O: usize>(
+        &self,
+        simd: S,
+        row: usize,
+        block: usize,
+        sums: &[[S::Block; O]; R],
+    ) {
         for (r, sums) in sums.iter().enumerate() {
             for (o, &sum) in sums.iter().enumerate() {
                 self.finish(row + r, block + o, simd.block_values(sum));
@@ -363,7 +464,8 @@ mod tests {
                 let product = |out: &mut [f32], vnni: bool| {
                     let columns = Columns::new(out, outputs);
                     let (x, blocks) = (&x[..rows * groups], 0..packed.blocks());
-                    let product = Product { packed, x, rows, blocks, columns, add: false };
+                    let sums = &mut vec![0.0; PAIR * BLOCK * rows];
+                    let product = Product { packed, x, rows, blocks, columns, add: false, sums };
                     if vnni {
                         dispatch(CpuPath::Avx512, product);
                     } else {

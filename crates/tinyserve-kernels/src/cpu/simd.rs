@@ -63,6 +63,11 @@ pub(crate) trait Simd: Copy {
     }
     /// Asks for the cache line at `address`, which need not be one that may be read.
     fn prefetch<T>(self, address: *const T);
+    /// As [`Self::prefetch`], but only into the second-level cache: more of them can be on their way.
+    #[inline(always)]
+    fn prefetch_far<T>(self, address: *const T) {
+        self.prefetch(address);
+    }
 
     /// Stores the whole part of each element, which is not negative and below 256, as a byte.
     #[inline(always)]
@@ -139,6 +144,8 @@ pub(crate) trait Simd: Copy {
     ) -> Self::Block;
     /// `sums + block·factor`.
     fn add_block(self, sums: Self::Block, block: Self::Block, factor: f32) -> Self::Block;
+    /// The first sixteen numbers of `x`.
+    fn block(self, x: &[f32]) -> Self::Block;
     /// The numbers of a block.
     fn block_values(self, block: Self::Block) -> [f32; 16];
 

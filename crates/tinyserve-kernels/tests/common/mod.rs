@@ -4,7 +4,7 @@
 use proptest::prelude::*;
 use tinyserve_kernels::{
     AppendKvArgs, AttendArgs, AttendSequence, AttendStats, Attention, Backend, Cpu, CpuOptions,
-    CpuPath, Heads, KernelError,
+    CpuPath, Heads, KernelError, PageLists,
 };
 use tinyserve_kv::{
     HostPages, KvElement, KvFormat, KvLayout, KvShape, PagePool, PageTable, Slot, with_element,
@@ -125,6 +125,17 @@ impl Cache {
         steps: &[(usize, usize, usize, Attention<'_>)],
         measure_recall: bool,
     ) -> Result<(Vec<f32>, AttendStats), KernelError> {
+        self.attend_listing(cpu, qkv, steps, (measure_recall, None))
+    }
+
+    /// As [`Self::attend`], with the lists that selections chose.
+    pub(crate) fn attend_listing(
+        &self,
+        cpu: &Cpu,
+        qkv: &[f32],
+        steps: &[(usize, usize, usize, Attention<'_>)],
+        (measure_recall, page_lists): (bool, Option<&mut PageLists>),
+    ) -> Result<(Vec<f32>, AttendStats), KernelError> {
         let mut tensor = cpu.tensor(self.heads.qkv_width());
         cpu.upload(qkv, &mut tensor);
         let mut start = 0;
@@ -147,6 +158,7 @@ impl Cache {
             sequences: &sequences,
             pages: &self.pages,
             measure_recall,
+            page_lists,
             sequence_stats: Some(&mut of_sequences),
             observe: None,
             out: &mut out,

@@ -236,7 +236,7 @@ mod tests {
                 logits: LogitRows::Last,
                 observe: crate::Observe::NOTHING,
             };
-            let batch = Batch { sequences: &[sequence], measure_recall: false };
+            let batch = Batch { sequences: &[sequence], measure_recall: false, list_pages: false };
             model.forward(&mut activations, &mut cache, &batch, &mut output).unwrap();
             cache.release(table);
             output.logits(0).next().unwrap().to_vec()

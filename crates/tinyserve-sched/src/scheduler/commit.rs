@@ -21,7 +21,8 @@ impl<R: Runner> Scheduler<R> {
         let result = catch_unwind(AssertUnwindSafe(commit));
         let failure = match result {
             Ok(Ok(())) => {
-                if sequence.computed() >= sequence.prompt_len && !sequence.remembered {
+                let offers = sequence.shares && !sequence.remembered;
+                if sequence.computed() >= sequence.prompt_len && offers {
                     // From now on, requests with the same beginning find it.
                     sequence.remembered = true;
                     let dense = sequence.dense.min(sequence.prompt_len);

@@ -6,12 +6,16 @@ use tinyserve_kv::KvError;
 use tinyserve_model::{ModelError, Observe};
 use tinyserve_plugins::{Finish, PluginFailure, Prefilled, Pruned, Step, Verdict};
 
+use crate::pruning::Pruning;
 use crate::sequence::{End, Sequence};
-use crate::{Failure, FailureKind, FinishReason, Runner, StopReason};
+use crate::{Failure, FailureKind, FinishReason, Runner, RunnerShape, StopReason};
 
 /// What a step of `sequence` that ends before its token `end` has to tell of its attention.
 pub(super) fn observe(sequence: &Sequence, end: usize) -> Observe {
     let needs = sequence.plugins.needs();
+    if end <= sequence.seen {
+        return Observe::NOTHING;
+    }
     Observe {
         entropy: needs.attention_entropy && end == sequence.tokens.len(),
         mass_rows: if needs.attention_mass { usize::MAX } else { 0 },
@@ -32,6 +36,9 @@ pub(super) fn prefill<R: Runner>(
     sequence: &mut Sequence,
     computed: Range<usize>,
 ) -> Result<(), Failure> {
+    if computed.end <= sequence.seen {
+        return Ok(());
+    }
     let first = std::mem::take(&mut sequence.fresh);
     if sequence.plugins.is_idle() {
         return Ok(());
@@ -40,7 +47,7 @@ pub(super) fn prefill<R: Runner>(
         last: computed.end == sequence.tokens.len(),
         computed,
         first,
-        cached_tokens: sequence.table.len(),
+        cached_tokens: sequence.cached(),
         mass: runner.attention_mass(row),
     };
     let verdict = sequence.plugins.on_prefill(&prefilled).map_err(|failed| failure(&failed))?;
@@ -56,7 +63,7 @@ pub(super) fn step<R: Runner>(
 ) -> Result<(), Failure> {
     let step = Step {
         generated: &sequence.tokens[sequence.prompt_len..],
-        cached_tokens: sequence.table.len(),
+        cached_tokens: sequence.cached(),
         logits,
         attention_entropy: runner.attention_entropy(row),
         // The last part of a prompt has told it already.
@@ -87,26 +94,41 @@ fn act<R: Runner>(
         stop(sequence, verdict);
         return Ok(());
     }
-    let bytes_per_page = runner.shape().bytes_per_page;
-    let bytes = |sequence: &Sequence| (sequence.table.pages().len() * bytes_per_page) as u64;
-    let bytes_before = bytes(sequence);
-    match runner.prune(&mut sequence.table, &verdict.prune) {
-        Ok(()) => {
-            let bytes_after = bytes(sequence);
-            sequence.plugins.pruned(&verdict, Pruned { bytes_before, bytes_after });
-            sequence.kv.pruned_tokens += verdict.prune.len() as u64;
-            sequence.kv.pruned_bytes += bytes_before - bytes_after;
-            Ok(())
-        }
-        // Shared pages have to be replaced before they can be left: when there is no room for that
-        // now, there is no memory to be won now.
-        Err(ModelError::Kv(KvError::OutOfPages { .. })) => Ok(()),
-        Err(error) => {
-            let plugins = sequence.plugins.pruning().collect::<Vec<_>>().join("\", \"");
-            let sentence = format!("plugin \"{plugins}\" cannot prune: {error}");
-            Err(Failure { kind: FailureKind::Plugin, sentence })
-        }
+    let RunnerShape { page_size, bytes_per_page, .. } = runner.shape();
+    let bytes = |tokens: usize| (tokens.div_ceil(page_size) * bytes_per_page) as u64;
+    let bytes_before = bytes(sequence.cached());
+    let (computed, places) = (sequence.computed(), verdict.prune.clone());
+    sequence.prunings.push(Pruning { computed, places });
+    match prune(runner, sequence) {
+        // Shared pages have to be replaced before they can be left. There is no room for that now:
+        // the next plan makes some.
+        Ok(()) | Err(ModelError::Kv(KvError::OutOfPages { .. })) => {}
+        Err(error) => return Err(cannot_prune(sequence, &error)),
     }
+    let bytes_after = bytes(sequence.cached());
+    sequence.plugins.pruned(&verdict, Pruned { bytes_before, bytes_after });
+    sequence.kv.pruned_tokens += verdict.prune.len() as u64;
+    sequence.kv.pruned_bytes += bytes_before - bytes_after;
+    Ok(())
+}
+
+/// Prunes what is to be pruned before another token of `sequence` is computed.
+///
+/// # Errors
+/// When pages are missing or cannot be taken apart; what was pruned until then is.
+pub(super) fn prune<R: Runner>(runner: &mut R, sequence: &mut Sequence) -> Result<(), ModelError> {
+    let computed = sequence.computed();
+    while let Some(due) = sequence.prunings.next().filter(|due| due.computed == computed) {
+        runner.prune(&mut sequence.table, &due.places)?;
+        sequence.prunings.note_made();
+    }
+    Ok(())
+}
+
+pub(super) fn cannot_prune(sequence: &Sequence, error: &ModelError) -> Failure {
+    let plugins = sequence.plugins.pruning().collect::<Vec<_>>().join("\", \"");
+    let sentence = format!("plugin \"{plugins}\" cannot prune: {error}");
+    Failure { kind: FailureKind::Plugin, sentence }
 }
 
 /// Ends the sequence if a plugin wants it.

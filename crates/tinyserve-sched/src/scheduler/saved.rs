@@ -6,6 +6,7 @@ use tinyserve_kv::{KvError, Prefix};
 use tinyserve_model::{ModelError, SessionToSave};
 
 use super::Scheduler;
+use crate::pruning::Prunings;
 use crate::session::Kept;
 use crate::{Runner, SessionInfo};
 
@@ -16,7 +17,7 @@ impl<R: Runner> Scheduler<R> {
     /// # Errors
     /// When there is no such session, a request of it runs, or the file cannot be written.
     pub fn save_session(&self, id: &str, path: &Path, identity: &str) -> Result<usize, ModelError> {
-        let Some(Kept { table, tokens, cache_salt, dense }) = self.sessions.kept(id) else {
+        let Some(Kept { table, tokens, cache_salt, dense, .. }) = self.sessions.kept(id) else {
             let expected = "a session that holds pages and whose requests have ended";
             return Err(refused(id, expected));
         };
@@ -53,6 +54,7 @@ impl<R: Runner> Scheduler<R> {
             tokens: restored.tokens,
             cache_salt: restored.salt,
             dense: restored.dense_tokens,
+            prunings: Prunings::default(),
         };
         if let Some(before) = self.sessions.keep(id, kept) {
             self.runner.release(before.table);

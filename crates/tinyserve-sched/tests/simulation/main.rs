@@ -1,6 +1,7 @@
 //! Thousands of schedules on a clock that is moved by hand and a toy in a model's place.
 #![forbid(unsafe_code)]
 
+mod adaptive;
 mod toy;
 
 use std::collections::HashMap;
@@ -9,6 +10,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use tinyserve_model::SamplingParams;
+use tinyserve_plugins::{Action, HookResult, Plugin, PluginManager, PrefillContext, StepContext};
 use tinyserve_sched::{
     AdmissionError, Clock, Engine, EngineConfig, EngineState, Event, EventStream, FailureKind,
     Finished, Request, RequestId, Runner, Scheduler,
@@ -39,6 +41,8 @@ struct Plan {
     session: Option<u8>,
     scores_prompt: bool,
     seed: Option<u64>,
+    /// Whether a plugin takes tokens out of its cache.
+    forgets: bool,
 }
 
 impl Plan {
@@ -57,6 +61,9 @@ impl Plan {
         request.priority = self.priority;
         request.session = self.session.map(|session| session.to_string());
         request.prompt_logprobs = self.scores_prompt.then_some(0);
+        if self.forgets {
+            request.plugins = vec![("forgetful".to_owned(), true)];
+        }
         request
     }
 
@@ -79,14 +86,17 @@ fn plan() -> impl Strategy<Value = Plan> {
     ];
     let session = prop::option::weighted(0.4, 0..3_u8);
     let seed = prop::option::weighted(0.3, any::<u64>());
-    (prompt, 1..20_usize, -2..3_i32, session, prop::bool::weighted(0.1), seed).prop_map(
-        |(prompt, max_tokens, priority, session, scores_prompt, seed)| Plan {
+    let flags = (prop::bool::weighted(0.1), prop::bool::weighted(0.3));
+    (prompt, 1..20_usize, -2..3_i32, session, flags, seed).prop_map(
+        |(prompt, max_tokens, priority, session, (scores_prompt, forgets), seed)| Plan {
             prompt,
             max_tokens,
             priority,
             session,
             scores_prompt,
             seed,
+            // A session goes on from what an earlier request forgot, and alone there is none.
+            forgets: forgets && session.is_none(),
         },
     )
 }
@@ -118,6 +128,25 @@ fn config() -> impl Strategy<Value = (EngineConfig, usize, usize)> {
             };
             (config, pages, page_size)
         })
+}
+
+/// Forgets some tokens of the prompt, and of the answer now and then.
+struct Forgetful;
+
+impl Plugin for Forgetful {
+    fn on_prefill(&self, context: &mut PrefillContext<'_>) -> HookResult {
+        assert!(context.is_first() || context.computed().start > 0);
+        let forgets = context.is_last() && context.cached_tokens() > 4;
+        Ok(if forgets { Action::Prune(vec![1, 3]) } else { Action::Continue })
+    }
+
+    fn on_step(&self, context: &mut StepContext<'_>) -> HookResult {
+        let (cached, generated) = (context.cached_tokens() as u32, context.generated().len());
+        *context.state::<usize>() += 1;
+        assert_eq!(*context.state::<usize>(), generated + 1, "it sees each step once");
+        let forgets = generated % 4 != 1 && cached > 5;
+        Ok(if forgets { Action::Prune(vec![2, cached - 2]) } else { Action::Continue })
+    }
 }
 
 /// What is known of a request from its events.
@@ -165,8 +194,15 @@ struct World {
 
 impl World {
     fn new((config, pages, page_size): (EngineConfig, usize, usize)) -> Self {
+        let plugins = PluginManager::new();
+        plugins.register("forgetful", Forgetful).unwrap();
+        plugins.disable("forgetful").unwrap();
+        Self::of(Toy::new(pages, page_size), EngineConfig { plugins, ..config })
+    }
+
+    fn of(toy: Toy, config: EngineConfig) -> Self {
         let clock = config.clock.clone();
-        let scheduler = Scheduler::new(Toy::new(pages, page_size), config).unwrap();
+        let scheduler = Scheduler::new(toy, config).unwrap();
         let aborts = std::sync::Arc::default();
         Self { scheduler, clock, milliseconds: 0, heard: Vec::new(), aborts }
     }
@@ -382,8 +418,8 @@ fn world(pages: usize) -> World {
 
 fn simple(prompt: usize, max_tokens: usize, priority: i32) -> Plan {
     let prompt = (0..prompt as u32).map(|i| i % DRAWN).collect();
-    let (session, scores_prompt, seed) = (None, false, None);
-    Plan { prompt, max_tokens, priority, session, scores_prompt, seed }
+    let (session, scores_prompt, seed, forgets) = (None, false, None, false);
+    Plan { prompt, max_tokens, priority, session, scores_prompt, seed, forgets }
 }
 
 #[test]
@@ -484,10 +520,10 @@ fn what_a_dead_replica_had_fails_and_others_go_on() {
     let config = EngineConfig { max_sequence_length: 60, ..EngineConfig::default() };
     let engine = Engine::start_replicas("toy", vec![broken, Toy::new(20, 4)], &config).unwrap();
     let plan = simple(4, 20, 0);
+    let request = |session: u32| plan.request().session(session.to_string());
     let mut failed = 0;
     for session in 0..20 {
-        let request = plan.request().session(session.to_string());
-        match engine.submit(request).unwrap().last().unwrap() {
+        match engine.submit(request(session)).unwrap().last().unwrap() {
             Event::Finished(_) => {}
             Event::Failed(failure) => {
                 assert_eq!(failure.kind, FailureKind::EngineStopped, "{failure}");
@@ -502,8 +538,10 @@ fn what_a_dead_replica_had_fails_and_others_go_on() {
     assert_eq!(engine.state(), EngineState::Running);
     // Its sessions start again elsewhere.
     for session in 0..20 {
-        let request = plan.request().session(session.to_string());
-        assert!(matches!(engine.submit(request).unwrap().last(), Some(Event::Finished(_))));
+        assert!(matches!(
+            engine.submit(request(session)).unwrap().last(),
+            Some(Event::Finished(_))
+        ));
     }
     assert_eq!(engine.list_sessions().wait().unwrap().len(), 20);
 }

@@ -1,13 +1,15 @@
 //! A toy in a model's place: its pages hold the tokens themselves, and the next token is a hash of
 //! all that its pages hold, so that a page in the wrong place or of somebody else changes the text.
 
-use tinyserve_kernels::AttendStats;
+use std::time::Duration;
+
+use tinyserve_kernels::{AttendStats, Attention};
 use tinyserve_kv::{
     EvictionCause, EvictionPolicy, KvError, KvFormat, KvLayout, KvShape, PagePool, PageTable,
-    Prefix, PrefixIndex, PrefixOptions, PrefixStats,
+    Prefix, PrefixIndex, PrefixOptions, PrefixStats, TokenMove,
 };
-use tinyserve_model::{Batch, LogitRows, ModelError};
-use tinyserve_sched::{Runner, RunnerShape};
+use tinyserve_model::{Batch, LogitRows, ModelError, SequenceStep};
+use tinyserve_sched::{Clock, Runner, RunnerShape};
 
 pub(crate) const VOCAB: usize = 40;
 /// A step with this token fails.
@@ -29,6 +31,8 @@ pub(crate) struct Toy {
     logits: Vec<Vec<Vec<f32>>>,
     /// Extending dies, outside of what a step may, after so many times.
     pub(crate) dies_at: Option<usize>,
+    /// What a step takes, and what it takes more for each page that it reads, on a clock.
+    pub(crate) takes: Option<(Clock, Duration, Duration)>,
     /// Most tokens of a step so far.
     pub(crate) largest_step: usize,
     /// Most sequences of a step so far.
@@ -52,8 +56,22 @@ impl Toy {
             pages: vec![vec![u32::MAX; page_size]; pages],
             logits: Vec::new(),
             dies_at: None,
+            takes: None,
             largest_step: 0,
             widest_step: 0,
+        }
+    }
+}
+
+impl Toy {
+    /// Pages that a step would read in a layer that selects.
+    fn pages_read(&self, step: &SequenceStep<'_>) -> usize {
+        let (tokens, all) = (step.table.len(), step.table.pages().len());
+        match step.attention {
+            Attention::Policy(policy) => {
+                policy.page_budget(policy.dense_layers, tokens, self.page_size).unwrap_or(all)
+            }
+            _ => all,
         }
     }
 }
@@ -127,6 +145,23 @@ impl Runner for Toy {
         table.len()
     }
 
+    fn prune(&mut self, table: &mut PageTable, places: &[u32]) -> Result<(), ModelError> {
+        let moves = match table.prune(&mut self.pool, places) {
+            Err(KvError::OutOfPages { needed, free, .. })
+                if needed <= free + self.pool.idle_pages() =>
+            {
+                self.prefixes.evict(&mut self.pool, needed - free, EvictionCause::Room);
+                table.prune(&mut self.pool, places)?
+            }
+            result => result?,
+        };
+        for TokenMove { from, to, .. } in moves {
+            let token = self.pages[from.page.index()][from.offset];
+            self.pages[to.page.index()][to.offset] = token;
+        }
+        Ok(())
+    }
+
     fn release(&mut self, table: PageTable) {
         table.release(&mut self.pool);
     }
@@ -135,20 +170,24 @@ impl Runner for Toy {
         self.widest_step = self.widest_step.max(batch.sequences.len());
         let tokens = batch.sequences.iter().map(|step| step.tokens.len()).sum();
         self.largest_step = self.largest_step.max(tokens);
+        if let Some((clock, fixed, page)) = &self.takes {
+            let pages = batch.sequences.iter().map(|step| self.pages_read(step)).sum::<usize>();
+            clock.advance(*fixed + *page * pages as u32);
+        }
         self.logits.clear();
         for step in batch.sequences {
             assert!(!step.tokens.contains(&PANICS), "{PANIC}");
             if step.tokens.contains(&FAILS) {
                 return Err(ModelError::NotFinite { what: "the toy" });
             }
-            let first = step.first_position();
-            for (position, &token) in (first..).zip(step.tokens) {
-                let slot = step.table.slot(position);
+            let first = step.first_place();
+            for (place, &token) in (first..).zip(step.tokens) {
+                let slot = step.table.slot(place);
                 self.pages[slot.page.index()][slot.offset] = token;
             }
             let all: Vec<u32> = (0..step.table.len())
-                .map(|position| {
-                    let slot = step.table.slot(position);
+                .map(|place| {
+                    let slot = step.table.slot(place);
                     self.pages[slot.page.index()][slot.offset]
                 })
                 .collect();

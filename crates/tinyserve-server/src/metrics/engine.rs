@@ -200,6 +200,18 @@ impl Page<'_> {
                 recall,
             )?;
         }
+        if let Some(reuse) = stats.reuse() {
+            self.gauge(
+                "tinyserve:selection_reuse",
+                "Share of selected pages that the step before had selected, too, 0 to 1",
+                reuse,
+            )?;
+        }
+        self.counter(
+            "tinyserve:budget_moves",
+            "Times that the selection budget was moved to keep to a latency",
+            stats.budget_moves,
+        )?;
         Ok(())
     }
 

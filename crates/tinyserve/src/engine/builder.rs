@@ -2,18 +2,20 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tinyserve_kernels::{Backend, Cpu, CpuOptions, Cuda};
 use tinyserve_kv::{PageSelector, PrefixIndex, PrefixOptions};
 use tinyserve_model::{CacheOutcome, Checkpoint, KvCache, LoadOptions, MemoryPlan, Model};
 use tinyserve_plugins::PluginManager;
-use tinyserve_sched::{AttentionChoice, Engine, EngineConfig, ModelRunner};
+use tinyserve_sched::{
+    Adaptive, AttentionChoice, BudgetMove, Engine, EngineConfig, ModelRunner, OnStart,
+};
 
 use super::TinyServe;
+use crate::affinity::Pinning;
 use crate::{
-    AttentionMode, Device, PlannedMemory, RopeFrequencyDtype, TinyServeConfig, TinyServeError,
-    Weights,
+    AttentionMode, PlannedMemory, RopeFrequencyDtype, TinyServeConfig, TinyServeError, Weights,
 };
 
 /// Collects settings and builds a [`TinyServe`].
@@ -24,7 +26,11 @@ pub struct TinyServeBuilder {
     checkpoint: Option<Checkpoint>,
     plugins: PluginManager,
     cpu: CpuOptions,
+    on_budget_move: Option<OnBudgetMove>,
 }
+
+/// Is told how the selection budget moves.
+type OnBudgetMove = Arc<dyn Fn(&BudgetMove) + Send + Sync>;
 
 impl TinyServeBuilder {
     /// Replaces all settings.
@@ -90,6 +96,14 @@ impl TinyServeBuilder {
         self
     }
 
+    /// Called for every move that `adaptive` makes, on the thread of the engine that makes it: an
+    /// engine that is told nothing moves its budget in silence.
+    #[must_use]
+    pub fn on_budget_move(mut self, tell: impl Fn(&BudgetMove) + Send + Sync + 'static) -> Self {
+        self.on_budget_move = Some(Arc::new(tell));
+        self
+    }
+
     /// A page selector of your own in place of the policy that the settings describe.
     #[must_use]
     pub fn selector(mut self, selector: Arc<dyn PageSelector>) -> Self {
@@ -138,33 +152,35 @@ impl TinyServeBuilder {
         let config = self.config;
         config.check()?;
         // Opened before anything is read: a device that is not there is told at once.
-        let cuda = match config.device {
-            Device::Cuda(number) => {
-                Some(Cuda::new(number)?.use_fused_kernel(config.use_fused_kernel))
-            }
-            Device::Auto | Device::Cpu => None,
+        let devices = config.cuda_devices();
+        let open = |number| {
+            Ok::<_, TinyServeError>(Cuda::new(number)?.use_fused_kernel(config.use_fused_kernel))
         };
-        if cuda.is_some() && config.replicas > 1 {
-            return Err(TinyServeError::Setting {
-                field: "replicas",
-                found: config.replicas.to_string(),
-                expected: "1 on a CUDA device".to_owned(),
-            });
-        }
+        let cudas = devices.into_iter().map(open).collect::<Result<Vec<_>, _>>()?;
         let replicas = config.replicas;
         let threads = config.threads.or_else(|| {
             let all = std::thread::available_parallelism().map_or(1, usize::from);
             (replicas > 1).then_some(all)
         });
         let threads = threads.map(|all| (all / replicas).max(1));
-        let backends = (0..replicas)
-            .map(|_| Cpu::new(CpuOptions { threads, ..self.cpu }))
-            .collect::<Result<Vec<_>, _>>()?;
+        let pinning = threads.and_then(|threads| Pinning::plan(replicas, threads));
+        let options = CpuOptions { threads, ..self.cpu };
+        let backends = (0..replicas).map(|replica| pinned_cpu(options, replica, pinning.as_ref()));
+        let backends = backends.collect::<Result<Vec<_>, _>>()?;
         let (path, threads) = (backends[0].path(), backends[0].threads());
-        let backend_name = match (&cuda, replicas) {
-            (Some(cuda), _) => format!("cuda:{}, {}", cuda.device().ordinal, cuda.device().name),
-            (None, 1) => format!("CPU, {path}, {threads} threads"),
-            (None, _) => format!("CPU, {path}, {replicas} replicas of {threads} threads"),
+        let backend_name = match (&cudas[..], replicas) {
+            ([], 1) => format!("CPU, {path}, {threads} threads"),
+            ([], _) => {
+                let pinned = pinning.as_ref().map_or("", |_| ", each on processors of its own");
+                format!("CPU, {path}, {replicas} replicas of {threads} threads{pinned}")
+            }
+            (cudas, _) => {
+                let name = |cuda: &Cuda| {
+                    let device = cuda.device();
+                    format!("cuda:{}, {}", device.ordinal, device.name)
+                };
+                cudas.iter().map(name).collect::<Vec<_>>().join("; ")
+            }
         };
         let mut checkpoint = match self.checkpoint {
             Some(checkpoint) => checkpoint,
@@ -177,9 +193,12 @@ impl TinyServeBuilder {
         // Only text needs a tokenizer: a checkpoint without one still serves token ids.
         let tokenizer = checkpoint.tokenizer().map_err(|error| error.to_string());
         let chat_template = checkpoint.chat_template();
-        let memory = match &cuda {
-            Some(cuda) => {
-                PlannedMemory::on_device(&config, &checkpoint, cuda.device().free as u64)?
+        // Every device holds a replica of its own; the plan is for the one with the least room.
+        let free = cudas.iter().map(|cuda| cuda.device().free as u64).min();
+        let memory = match free {
+            Some(free) => {
+                let all = free.saturating_mul(replicas as u64);
+                PlannedMemory::on_device(&config, &checkpoint, all)?
             }
             None => PlannedMemory::new(&config, &checkpoint, threads)?,
         };
@@ -202,19 +221,38 @@ impl TinyServeBuilder {
             (AttentionMode::Dense, None) => AttentionChoice::Dense,
             (_, None) => AttentionChoice::Policy(config.selection_policy()),
         };
+        let adaptive = config.adaptive.then(|| Adaptive {
+            target: Duration::from_secs_f64(config.target_latency_ms / 1e3),
+            min_budget: config.adaptive_min_budget,
+            max_budget: config.adaptive_max_budget,
+            on_move: self.on_budget_move.unwrap_or_else(|| Arc::new(|_: &BudgetMove| {})),
+        });
+        let layers = checkpoint.config().layers;
+        if config.adaptive && config.dense_layers >= layers {
+            return Err(TinyServeError::Setting {
+                field: "dense_layers",
+                found: config.dense_layers.to_string(),
+                expected: format!("fewer than the {layers} of the model with adaptive"),
+            });
+        }
         let plugins = self.plugins;
         config.register_plugins(&plugins)?;
         let scheduling = EngineConfig {
             plugins: plugins.clone(),
             max_sequence_length: memory.max_sequence_length,
             attention,
+            adaptive,
+            on_start: pinning.map_or_else(OnStart::default, |pinning| {
+                OnStart::new(move |replica| pinning.pin(replica))
+            }),
             eos: checkpoint.config().eos.clone(),
             tokenizer: tokenizer.as_ref().ok().cloned(),
             ..config.scheduling()
         };
-        let (engine, weight_bytes, weights_cache) = match cuda {
-            Some(cuda) => loading.start(vec![cuda], &scheduling, progress)?,
-            None => loading.start(backends, &scheduling, progress)?,
+        let (engine, weight_bytes, weights_cache) = if cudas.is_empty() {
+            loading.start(backends, &scheduling, progress)?
+        } else {
+            loading.start(cudas, &scheduling, progress)?
         };
         Ok(TinyServe {
             model: checkpoint.config().clone(),
@@ -226,12 +264,31 @@ impl TinyServeBuilder {
             weights_cache,
             stored: checkpoint.dtype(),
             load: start.elapsed(),
+            threads,
             backend_name,
             plugins,
             engine,
             config,
         })
     }
+}
+
+/// A backend whose threads run where those of `replica` shall.
+fn pinned_cpu(
+    options: CpuOptions,
+    replica: usize,
+    pinning: Option<&Pinning>,
+) -> Result<Cpu, TinyServeError> {
+    let Some(pinning) = pinning else { return Ok(Cpu::new(options)?) };
+    // Threads inherit the processors of the one that starts them; the caller's stay as they are.
+    let made = std::thread::scope(|scope| {
+        let making = scope.spawn(|| {
+            pinning.pin(replica);
+            Cpu::new(options)
+        });
+        making.join()
+    });
+    Ok(made.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?)
 }
 
 /// What models are loaded from, whatever the device.

@@ -170,6 +170,7 @@ impl<B: Measurable> Bench<B> {
                 sequences: &sequences,
                 pages,
                 measure_recall: false,
+                page_lists: None,
                 sequence_stats: None,
                 observe: None,
                 out: &mut out,

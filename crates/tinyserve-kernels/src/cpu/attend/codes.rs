@@ -100,7 +100,7 @@ impl StoredPages for CodePages<'_> {
     #[inline(always)]
     fn prefetch<S: Simd>(tile: &Tile<'_, Self>, simd: S, i: usize) {
         for line in tile.code_page(i).bytes().chunks(64) {
-            simd.prefetch(line.as_ptr());
+            simd.prefetch_far(line.as_ptr());
         }
     }
 }

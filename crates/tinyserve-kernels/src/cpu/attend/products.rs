@@ -249,8 +249,9 @@ pub(super) fn dots<S: Simd, const Q: usize, const BITS: usize, const BLOCKED: bo
                     break;
                 }
                 for (factors, counts) in queries.iter().zip(&mut counts) {
+                    let factors = &factors[first..first + (PIECES - 1) * step + 1];
                     for (piece, counts) in counts.iter_mut().enumerate() {
-                        let factor = factors[first + piece * step];
+                        let factor = factors[piece * step];
                         *counts = simd.add_products(*counts, codes, factor.cast_signed());
                     }
                 }
@@ -397,7 +398,10 @@ impl<'p, F: Fn(usize) -> CodePage<'p>> Values<'_, F> {
         while at < channels.end {
             let state = (&mut *state, query);
             at += match (channels.end - at).div_ceil(BLOCK) {
-                4.. if S::LANES == BLOCK => self.add_blocks::<S, Q, 4, BITS>(simd, at, state, sums),
+                // More sums than this leave the registers.
+                4.. if Q == 1 && S::LANES == BLOCK => {
+                    self.add_blocks::<S, Q, 4, BITS>(simd, at, state, sums)
+                }
                 2.. => self.add_blocks::<S, Q, 2, BITS>(simd, at, state, sums),
                 _ => self.add_blocks::<S, Q, 1, BITS>(simd, at, state, sums),
             };

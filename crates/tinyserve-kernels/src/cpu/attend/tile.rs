@@ -251,7 +251,7 @@ impl<E: KvElement + Element> StoredPages for HeadPages<'_, E> {
         let page = tile.page(i);
         for rows in [page.keys, page.values] {
             for line in rows.chunks(LINE_BYTES / size_of::<E>()) {
-                simd.prefetch(line.as_ptr());
+                simd.prefetch_far(line.as_ptr());
             }
         }
     }

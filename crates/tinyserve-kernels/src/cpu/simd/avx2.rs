@@ -136,6 +136,11 @@ impl Simd for Avx2 {
         // A hint never faults, wherever it points.
         intrinsic!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
     }
+    #[inline(always)]
+    fn prefetch_far<T>(self, address: *const T) {
+        // As above.
+        intrinsic!(_mm_prefetch::<_MM_HINT_T1>(address.cast()));
+    }
 
     #[inline(always)]
     fn store_bytes(self, x: __m256, out: &mut [u8]) {
@@ -268,6 +273,10 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn add_block(self, sums: [__m256; 2], block: [__m256; 2], factor: f32) -> [__m256; 2] {
         std::array::from_fn(|i| self.mul_add(block[i], self.splat(factor), sums[i]))
+    }
+    #[inline(always)]
+    fn block(self, x: &[f32]) -> [__m256; 2] {
+        [self.load(x), self.load(&x[8..])]
     }
     #[inline(always)]
     fn block_values(self, block: [__m256; 2]) -> [f32; 16] {

@@ -181,6 +181,11 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         // A hint never faults, wherever it points.
         intrinsic!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
     }
+    #[inline(always)]
+    fn prefetch_far<T>(self, address: *const T) {
+        // As above.
+        intrinsic!(_mm_prefetch::<_MM_HINT_T1>(address.cast()));
+    }
 
     #[inline(always)]
     fn store_bytes(self, x: __m512, out: &mut [u8]) {
@@ -293,6 +298,10 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     #[inline(always)]
     fn add_block(self, sums: __m512, block: __m512, factor: f32) -> __m512 {
         self.mul_add(block, self.splat(factor), sums)
+    }
+    #[inline(always)]
+    fn block(self, x: &[f32]) -> __m512 {
+        self.load(x)
     }
     #[inline(always)]
     fn block_values(self, block: __m512) -> [f32; 16] {

@@ -232,6 +232,11 @@ impl Simd for Neon {
         std::array::from_fn(|i| intrinsic!(vfmaq_n_f32(sums[i], block[i], factor)))
     }
     #[inline(always)]
+    fn block(self, x: &[f32]) -> Self::Block {
+        let x = &x[..16];
+        std::array::from_fn(|i| intrinsic!(vld1q_f32(x[4 * i..].as_ptr())))
+    }
+    #[inline(always)]
     fn block_values(self, block: Self::Block) -> [f32; 16] {
         let mut values = [0.0; 16];
         for (values, block) in values.chunks_exact_mut(4).zip(block) {

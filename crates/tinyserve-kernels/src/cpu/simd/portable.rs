@@ -141,6 +141,10 @@ impl Simd for Portable {
         std::array::from_fn(|o| sums[o] + block[o] * factor)
     }
     #[inline(always)]
+    fn block(self, x: &[f32]) -> [f32; 16] {
+        std::array::from_fn(|i| x[i])
+    }
+    #[inline(always)]
     fn block_values(self, block: [f32; 16]) -> [f32; 16] {
         block
     }
