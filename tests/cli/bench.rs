@@ -347,7 +347,7 @@ fn a_turn_of_a_conversation_computes_what_is_new() {
         assert!(number(row, "ttft_ms") > 0.0 && number(row, "ttft_alone_ms") > 0.0, "{row}");
     }
     assert_eq!(words(command).done().lines().count(), 5);
-    words(&format!("{command} --turns 0")).refused_with(2, &["--turns is 0"]);
+    words("bench conversation --turns 0").refused_with(2, &["--turns is 0"]);
     words("bench conversation -p 500 -n 50").refused_with(2, &["at most 512"]);
 }
 

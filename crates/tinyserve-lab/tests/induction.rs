@@ -34,7 +34,7 @@ fn ask(
 /// times.
 fn dense_is_exact(context: usize, passkeys: usize) {
     for geometry in InductionGeometry::ALL {
-        for (pairs, samples) in [(64, 64), (1, passkeys)] {
+        for (pairs, samples) in [(64, 64), (1, passkeys)].into_iter().filter(|it| it.1 > 0) {
             let test = NeedleTest { context, pairs, samples, seed: 1 };
             let rows = ask(geometry, &test, 0, &[trial("dense", 1)]);
             assert_eq!(rows[0].correct, samples, "{geometry:?} {pairs} pairs: {rows:?}");

@@ -14,6 +14,9 @@ use crate::cpu::simd::{LARGEST, PIECES, Simd};
 /// Pages of a block of neighbours from which on they share a look at their boxes.
 const SHARED_LOOK: usize = 5;
 
+/// Pages from the one in use to the one that memory is asked for.
+const PAGES_AHEAD: usize = 4;
+
 /// Buffers of pages of codes, reused from tile to tile.
 #[derive(Debug, Default)]
 pub(super) struct CodeScratch {
@@ -97,18 +100,36 @@ impl StoredPages for CodePages<'_> {
         }
     }
 
+    /// Nothing: pages of codes are asked for line by line between their products, because a whole
+    /// page at once fills the queue to memory, and then the products wait.
     #[inline(always)]
-    fn prefetch<S: Simd>(tile: &Tile<'_, Self>, simd: S, i: usize) {
-        for line in tile.code_page(i).bytes().chunks(64) {
-            simd.prefetch_far(line.as_ptr());
-        }
-    }
+    fn prefetch<S: Simd>(_: &Tile<'_, Self>, _: S, _: usize) {}
 }
 
 impl Tile<'_, CodePages<'_>> {
     #[inline(always)]
     fn code_page(&self, i: usize) -> CodePage<'_> {
         self.pages.get(self.unit.table(self.context)[self.list.get(i)])
+    }
+
+    /// What memory is asked for while page `i` of a chunk that begins with page `first` is scored:
+    /// keys and scales of a page ahead, and the values of the chunk's first pages, which no page
+    /// before them asks for.
+    #[inline(always)]
+    fn ahead(&self, i: usize, first: usize) -> [&[u8]; 3] {
+        let layout = self.pages.layout();
+        let mut lines: [&[u8]; 3] = [&[]; 3];
+        if self.unit.rows.len() > 1 {
+            return lines;
+        }
+        if i + PAGES_AHEAD < self.range.end {
+            let bytes = self.code_page(i + PAGES_AHEAD).bytes();
+            (lines[0], lines[1]) = (&bytes[layout.keys()], &bytes[layout.values().end..]);
+        }
+        if i < first + PAGES_AHEAD {
+            lines[2] = &self.code_page(i).bytes()[layout.values()];
+        }
+        lines
     }
 
     /// Page `i` of the list as it was appended.
@@ -192,9 +213,6 @@ impl Tile<'_, CodePages<'_>> {
             while end < pages.end && index(end) / BLOCK == block {
                 end += 1;
             }
-            for i in first..end {
-                self.prefetch_after(simd, i);
-            }
             let group = block * BLOCK / GROUP_PAGES;
             let (layer, head) = (self.context.layer, self.unit.kv_head);
             let boxes = self.context.pages.group_boxes::<f16>(layer, group, head);
@@ -271,9 +289,11 @@ impl Tile<'_, CodePages<'_>> {
                 units[q] = codes.units[query + q] / highest * widest[lane];
             }
             let at = query * chunk + (i - first) * size;
+            let ahead = if query == 0 { self.ahead(i, first) } else { [&[] as &[u8]; 3] };
             products::dots::<S, Q, BITS, true>(
                 simd,
                 (self.code_page(i).bytes(), layout, size),
+                ahead,
                 (&codes.factors[..Q * length], lane),
                 (&starts, &units),
                 (&mut scores[at..], chunk),
@@ -301,7 +321,7 @@ impl Tile<'_, CodePages<'_>> {
         for (columns, offsets) in codes.columns.chunks_exact(S::LANES * dim).zip(offsets) {
             products::page_offsets(simd, columns, &codes.minima[..dim], offsets);
         }
-        let place = (i, (i - first) * self.context.pages.layout().page_size());
+        let place = (i, first);
         let mut query = 0;
         while query < shape.queries {
             let out = (&mut *scores, chunk);
@@ -318,7 +338,7 @@ impl Tile<'_, CodePages<'_>> {
     fn page_of<S: Simd, const Q: usize, const BITS: usize>(
         &self,
         simd: S,
-        (i, at): (usize, usize),
+        (i, first): (usize, usize),
         (query, widest): (usize, f32),
         (scores, chunk): (&mut [f32], usize),
         codes: &mut CodeScratch,
@@ -334,12 +354,15 @@ impl Tile<'_, CodePages<'_>> {
             starts[q] = codes.offsets[query + q];
             units[q] = codes.units[query + q] / highest * widest;
         }
+        let at = query * chunk + (i - first) * size;
+        let ahead = if query == 0 { self.ahead(i, first) } else { [&[] as &[u8]; 3] };
         products::dots::<S, Q, BITS, false>(
             simd,
             (self.code_page(i).bytes(), layout, size),
+            ahead,
             (&codes.factors[..Q * length], 0),
             (&starts, &units),
-            (&mut scores[query * chunk + at..], chunk),
+            (&mut scores[at..], chunk),
         );
         Q
     }
@@ -432,6 +455,11 @@ impl Tile<'_, CodePages<'_>> {
                     layout,
                     head_dim: shape.head_dim,
                     pieces: &codes.pieces[..q * PIECES * tokens],
+                    ahead: if group + query == 0 && self.unit.rows.len() == 1 {
+                        PAGES_AHEAD
+                    } else {
+                        0
+                    },
                 };
                 let (range, target) = (group * channels..end, (&mut *state, query));
                 if q == 2 {

@@ -14,6 +14,8 @@ use crate::cpu::simd::{Element, LARGEST, PIECES, SPLIT, Simd};
 
 /// Tokens, channels or pages side by side: what a [`Simd::Block`] holds.
 pub(super) const BLOCK: usize = 16;
+/// Bytes that memory is read by.
+const LINE: usize = 64;
 /// Codes that one word of each piece meets.
 const QUAD: usize = 4;
 /// Stands for the widest range and the largest number where all are zero.
@@ -214,11 +216,13 @@ pub(super) fn page_offsets<S: Simd>(simd: S, columns: &[f32], minima: &[f32], of
 ///
 /// `factors` are those of `Q` queries, one after the other: where they are `BLOCKED` as [`factors`]
 /// has them, with the page in lane `lane`, else as [`page_factors`] has. `starts` and `units` say
-/// what the scores of each query begin with, and what they count in.
+/// what the scores of each query begin with, and what they count in. Between the products memory is
+/// asked for the lines of `ahead`.
 #[inline(always)]
 pub(super) fn dots<S: Simd, const Q: usize, const BITS: usize, const BLOCKED: bool>(
     simd: S,
     (page, layout, size): (&[u8], CodeLayout, usize),
+    ahead: [&[u8]; 3],
     (factors, lane): (&[u32], usize),
     (starts, units): (&[f32; Q], &[f32; Q]),
     (out, chunk): (&mut [f32], usize),
@@ -230,10 +234,16 @@ pub(super) fn dots<S: Simd, const Q: usize, const BITS: usize, const BLOCKED: bo
     }
     // Words from a piece to the next.
     let step = if BLOCKED { BLOCK } else { S::LANES / QUAD };
+    let bytes: usize = ahead.iter().map(|part| part.len()).sum();
+    let lines_per_word = bytes.div_ceil(LINE).div_ceil(words * size.div_ceil(BLOCK));
+    let mut lines = ahead.iter().flat_map(|part| part.chunks(LINE));
     let mut token = 0;
     while token < size {
         let mut counts = [[simd.counts(0); PIECES]; Q];
         for word in 0..words {
+            for line in lines.by_ref().take(lines_per_word) {
+                simd.prefetch_far(line.as_ptr());
+            }
             let codes = load(simd, page, 4 * (word * size + token));
             for part in 0..8 / BITS {
                 let quad = word * (8 / BITS) + part;
@@ -342,6 +352,8 @@ pub(super) struct Values<'a, F> {
     pub(super) head_dim: usize,
     /// Pieces of weights times scales `[Q, PIECES, tokens]`, in whole words.
     pub(super) pieces: &'a [u8],
+    /// Pages from the one in use to the one that memory is asked for; 0 asks for none.
+    pub(super) ahead: usize,
 }
 
 impl<'p, F: Fn(usize) -> CodePage<'p>> Values<'_, F> {
@@ -357,7 +369,18 @@ impl<'p, F: Fn(usize) -> CodePage<'p>> Values<'_, F> {
         let (words, start) = (self.layout.value_words(), self.layout.values().start);
         for page in 0..self.pages {
             let bytes = (self.page)(page).bytes();
+            let ahead = match self.ahead {
+                1.. if at == 0 && page + self.ahead < self.pages => {
+                    &(self.page)(page + self.ahead).bytes()[self.layout.values()]
+                }
+                _ => &[],
+            };
+            let lines_per_word = ahead.len().div_ceil(LINE).div_ceil(words);
+            let mut lines = ahead.chunks(LINE);
             for word in 0..words {
+                for line in lines.by_ref().take(lines_per_word) {
+                    simd.prefetch_far(line.as_ptr());
+                }
                 let mut codes = [simd.codes(&[0; 4 * BLOCK]); V];
                 for (v, codes) in codes.iter_mut().enumerate() {
                     let row = word * self.head_dim + at + v * BLOCK;
