@@ -270,7 +270,14 @@ impl Session<'_> {
                     Ran::Refused(sentence) => found.refused = Some(sentence),
                 }
                 if let Some(peer) = &self.peer {
-                    found.peers.extend(peer.deep(deep, self.tinyserve.threads())?);
+                    match peer.deep(deep, self.tinyserve.threads()) {
+                        Ok(speeds) => found.peers.extend(speeds),
+                        Err(error) => {
+                            // Of some head sizes llama.cpp quantises no cache.
+                            eprintln!("{error:#}");
+                            found.refused = Some("llama.cpp does not run it".to_owned());
+                        }
+                    }
                 }
             }
         }
