@@ -83,13 +83,20 @@ pub(crate) trait Simd: Copy {
     // Numbers as bytes: what is added to [`SPLIT`] is rounded to a whole number of at most
     // [`LARGEST`] and split into signed bytes, `low + 256·middle + 65,536·high`.
 
-    /// Splits each element of a sum with [`SPLIT`]: `LANES` bytes for each piece.
+    /// Splits each element of a sum with [`SPLIT`]: `LANES` bytes of each piece, those of piece `p`
+    /// from word `4·p` of `out` on. Words from the twelfth on may be overwritten with anything.
     #[inline(always)]
-    fn split(self, sums: Self::V, [low, middle, high]: [&mut [u8]; PIECES]) {
+    fn split(self, sums: Self::V, out: &mut [u32]) {
         let mut wide = [0.0; 16];
         self.store(sums, &mut wide);
-        for (i, sum) in wide.iter().enumerate().take(Self::LANES) {
-            [low[i], middle[i], high[i]] = pieces(*sum);
+        for (word, sums) in wide[..Self::LANES].chunks_exact(4).enumerate() {
+            for piece in 0..PIECES {
+                let mut bytes = [0; 4];
+                for (byte, &sum) in bytes.iter_mut().zip(sums) {
+                    *byte = pieces(sum)[piece];
+                }
+                out[4 * piece + word] = u32::from_le_bytes(bytes);
+            }
         }
     }
     /// Splits four sums with [`SPLIT`] for each lane: `LANES` words for each piece, whose bytes are
@@ -130,10 +137,14 @@ pub(crate) trait Simd: Copy {
     fn counts(self, x: i32) -> Self::Counts;
     /// Adds the products of each output's four codes with the four signed bytes of `x`, exactly.
     fn add_products(self, counts: Self::Counts, codes: Self::Codes, x: i32) -> Self::Counts;
+    /// `a + b`.
+    fn add_whole(self, a: Self::Counts, b: Self::Counts) -> Self::Counts;
     /// Zero for every output.
     fn block_zero(self) -> Self::Block;
     /// Widens the first sixteen little-endian f16.
     fn block_f16(self, bytes: &[u8]) -> Self::Block;
+    /// The counts as numbers.
+    fn widen(self, counts: Self::Counts) -> Self::Block;
     /// `sums + counts·(scale·x_scale)`.
     fn add_counts(
         self,
@@ -146,6 +157,8 @@ pub(crate) trait Simd: Copy {
     fn add_block(self, sums: Self::Block, block: Self::Block, factor: f32) -> Self::Block;
     /// The first sixteen numbers of `x`.
     fn block(self, x: &[f32]) -> Self::Block;
+    /// Stores a block into the first sixteen elements.
+    fn store_block(self, block: Self::Block, out: &mut [f32]);
     /// The numbers of a block.
     fn block_values(self, block: Self::Block) -> [f32; 16];
 
@@ -322,12 +335,13 @@ mod tests {
         type Output = ();
         #[inline(always)]
         fn run<S: Simd>(self, simd: S) {
-            let Self(x, [low, middle, high]) = self;
-            for (i, x) in x.chunks_exact(S::LANES).enumerate() {
-                let at = i * S::LANES..(i + 1) * S::LANES;
-                let sums = simd.add(simd.load(x), simd.splat(SPLIT));
-                let out = [&mut low[at.clone()], &mut middle[at.clone()], &mut high[at]];
-                simd.split(sums, out);
+            let mut words = [0; 16];
+            for (i, x) in self.0.chunks_exact(S::LANES).enumerate() {
+                simd.split(simd.add(simd.load(x), simd.splat(SPLIT)), &mut words);
+                for (piece, words) in self.1.iter_mut().zip(words.chunks_exact(4)) {
+                    let bytes = bytemuck::cast_slice(&words[..S::LANES / 4]);
+                    piece[i * S::LANES..(i + 1) * S::LANES].copy_from_slice(bytes);
+                }
             }
         }
     }

@@ -3,19 +3,22 @@
 use std::ops::Range;
 
 use half::f16;
-use tinyserve_kv::{CodePage, CodePages, GROUP_PAGES, HeadPage};
+use tinyserve_kv::{CodePages, GROUP_PAGES, HeadPage};
 
 use super::observe::Records;
-use super::products::{self, BLOCK, TINY, Values};
-use super::softmax::{self, Shape, State};
-use super::tile::{StoredPages, Tile, TileScratch, gather};
-use crate::cpu::simd::{LARGEST, PIECES, Simd};
+use super::products::{self, BLOCK, Factors, Pieces, Places, QuadFactors, TINY, Values};
+use super::softmax::{self, LINE, OnePage, Rows, Shape, State};
+use super::tile::{Chunk, StoredPages, Tile, TileScratch, gather};
+use crate::cpu::simd::{LARGEST, Simd};
 
 /// Pages of a block of neighbours from which on they share a look at their boxes.
 const SHARED_LOOK: usize = 5;
 
-/// Pages from the one in use to the one that memory is asked for.
-const PAGES_AHEAD: usize = 4;
+/// Most queries whose values are summed up together.
+const MOST_VALUES: usize = 4;
+
+/// Most queries whose scores are summed up together.
+const MOST_QUERIES: usize = 8;
 
 /// Buffers of pages of codes, reused from tile to tile.
 #[derive(Debug, Default)]
@@ -26,7 +29,7 @@ pub(super) struct CodeScratch {
     scaled: Vec<f32>,
     /// Queries side by side `[queries / LANES, head_dim, LANES]`.
     columns: Vec<f32>,
-    /// What scaled queries times normalised ranges count in `[queries]`.
+    /// What scaled queries times normalised ranges times codes count in `[queries]`.
     units: Vec<f32>,
     /// A page's box `[2 (max, min), padded]`.
     corners: Vec<f16>,
@@ -34,24 +37,25 @@ pub(super) struct CodeScratch {
     ranges: Vec<f32>,
     /// Minima of channels, `[head_dim, BLOCK pages]` or `[padded]`.
     minima: Vec<f32>,
-    /// Pieces of the factors of a block of queries, as [`products::factors`] or
-    /// [`products::page_factors`] has them.
-    factors: Vec<u32>,
+    /// Factors of some queries for pages that share a look at their boxes `[quads, queries]`.
+    shared: Vec<QuadFactors>,
+    /// Factors of some queries for one page `[blocks of channels, queries]`.
+    own: Vec<Pieces>,
     /// `query·minima` of one page `[queries]`, in whole blocks.
     offsets: Vec<f32>,
     /// Scales and minima of the values of a chunk, widened `[2, tokens]`.
     value_ranges: Vec<f32>,
     /// Weights times scales of the chunk `[tokens]`.
     products: Vec<f32>,
-    /// Pieces of these products `[block, PIECES, tokens]`.
-    pieces: Vec<u8>,
+    /// Pieces of the products of some queries `[blocks of tokens, queries]`.
+    pieces: Vec<Pieces>,
 }
 
 impl CodeScratch {
-    /// Scales the queries, and puts `lanes` of them side by side.
+    /// Scales the queries for codes up to `highest_code`, and puts `lanes` of them side by side.
     pub(super) fn load_queries<'a>(
         &mut self,
-        lanes: usize,
+        (lanes, highest_code): (usize, u8),
         queries: impl ExactSizeIterator<Item = &'a [f32]>,
     ) {
         self.scaled.clear();
@@ -67,7 +71,7 @@ impl CodeScratch {
             self.padded = query.len().next_multiple_of(BLOCK);
             self.scaled.extend(query.iter().map(|&q| q * factor));
             self.scaled.resize((i + 1) * self.padded, 0.0);
-            self.units.push(largest / LARGEST);
+            self.units.push(largest / LARGEST / f32::from(highest_code));
             let (first, lane) = (i / lanes * lanes * query.len(), i % lanes);
             self.columns.resize(first + lanes * query.len(), 0.0);
             for (row, &q) in self.columns[first..].chunks_exact_mut(lanes).zip(query) {
@@ -84,6 +88,10 @@ impl CodeScratch {
 impl StoredPages for CodePages<'_> {
     const CODES: bool = true;
 
+    fn highest_code(&self) -> u8 {
+        self.layout().highest()
+    }
+
     #[inline(always)]
     fn add_chunk<S: Simd>(
         tile: &Tile<'_, Self>,
@@ -99,37 +107,37 @@ impl StoredPages for CodePages<'_> {
             tile.add_code_chunk::<S, 4>(simd, pages, shape, records, scratch);
         }
     }
+}
 
-    /// Nothing: pages of codes are asked for line by line between their products, because a whole
-    /// page at once fills the queue to memory, and then the products wait.
+impl Rows<u8> for Chunk<'_, '_, CodePages<'_>> {
     #[inline(always)]
-    fn prefetch<S: Simd>(_: &Tile<'_, Self>, _: S, _: usize) {}
+    fn of(&self, page: usize) -> &[u8] {
+        self.tile.code_page(self.first + page)
+    }
+
+    #[inline(always)]
+    fn ahead(&self, page: usize) -> usize {
+        self.tile.ahead(self.first + page)
+    }
 }
 
 impl Tile<'_, CodePages<'_>> {
+    /// The codes of page `i` of the list.
     #[inline(always)]
-    fn code_page(&self, i: usize) -> CodePage<'_> {
-        self.pages.get(self.unit.table(self.context)[self.list.get(i)])
+    fn code_page(&self, i: usize) -> &[u8] {
+        self.pages.get(self.unit.table(self.context)[self.list.get(i)]).bytes()
     }
 
-    /// What memory is asked for while page `i` of a chunk that begins with page `first` is scored:
-    /// keys and scales of a page ahead, and the values of the chunk's first pages, which no page
-    /// before them asks for.
-    #[inline(always)]
-    fn ahead(&self, i: usize, first: usize) -> [&[u8]; 3] {
+    fn places(&self) -> Places {
         let layout = self.pages.layout();
-        let mut lines: [&[u8]; 3] = [&[]; 3];
-        if self.unit.rows.len() > 1 {
-            return lines;
+        Places {
+            size: layout.page_size(),
+            head_dim: layout.head_dim(),
+            key_words: layout.key_words(),
+            value_words: layout.value_words(),
+            values: layout.values().start,
+            scales: layout.scales().start,
         }
-        if i + PAGES_AHEAD < self.range.end {
-            let bytes = self.code_page(i + PAGES_AHEAD).bytes();
-            (lines[0], lines[1]) = (&bytes[layout.keys()], &bytes[layout.values().end..]);
-        }
-        if i < first + PAGES_AHEAD {
-            lines[2] = &self.code_page(i).bytes()[layout.values()];
-        }
-        lines
     }
 
     /// Page `i` of the list as it was appended.
@@ -152,8 +160,17 @@ impl Tile<'_, CodePages<'_>> {
         let size = self.context.pages.layout().page_size();
         let own = (self.unit.first_visible - 1) / size;
         let last_is_own = self.list.get(pages.end - 1) == own;
+        let places = self.places();
+        if pages.start == self.range.start {
+            // No page before these asks for them.
+            for i in pages.start..pages.start + self.ahead(pages.start) {
+                for line in self.code_page(i).chunks(LINE) {
+                    simd.prefetch_far(line.as_ptr());
+                }
+            }
+        }
         let sealed = pages.start..pages.end - usize::from(last_is_own);
-        self.code_scores::<S, BITS>(simd, sealed.clone(), (shape, chunk), scratch);
+        self.code_scores::<S, BITS>(simd, sealed.clone(), (shape, chunk), places, scratch);
         let at = sealed.len() * size;
         let seen = |query: usize| match last_is_own {
             true => self.unit.first_visible + query / shape.group - own * size,
@@ -176,13 +193,13 @@ impl Tile<'_, CodePages<'_>> {
         if !sealed.is_empty() {
             let weights = (&scratch.weights[..], chunk);
             let (shifts, codes) = (&scratch.shifts, &mut scratch.codes);
-            let state = (&mut state, shape);
-            self.code_values::<S, BITS>(simd, sealed.clone(), state, weights, shifts, codes);
+            let out = (&mut state, shape.queries);
+            let sealed = (sealed.clone(), places);
+            self.code_values::<S, BITS>(simd, sealed, out, weights, shifts, codes);
         }
         if last_is_own {
-            let values = self.open_page(sealed.end).values;
             // The open page is the one after the sealed pages of the chunk.
-            let values = |_: usize| values;
+            let values = &OnePage(self.open_page(sealed.end).values);
             for query in 0..shape.queries {
                 let shift = if sealed.is_empty() { scratch.shifts[query] } else { 1.0 };
                 let weights = (&scratch.weights[query * chunk..(query + 1) * chunk], chunk);
@@ -199,11 +216,12 @@ impl Tile<'_, CodePages<'_>> {
         simd: S,
         pages: Range<usize>,
         (shape, chunk): (Shape, usize),
+        places: Places,
         scratch: &mut TileScratch,
     ) {
-        let quads = self.pages.layout().key_words() * (8 / BITS);
         let (scores, codes) = (&mut scratch.weights[..], &mut scratch.codes);
-        codes.factors.resize(4 * quads.next_multiple_of(4) * PIECES * BLOCK, 0);
+        codes.shared.resize(MOST_QUERIES * places.key_words * (8 / BITS), Default::default());
+        codes.own.resize(MOST_QUERIES * codes.padded / BLOCK, Default::default());
         let table = self.unit.table(self.context);
         let index = |i: usize| table[self.list.get(i)].index();
         let mut first = pages.start;
@@ -223,12 +241,13 @@ impl Tile<'_, CodePages<'_>> {
                 let (ranges, minima) = (&mut codes.ranges[..rows], &mut codes.minima[..rows]);
                 let widest = products::load_boxes(simd, boxes, lane, ranges, minima);
                 let (run, out) = ((first..end, pages.start), (&mut *scores, chunk));
-                self.run_scores::<S, BITS>(simd, run, (shape, quads), &widest, out, codes);
+                self.run_scores::<S, BITS>(simd, run, (shape.queries, places), &widest, out, codes);
             } else {
                 for i in first..end {
                     let lane = index(i) % GROUP_PAGES;
-                    let (place, out) = ((i, pages.start), (&mut *scores, chunk));
-                    self.page_scores::<S, BITS>(simd, place, shape, (boxes, lane), out, codes);
+                    let (page, out) = ((i, pages.start), (&mut *scores, chunk));
+                    let queries = (shape.queries, places);
+                    self.page_scores::<S, BITS>(simd, page, queries, (boxes, lane), out, codes);
                 }
             }
             first = end;
@@ -241,44 +260,44 @@ impl Tile<'_, CodePages<'_>> {
         &self,
         simd: S,
         (pages, first): (Range<usize>, usize),
-        (shape, quads): (Shape, usize),
+        (queries, places): (usize, Places),
         widest: &[f32; BLOCK],
         (scores, chunk): (&mut [f32], usize),
         codes: &mut CodeScratch,
     ) {
         let mut query = 0;
-        while query < shape.queries {
-            let run = (pages.clone(), first);
-            let queries = (query, quads, widest);
+        while query < queries {
+            let (run, of) = ((pages.clone(), first), (query, places, widest));
             let out = (&mut *scores, chunk);
-            query += match shape.queries - query {
-                4.. => self.run_of::<S, 4, BITS>(simd, run, queries, out, codes),
-                2.. => self.run_of::<S, 2, BITS>(simd, run, queries, out, codes),
-                _ => self.run_of::<S, 1, BITS>(simd, run, queries, out, codes),
+            // As many queries as the registers hold sums for, and words enough that no sum waits.
+            query += match queries - query {
+                8.. if S::LANES == BLOCK => self.run_of::<S, 8, 1, BITS>(simd, run, of, out, codes),
+                4.. if S::LANES == BLOCK => self.run_of::<S, 4, 1, BITS>(simd, run, of, out, codes),
+                2.. if S::LANES == BLOCK => self.run_of::<S, 2, 2, BITS>(simd, run, of, out, codes),
+                2.. => self.run_of::<S, 2, 1, BITS>(simd, run, of, out, codes),
+                _ if S::LANES == BLOCK => self.run_of::<S, 1, 4, BITS>(simd, run, of, out, codes),
+                _ => self.run_of::<S, 1, 2, BITS>(simd, run, of, out, codes),
             };
         }
     }
 
     /// [`Self::run_scores`] for `Q` queries; gives `Q`.
     #[inline(always)]
-    fn run_of<S: Simd, const Q: usize, const BITS: usize>(
+    fn run_of<S: Simd, const Q: usize, const W: usize, const BITS: usize>(
         &self,
         simd: S,
         (pages, first): (Range<usize>, usize),
-        (query, quads, widest): (usize, usize, &[f32; BLOCK]),
+        (query, places, widest): (usize, Places, &[f32; BLOCK]),
         (scores, chunk): (&mut [f32], usize),
         codes: &mut CodeScratch,
     ) -> usize {
-        let (size, layout) = (self.context.pages.layout().page_size(), self.pages.layout());
-        let length = quads * PIECES * BLOCK;
-        let highest = f32::from(layout.highest());
+        let quads = places.key_words * (8 / BITS);
         let mut offsets = [[0.0; BLOCK]; Q];
         for (q, offsets) in offsets.iter_mut().enumerate() {
             let scaled = &codes.scaled[(query + q) * codes.padded..(query + q + 1) * codes.padded];
             let both = (self.query(query + q), scaled);
             let boxes = (&codes.ranges[..], &codes.minima[..]);
-            let out = &mut codes.factors[q * length..(q + 1) * length];
-            *offsets = products::factors(simd, both, boxes, out);
+            *offsets = products::factors(simd, both, boxes, (&mut codes.shared[q..Q * quads], Q));
         }
         let table = self.unit.table(self.context);
         for i in pages {
@@ -286,17 +305,15 @@ impl Tile<'_, CodePages<'_>> {
             let (mut starts, mut units) = ([0.0; Q], [0.0; Q]);
             for q in 0..Q {
                 starts[q] = offsets[q][lane];
-                units[q] = codes.units[query + q] / highest * widest[lane];
+                units[q] = codes.units[query + q] * widest[lane];
             }
-            let at = query * chunk + (i - first) * size;
-            let ahead = if query == 0 { self.ahead(i, first) } else { [&[] as &[u8]; 3] };
-            products::dots::<S, Q, BITS, true>(
+            let ahead = if query == 0 { self.ahead(i) } else { 0 };
+            products::dots::<S, Q, W, BITS>(
                 simd,
-                (self.code_page(i).bytes(), layout, size),
-                ahead,
-                (&codes.factors[..Q * length], lane),
+                (self.code_page(i), self.code_page(i + ahead), places),
+                Factors::Shared(&codes.shared[..Q * quads], lane),
                 (&starts, &units),
-                (&mut scores[at..], chunk),
+                (&mut scores[query * chunk + (i - first) * places.size..], chunk),
             );
         }
         Q
@@ -308,12 +325,12 @@ impl Tile<'_, CodePages<'_>> {
         &self,
         simd: S,
         (i, first): (usize, usize),
-        shape: Shape,
+        (queries, places): (usize, Places),
         (boxes, lane): (&[f16], usize),
         (scores, chunk): (&mut [f32], usize),
         codes: &mut CodeScratch,
     ) {
-        let (padded, dim) = (codes.padded, shape.head_dim);
+        let (padded, dim) = (codes.padded, places.head_dim);
         let (ranges, minima) = (&mut codes.ranges[..padded], &mut codes.minima[..padded]);
         let out = (&mut codes.corners[..], ranges, minima);
         let widest = products::load_box(simd, boxes, lane, out);
@@ -321,48 +338,54 @@ impl Tile<'_, CodePages<'_>> {
         for (columns, offsets) in codes.columns.chunks_exact(S::LANES * dim).zip(offsets) {
             products::page_offsets(simd, columns, &codes.minima[..dim], offsets);
         }
-        let place = (i, first);
         let mut query = 0;
-        while query < shape.queries {
+        while query < queries {
+            let (page, of) = ((i, first), (query, places, widest));
             let out = (&mut *scores, chunk);
-            query += match shape.queries - query {
-                4.. => self.page_of::<S, 4, BITS>(simd, place, (query, widest), out, codes),
-                2.. => self.page_of::<S, 2, BITS>(simd, place, (query, widest), out, codes),
-                _ => self.page_of::<S, 1, BITS>(simd, place, (query, widest), out, codes),
+            query += match queries - query {
+                8.. if S::LANES == BLOCK => {
+                    self.page_of::<S, 8, 1, BITS>(simd, page, of, out, codes)
+                }
+                4.. if S::LANES == BLOCK => {
+                    self.page_of::<S, 4, 1, BITS>(simd, page, of, out, codes)
+                }
+                2.. if S::LANES == BLOCK => {
+                    self.page_of::<S, 2, 2, BITS>(simd, page, of, out, codes)
+                }
+                2.. => self.page_of::<S, 2, 1, BITS>(simd, page, of, out, codes),
+                _ if S::LANES == BLOCK => self.page_of::<S, 1, 4, BITS>(simd, page, of, out, codes),
+                _ => self.page_of::<S, 1, 2, BITS>(simd, page, of, out, codes),
             };
         }
     }
 
     /// [`Self::page_scores`] for `Q` queries; gives `Q`.
     #[inline(always)]
-    fn page_of<S: Simd, const Q: usize, const BITS: usize>(
+    fn page_of<S: Simd, const Q: usize, const W: usize, const BITS: usize>(
         &self,
         simd: S,
         (i, first): (usize, usize),
-        (query, widest): (usize, f32),
+        (query, places, widest): (usize, Places, f32),
         (scores, chunk): (&mut [f32], usize),
         codes: &mut CodeScratch,
     ) -> usize {
-        let (size, layout) = (self.context.pages.layout().page_size(), self.pages.layout());
-        let (padded, highest) = (codes.padded, f32::from(layout.highest()));
-        let length = padded * PIECES / 4;
+        let padded = codes.padded;
+        let blocks = Q * padded / BLOCK;
         let (mut starts, mut units) = ([0.0; Q], [0.0; Q]);
         for q in 0..Q {
             let scaled = &codes.scaled[(query + q) * padded..(query + q + 1) * padded];
-            let out = &mut codes.factors[q * length..(q + 1) * length];
+            let out = (&mut codes.own[q..blocks], Q);
             products::page_factors(simd, scaled, &codes.ranges[..padded], out);
             starts[q] = codes.offsets[query + q];
-            units[q] = codes.units[query + q] / highest * widest;
+            units[q] = codes.units[query + q] * widest;
         }
-        let at = query * chunk + (i - first) * size;
-        let ahead = if query == 0 { self.ahead(i, first) } else { [&[] as &[u8]; 3] };
-        products::dots::<S, Q, BITS, false>(
+        let ahead = if query == 0 { self.ahead(i) } else { 0 };
+        products::dots::<S, Q, W, BITS>(
             simd,
-            (self.code_page(i).bytes(), layout, size),
-            ahead,
-            (&codes.factors[..Q * length], 0),
+            (self.code_page(i), self.code_page(i + ahead), places),
+            Factors::Own(&codes.own[..blocks]),
             (&starts, &units),
-            (&mut scores[at..], chunk),
+            (&mut scores[query * chunk + (i - first) * places.size..], chunk),
         );
         Q
     }
@@ -404,29 +427,30 @@ impl Tile<'_, CodePages<'_>> {
     fn code_values<S: Simd, const BITS: usize>(
         &self,
         simd: S,
-        pages: Range<usize>,
-        (state, shape): (&mut State<'_>, Shape),
+        (pages, places): (Range<usize>, Places),
+        (state, queries): (&mut State<'_>, usize),
         (weights, chunk): (&[f32], usize),
         shifts: &[f32],
         codes: &mut CodeScratch,
     ) {
-        let (size, layout) = (self.context.pages.layout().page_size(), self.pages.layout());
+        let (size, layout) = (places.size, self.pages.layout());
         // Tokens of a page, with those that only fill its last word.
-        let padded = layout.value_words() * layout.codes_per_word();
+        let padded = places.value_words * layout.codes_per_word();
         let tokens = pages.len() * padded;
+        let blocks = tokens.div_ceil(BLOCK);
         let channels = layout.group_channels();
-        // Two queries a time, where the registers hold their counts.
-        let most = if S::LANES == BLOCK { 2 } else { 1 };
+        let (scales, minima) = (layout.scales().start, layout.minima().start);
         codes.value_ranges.resize(2 * tokens, 0.0);
-        codes.products.resize(tokens, 0.0);
-        codes.pieces.resize(most * PIECES * tokens, 0);
+        codes.products.resize(blocks * BLOCK, 0.0);
+        codes.pieces.resize(MOST_VALUES * blocks, Default::default());
         for group in 0..layout.groups() {
-            let (scales, minima) = codes.value_ranges.split_at_mut(tokens);
+            let (out_scales, out_minima) = codes.value_ranges.split_at_mut(tokens);
             for i in 0..pages.len() {
-                let page = self.code_page(pages.start + i);
-                let both = [(&mut *scales, page.scales()), (&mut *minima, page.minima())];
-                for (out, halves) in both {
-                    let halves = &halves[group * size..(group + 1) * size];
+                let bytes = self.code_page(pages.start + i);
+                let both = [(&mut *out_scales, scales), (&mut *out_minima, minima)];
+                for (out, start) in both {
+                    let halves = &bytes[start + 2 * group * size..][..2 * size];
+                    let halves: &[f16] = bytemuck::cast_slice(halves);
                     let out = &mut out[i * padded..(i + 1) * padded];
                     out[size..].fill(0.0);
                     let vectors = halves.chunks(S::LANES).zip(out[..size].chunks_mut(S::LANES));
@@ -435,37 +459,41 @@ impl Tile<'_, CodePages<'_>> {
                     }
                 }
             }
-            let end = ((group + 1) * channels).min(shape.head_dim);
+            let end = ((group + 1) * channels).min(places.head_dim);
             let mut query = 0;
-            while query < shape.queries {
-                let q = most.min(shape.queries - query);
-                let mut sums = [(0.0, 0.0, 0.0); 2];
+            while query < queries {
+                let q = match queries - query {
+                    // As many as the registers hold counts for.
+                    4.. if S::LANES == BLOCK => MOST_VALUES,
+                    2.. if S::LANES == BLOCK => 2,
+                    _ => 1,
+                };
+                let mut sums = [(0.0, 0.0, 0.0); MOST_VALUES];
                 for (i, sums) in sums.iter_mut().enumerate().take(q) {
                     let row = &weights[(query + i) * chunk..(query + i + 1) * chunk];
                     let ranges = codes.value_ranges.split_at(tokens);
                     let out = &mut codes.products;
-                    let offset = products::products(simd, row, ranges, (size, padded), out);
-                    let pieces = &mut codes.pieces[i * PIECES * tokens..(i + 1) * PIECES * tokens];
-                    let unit = products::split(simd, &codes.products, pieces);
+                    let (offset, largest) =
+                        products::products(simd, row, ranges, (size, padded), out);
+                    let products = (&codes.products[..], largest);
+                    let unit = products::split(simd, products, (&mut codes.pieces[i..], q));
                     *sums = (offset, unit, shifts[query + i]);
                 }
                 let values = Values {
-                    page: |i: usize| self.code_page(pages.start + i),
+                    chunk: Chunk { tile: self, first: pages.start },
                     pages: pages.len(),
-                    layout,
-                    head_dim: shape.head_dim,
-                    pieces: &codes.pieces[..q * PIECES * tokens],
-                    ahead: if group + query == 0 && self.unit.rows.len() == 1 {
-                        PAGES_AHEAD
-                    } else {
-                        0
-                    },
+                    places,
+                    pieces: &codes.pieces[..q * blocks],
                 };
                 let (range, target) = (group * channels..end, (&mut *state, query));
-                if q == 2 {
-                    values.add::<S, 2, BITS>(simd, range, target, &sums);
-                } else {
-                    values.add::<S, 1, BITS>(simd, range, target, &[sums[0]]);
+                match sums {
+                    _ if q == MOST_VALUES => {
+                        values.add::<S, MOST_VALUES, BITS>(simd, range, target, &sums);
+                    }
+                    [first, second, ..] if q == 2 => {
+                        values.add::<S, 2, BITS>(simd, range, target, &[first, second]);
+                    }
+                    [first, ..] => values.add::<S, 1, BITS>(simd, range, target, &[first]),
                 }
                 query += q;
             }

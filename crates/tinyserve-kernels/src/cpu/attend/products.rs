@@ -7,15 +7,13 @@
 
 use std::ops::Range;
 
-use tinyserve_kv::{CodeLayout, CodePage, GROUP_PAGES};
+use tinyserve_kv::GROUP_PAGES;
 
-use super::softmax::State;
+use super::softmax::{LINE, Rows, State};
 use crate::cpu::simd::{Element, LARGEST, PIECES, SPLIT, Simd};
 
 /// Tokens, channels or pages side by side: what a [`Simd::Block`] holds.
 pub(super) const BLOCK: usize = 16;
-/// Bytes that memory is read by.
-const LINE: usize = 64;
 /// Codes that one word of each piece meets.
 const QUAD: usize = 4;
 /// Stands for the widest range and the largest number where all are zero.
@@ -24,13 +22,18 @@ pub(super) const TINY: f32 = 1e-30;
 /// Loads 64 bytes from `at` on, with zeros after the last.
 #[inline(always)]
 fn load<S: Simd>(simd: S, bytes: &[u8], at: usize) -> S::Codes {
-    let bytes = &bytes[at..];
-    if bytes.len() >= 4 * BLOCK {
-        return simd.codes(bytes);
+    match bytes.get(at..at + 4 * BLOCK) {
+        Some(bytes) => simd.codes(bytes),
+        None => simd.codes(&padded(&bytes[at..])),
     }
+}
+
+/// The last bytes of a page, and zeros after them.
+#[cold]
+fn padded(bytes: &[u8]) -> [u8; 4 * BLOCK] {
     let mut padded = [0; 4 * BLOCK];
     padded[..bytes.len()].copy_from_slice(bytes);
-    simd.codes(&padded)
+    padded
 }
 
 /// The four codes of each lane of a word that belong to the word's quad `half`.
@@ -43,32 +46,24 @@ fn half<S: Simd, const BITS: usize>(simd: S, codes: S::Codes, half: usize) -> S:
     }
 }
 
-/// A block of ones.
-#[inline(always)]
-fn ones<S: Simd>(simd: S) -> S::Block {
-    let mut bytes = [0; 2 * BLOCK];
-    for pair in bytes.chunks_exact_mut(2) {
-        pair.copy_from_slice(&half::f16::ONE.to_le_bytes());
-    }
-    simd.block_f16(&bytes)
-}
-
 /// `offset + unit·Σ counts·256^piece`.
 #[inline(always)]
-fn number<S: Simd>(
-    simd: S,
-    counts: &[S::Counts; PIECES],
-    (offset, unit): (f32, f32),
-) -> [f32; BLOCK] {
-    let one = ones(simd);
-    let mut sums = simd.add_block(simd.block_zero(), one, offset);
+fn number<S: Simd>(simd: S, counts: &[S::Counts; PIECES], (offset, unit): (f32, f32)) -> S::Block {
+    let mut sums = simd.block(&[offset; BLOCK]);
     let mut unit = unit;
     for &counts in counts {
-        sums = simd.add_counts(sums, counts, one, unit);
+        sums = simd.add_block(sums, simd.widen(counts), unit);
         unit *= 256.0;
     }
-    simd.block_values(sums)
+    sums
 }
+
+/// The pieces of the factors of one quad of channels for `BLOCK` pages side by side.
+pub(super) type QuadFactors = [[u32; BLOCK]; PIECES];
+
+/// The pieces of `BLOCK` numbers, a word for every quad of them; then a row of garbage, which makes
+/// it what one store writes.
+pub(super) type Pieces = [[u32; BLOCK / QUAD]; PIECES + 1];
 
 /// Ranges and minima of `BLOCK` neighbouring pages: the widest ranges.
 ///
@@ -94,10 +89,13 @@ pub(super) fn load_boxes<S: Simd, E: Element>(
             *widest = simd.max(range, *widest);
         }
     }
+    // Once a page: divisions are slow.
+    let one = simd.splat(1.0);
+    let inverse = [simd.div(one, widest[0]), simd.div(one, widest[1])];
     for ranges in ranges.chunks_exact_mut(BLOCK) {
-        for (v, &widest) in widest.iter().enumerate().take(BLOCK / S::LANES) {
+        for (v, &inverse) in inverse.iter().enumerate().take(BLOCK / S::LANES) {
             let at = v * S::LANES;
-            simd.store(simd.div(simd.load(&ranges[at..]), widest), &mut ranges[at..]);
+            simd.store(simd.mul(simd.load(&ranges[at..]), inverse), &mut ranges[at..]);
         }
     }
     let mut out = [0.0; BLOCK];
@@ -134,8 +132,9 @@ pub(super) fn load_box<S: Simd, E: Element>(
         widest = simd.max(range, widest);
     }
     let widest = simd.highest(widest);
+    let inverse = simd.splat(1.0 / widest);
     for ranges in ranges.chunks_exact_mut(S::LANES) {
-        simd.store(simd.div(simd.load(ranges), simd.splat(widest)), ranges);
+        simd.store(simd.mul(simd.load(ranges), inverse), ranges);
     }
     widest
 }
@@ -149,20 +148,19 @@ fn joined<S: Simd>(simd: S, [a, b, c, d]: [S::V; CHAINS]) -> S::V {
     simd.add(simd.add(a, b), simd.add(c, d))
 }
 
-/// Pieces of `scaled·ranges` for `BLOCK` pages, and `query·minima`.
-///
-/// `out` is `[quads, PIECES, BLOCK]`.
+/// Pieces of `scaled·ranges` for `BLOCK` pages, quad by quad into every `step`-th of `out`, and
+/// `query·minima`.
 #[inline(always)]
 pub(super) fn factors<S: Simd>(
     simd: S,
     (query, scaled): (&[f32], &[f32]),
     (ranges, minima): (&[f32], &[f32]),
-    out: &mut [u32],
+    (out, step): (&mut [QuadFactors], usize),
 ) -> [f32; BLOCK] {
     let mut offsets = [0.0f32; BLOCK];
     for at in (0..BLOCK).step_by(S::LANES) {
         let mut sums = [simd.splat(0.0); CHAINS];
-        for (quad, out) in out.chunks_exact_mut(PIECES * BLOCK).enumerate() {
+        for (quad, out) in out.iter_mut().step_by(step).enumerate() {
             let mut factors = [simd.splat(SPLIT); QUAD];
             let chains = factors.iter_mut().zip(&mut sums).enumerate();
             for (c, (factor, sum)) in chains {
@@ -175,8 +173,7 @@ pub(super) fn factors<S: Simd>(
                 *factor = simd.mul_add(range, simd.splat(scaled[channel]), *factor);
                 *sum = simd.mul_add(simd.splat(query[channel]), simd.load(&minima[row..]), *sum);
             }
-            let (low, rest) = out.split_at_mut(BLOCK);
-            let (middle, high) = rest.split_at_mut(BLOCK);
+            let [low, middle, high] = out;
             simd.split_quads(&factors, [&mut low[at..], &mut middle[at..], &mut high[at..]]);
         }
         simd.store(joined(simd, sums), &mut offsets[at..]);
@@ -184,17 +181,23 @@ pub(super) fn factors<S: Simd>(
     offsets
 }
 
-/// Pieces of `scaled·ranges` for one page, `[vectors of channels, PIECES, LANES / QUAD words]`;
-/// `scaled` and `ranges` are whole vectors.
+/// Pieces of `scaled·ranges` for one page, `BLOCK` channels each into every `step`-th of `out`;
+/// `scaled` and `ranges` are whole blocks.
 #[inline(always)]
-pub(super) fn page_factors<S: Simd>(simd: S, scaled: &[f32], ranges: &[f32], out: &mut [u32]) {
-    let bytes: &mut [u8] = bytemuck::cast_slice_mut(out);
-    let channels = scaled.chunks_exact(S::LANES).zip(ranges.chunks_exact(S::LANES));
-    for ((scaled, ranges), out) in channels.zip(bytes.chunks_exact_mut(PIECES * S::LANES)) {
-        let sums = simd.mul_add(simd.load(ranges), simd.load(scaled), simd.splat(SPLIT));
-        let (low, rest) = out.split_at_mut(S::LANES);
-        let (middle, high) = rest.split_at_mut(S::LANES);
-        simd.split(sums, [low, middle, high]);
+pub(super) fn page_factors<S: Simd>(
+    simd: S,
+    scaled: &[f32],
+    ranges: &[f32],
+    (out, step): (&mut [Pieces], usize),
+) {
+    for (block, scaled) in scaled.chunks_exact(BLOCK).enumerate() {
+        let ranges = &ranges[block * BLOCK..(block + 1) * BLOCK];
+        let words = out[block * step].as_flattened_mut();
+        for at in (0..BLOCK).step_by(S::LANES) {
+            let (scaled, ranges) = (simd.load(&scaled[at..]), simd.load(&ranges[at..]));
+            let sums = simd.mul_add(ranges, scaled, simd.splat(SPLIT));
+            simd.split(sums, &mut words[at / QUAD..]);
+        }
     }
 }
 
@@ -212,71 +215,125 @@ pub(super) fn page_offsets<S: Simd>(simd: S, columns: &[f32], minima: &[f32], of
     simd.store(joined(simd, sums), offsets);
 }
 
-/// Scores of the tokens of one page for `Q` queries, into rows of `out` that are `chunk` apart.
-///
-/// `factors` are those of `Q` queries, one after the other: where they are `BLOCKED` as [`factors`]
-/// has them, with the page in lane `lane`, else as [`page_factors`] has. `starts` and `units` say
-/// what the scores of each query begin with, and what they count in. Between the products memory is
-/// asked for the lines of `ahead`.
+/// Where the codes of a page lie.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Places {
+    /// Tokens of a page.
+    pub(super) size: usize,
+    pub(super) head_dim: usize,
+    /// Words of the keys of one token, and of the values of one channel.
+    pub(super) key_words: usize,
+    pub(super) value_words: usize,
+    /// Where the values begin, and where their scales do.
+    pub(super) values: usize,
+    pub(super) scales: usize,
+}
+
+/// Factors of the keys of a page for some queries, quad by quad the queries side by side.
+#[derive(Clone, Copy)]
+pub(super) enum Factors<'a> {
+    /// As [`factors`] makes them `[quads, queries]`, and the lane of the page.
+    Shared(&'a [QuadFactors], usize),
+    /// As [`page_factors`] makes them `[blocks of channels, queries]`.
+    Own(&'a [Pieces]),
+}
+
+/// Adds the products of the codes of word `word` of the keys of a block of tokens, which begins at
+/// byte `at` of `page`.
 #[inline(always)]
-pub(super) fn dots<S: Simd, const Q: usize, const BITS: usize, const BLOCKED: bool>(
+fn add_word<S: Simd, const Q: usize, const BITS: usize>(
     simd: S,
-    (page, layout, size): (&[u8], CodeLayout, usize),
-    ahead: [&[u8]; 3],
-    (factors, lane): (&[u32], usize),
-    (starts, units): (&[f32; Q], &[f32; Q]),
-    (out, chunk): (&mut [f32], usize),
+    (page, at): (&[u8], usize),
+    word: usize,
+    factors: Factors<'_>,
+    counts: &mut [[S::Counts; PIECES]; Q],
 ) {
-    let (words, length) = (layout.key_words(), factors.len() / Q);
-    let mut queries = [&[] as &[u32]; Q];
-    for (query, factors) in queries.iter_mut().zip(factors.chunks_exact(length)) {
-        *query = factors;
-    }
-    // Words from a piece to the next.
-    let step = if BLOCKED { BLOCK } else { S::LANES / QUAD };
-    let bytes: usize = ahead.iter().map(|part| part.len()).sum();
-    let lines_per_word = bytes.div_ceil(LINE).div_ceil(words * size.div_ceil(BLOCK));
-    let mut lines = ahead.iter().flat_map(|part| part.chunks(LINE));
-    let mut token = 0;
-    while token < size {
-        let mut counts = [[simd.counts(0); PIECES]; Q];
-        for word in 0..words {
-            for line in lines.by_ref().take(lines_per_word) {
-                simd.prefetch_far(line.as_ptr());
-            }
-            let codes = load(simd, page, 4 * (word * size + token));
-            for part in 0..8 / BITS {
-                let quad = word * (8 / BITS) + part;
-                let codes = half::<S, BITS>(simd, codes, part);
-                let first = if BLOCKED {
-                    quad * PIECES * step + lane
-                } else {
-                    quad / step * PIECES * step + quad % step
+    let codes = load(simd, page, at);
+    for part in 0..8 / BITS {
+        let codes = half::<S, BITS>(simd, codes, part);
+        let quad = word * (8 / BITS) + part;
+        // Never nothing; the compiler leaves out the checks of every query instead.
+        match factors {
+            Factors::Shared(factors, lane) => {
+                let lane = lane % BLOCK;
+                let Some(rows) = factors.get(quad * Q..).and_then(|rows| rows.first_chunk::<Q>())
+                else {
+                    return;
                 };
-                let last = first + (PIECES - 1) * step;
-                if last >= length {
-                    // Never so; the compiler leaves out the checks of every query instead.
-                    break;
+                for (row, counts) in rows.iter().zip(&mut *counts) {
+                    for (piece, counts) in row.iter().zip(counts) {
+                        *counts = simd.add_products(*counts, codes, piece[lane].cast_signed());
+                    }
                 }
-                for (factors, counts) in queries.iter().zip(&mut counts) {
-                    let factors = &factors[first..first + (PIECES - 1) * step + 1];
-                    for (piece, counts) in counts.iter_mut().enumerate() {
-                        let factor = factors[piece * step];
-                        *counts = simd.add_products(*counts, codes, factor.cast_signed());
+            }
+            Factors::Own(factors) => {
+                let (block, lane) = (quad / (BLOCK / QUAD), quad % (BLOCK / QUAD));
+                let Some(rows) = factors.get(block * Q..).and_then(|rows| rows.first_chunk::<Q>())
+                else {
+                    return;
+                };
+                for (row, counts) in rows.iter().zip(&mut *counts) {
+                    for (piece, counts) in row.iter().zip(counts) {
+                        *counts = simd.add_products(*counts, codes, piece[lane].cast_signed());
                     }
                 }
             }
         }
-        for (q, counts) in counts.iter().enumerate() {
-            let scores = number(simd, counts, (starts[q], units[q]));
-            out[q * chunk + token..][..BLOCK].copy_from_slice(&scores);
+    }
+}
+
+/// Scores of the tokens of one page for `Q` queries, into rows of `out` that are `chunk` apart.
+///
+/// `starts` and `units` say what the scores of each query begin with, and what they count in. `W`
+/// words at a time are summed up apart, so that no product waits for the one before it. Between
+/// the products memory is asked for the keys and scales of the page `ahead`.
+#[inline(always)]
+pub(super) fn dots<S: Simd, const Q: usize, const W: usize, const BITS: usize>(
+    simd: S,
+    (page, ahead, places): (&[u8], &[u8], Places),
+    factors: Factors<'_>,
+    (starts, units): (&[f32; Q], &[f32; Q]),
+    (out, chunk): (&mut [f32], usize),
+) {
+    let (words, size) = (places.key_words, places.size);
+    for line in ahead[places.scales..].chunks(LINE) {
+        simd.prefetch_far(line.as_ptr());
+    }
+    let ahead = ahead.as_ptr();
+    let mut token = 0;
+    while token < size {
+        let mut counts = [[[simd.counts(0); PIECES]; Q]; W];
+        let mut word = 0;
+        while word + W <= words {
+            for (w, counts) in counts.iter_mut().enumerate() {
+                let at = 4 * ((word + w) * size + token);
+                simd.prefetch_far(ahead.wrapping_add(at));
+                add_word::<S, Q, BITS>(simd, (page, at), word + w, factors, counts);
+            }
+            word += W;
+        }
+        while word < words {
+            let at = 4 * (word * size + token);
+            simd.prefetch_far(ahead.wrapping_add(at));
+            add_word::<S, Q, BITS>(simd, (page, at), word, factors, &mut counts[0]);
+            word += 1;
+        }
+        for q in 0..Q {
+            let mut sums = counts[0][q];
+            for counts in &counts[1..] {
+                for (sum, &counts) in sums.iter_mut().zip(&counts[q]) {
+                    *sum = simd.add_whole(*sum, counts);
+                }
+            }
+            let scores = number(simd, &sums, (starts[q], units[q]));
+            simd.store_block(scores, &mut out[q * chunk + token..]);
         }
         token += BLOCK;
     }
 }
 
-/// Weights times scales into `out`, page by page `padded` tokens, which are zero beyond `size`; the
-/// sum of weights times minima.
+/// Weights times scales into `out`, page by page `padded` tokens, which are zero beyond `size`, and
+/// zeros after the last page; the sum of weights times minima, and the largest product.
 #[inline(always)]
 pub(super) fn products<S: Simd>(
     simd: S,
@@ -284,79 +341,71 @@ pub(super) fn products<S: Simd>(
     (scales, minima): (&[f32], &[f32]),
     (size, padded): (usize, usize),
     out: &mut [f32],
-) -> f32 {
+) -> (f32, f32) {
+    let (out, behind) = out.split_at_mut(scales.len());
+    behind.fill(0.0);
     // Pages without a gap are one.
     let (size, padded) = if size == padded { (out.len(), out.len()) } else { (size, padded) };
     let mut sums = simd.splat(0.0);
-    let mut rest = 0.0;
-    let ranges = scales.chunks_exact(padded).zip(minima.chunks_exact(padded));
-    let pages = out.chunks_exact_mut(padded).zip(weights.chunks(size));
-    for ((out, weights), (scales, minima)) in pages.zip(ranges) {
+    let mut highest = simd.splat(TINY);
+    let (mut rest, mut highest_rest) = (0.0, TINY);
+    let mut page = 0;
+    for weights in weights.chunks(size) {
+        if page >= out.len() {
+            break;
+        }
+        let of_page = page..page + padded;
+        let out = &mut out[of_page.clone()];
+        let (scales, minima) = (&scales[of_page.clone()], &minima[of_page]);
+        page += padded;
         let mut at = 0;
         while at + S::LANES <= size {
             let weights = simd.load(&weights[at..]);
-            simd.store(simd.mul(weights, simd.load(&scales[at..])), &mut out[at..]);
+            let product = simd.mul(weights, simd.load(&scales[at..]));
+            simd.store(product, &mut out[at..]);
+            highest = simd.max(product, highest);
             sums = simd.mul_add(weights, simd.load(&minima[at..]), sums);
             at += S::LANES;
         }
         for at in at..size {
             out[at] = weights[at] * scales[at];
+            highest_rest = if out[at] > highest_rest { out[at] } else { highest_rest };
             rest += weights[at] * minima[at];
         }
         out[size..].fill(0.0);
     }
-    simd.sum(sums) + rest
+    (simd.sum(sums) + rest, simd.highest(highest).max(highest_rest))
 }
 
-/// Pieces of `products` `[tokens]`, which are not negative, into `out` `[PIECES, tokens]`; what they
-/// count in.
+/// Pieces of `products`, which are not negative and at most `largest`, in whole blocks into every
+/// `step`-th of `out`; what they count in.
 #[inline(always)]
-pub(super) fn split<S: Simd>(simd: S, products: &[f32], out: &mut [u8]) -> f32 {
-    let vectors = products.chunks_exact(S::LANES);
-    let rest = vectors.remainder();
-    let mut highest = simd.splat(TINY);
-    for x in vectors {
-        highest = simd.max(simd.load(x), highest);
-    }
-    highest = simd.max(simd.load_tail(rest), highest);
-    let largest = simd.highest(highest);
+pub(super) fn split<S: Simd>(
+    simd: S,
+    (products, largest): (&[f32], f32),
+    (out, step): (&mut [Pieces], usize),
+) -> f32 {
     let factor = simd.splat(LARGEST / largest);
-    let (low, rest) = out.split_at_mut(products.len());
-    let (middle, high) = rest.split_at_mut(products.len());
-    let mut at = 0;
-    while at + S::LANES <= products.len() {
-        let sums = simd.mul_add(simd.load(&products[at..]), factor, simd.splat(SPLIT));
-        simd.split(sums, [&mut low[at..], &mut middle[at..], &mut high[at..]]);
-        at += S::LANES;
-    }
-    if at < products.len() {
-        let sums = simd.mul_add(simd.load_tail(&products[at..]), factor, simd.splat(SPLIT));
-        let mut bytes = [[0; BLOCK]; PIECES];
-        let [a, b, c] = &mut bytes;
-        simd.split(sums, [a, b, c]);
-        for (out, bytes) in [low, middle, high].into_iter().zip(&bytes) {
-            let out = &mut out[at..];
-            let length = out.len();
-            out.copy_from_slice(&bytes[..length]);
+    for (block, products) in products.chunks_exact(BLOCK).enumerate() {
+        let words = out[block * step].as_flattened_mut();
+        for at in (0..BLOCK).step_by(S::LANES) {
+            let sums = simd.mul_add(simd.load(&products[at..]), factor, simd.splat(SPLIT));
+            simd.split(sums, &mut words[at / QUAD..]);
         }
     }
     largest / LARGEST
 }
 
 /// What the values of sealed pages are added up from.
-pub(super) struct Values<'a, F> {
-    /// Page of the chunk → its codes.
-    pub(super) page: F,
+pub(super) struct Values<'a, P> {
+    pub(super) chunk: P,
     pub(super) pages: usize,
-    pub(super) layout: CodeLayout,
-    pub(super) head_dim: usize,
-    /// Pieces of weights times scales `[Q, PIECES, tokens]`, in whole words.
-    pub(super) pieces: &'a [u8],
-    /// Pages from the one in use to the one that memory is asked for; 0 asks for none.
-    pub(super) ahead: usize,
+    pub(super) places: Places,
+    /// Pieces of weights times scales `[blocks of tokens, Q]`.
+    pub(super) pieces: &'a [Pieces],
 }
 
-impl<'p, F: Fn(usize) -> CodePage<'p>> Values<'_, F> {
+impl<P: Rows<u8>> Values<'_, P> {
     /// `Σ weight·value` of channels `at..at + V·BLOCK` for `Q` queries, in counts.
     #[inline(always)]
     fn counts<S: Simd, const Q: usize, const V: usize, const BITS: usize>(
@@ -365,36 +414,39 @@ impl<'p, F: Fn(usize) -> CodePage<'p>> Values<'_, F> {
         at: usize,
     ) -> [[[S::Counts; PIECES]; V]; Q] {
         let mut counts = [[[simd.counts(0); PIECES]; V]; Q];
-        let tokens = self.pieces.len() / (Q * PIECES);
-        let (words, start) = (self.layout.value_words(), self.layout.values().start);
+        let Places { value_words: words, head_dim, values, .. } = self.places;
+        let mut quad = 0;
         for page in 0..self.pages {
-            let bytes = (self.page)(page).bytes();
-            let ahead = match self.ahead {
-                1.. if at == 0 && page + self.ahead < self.pages => {
-                    &(self.page)(page + self.ahead).bytes()[self.layout.values()]
-                }
-                _ => &[],
-            };
-            let lines_per_word = ahead.len().div_ceil(LINE).div_ceil(words);
-            let mut lines = ahead.chunks(LINE);
+            let bytes = self.chunk.of(page);
+            let ahead = self.chunk.of(page + self.chunk.ahead(page)).as_ptr();
             for word in 0..words {
-                for line in lines.by_ref().take(lines_per_word) {
-                    simd.prefetch_far(line.as_ptr());
-                }
+                let place = values + 4 * (word * head_dim + at);
                 let mut codes = [simd.codes(&[0; 4 * BLOCK]); V];
-                for (v, codes) in codes.iter_mut().enumerate() {
-                    let row = word * self.head_dim + at + v * BLOCK;
-                    *codes = load(simd, bytes, start + 4 * row);
+                if V == 1 {
+                    codes[0] = load(simd, bytes, place);
+                    simd.prefetch_far(ahead.wrapping_add(place));
+                } else {
+                    let bytes = &bytes[place..place + V * 4 * BLOCK];
+                    for (v, codes) in codes.iter_mut().enumerate() {
+                        *codes = simd.codes(&bytes[v * 4 * BLOCK..]);
+                        simd.prefetch_far(ahead.wrapping_add(place + v * 4 * BLOCK));
+                    }
                 }
                 for part in 0..8 / BITS {
-                    let quad = (page * words + word) * (8 / BITS) + part;
-                    for (q, counts) in counts.iter_mut().enumerate() {
+                    let (block, lane) = (quad / (BLOCK / QUAD), quad % (BLOCK / QUAD));
+                    quad += 1;
+                    let rows =
+                        self.pieces.get(block * Q..).and_then(|rows| rows.first_chunk::<Q>());
+                    // Never nothing, as with keys.
+                    let Some(rows) = rows else { break };
+                    let mut halves = codes;
+                    for codes in &mut halves {
+                        *codes = half::<S, BITS>(simd, *codes, part);
+                    }
+                    for (row, counts) in rows.iter().zip(&mut counts) {
                         for piece in 0..PIECES {
-                            let first = (q * PIECES + piece) * tokens + quad * QUAD;
-                            let x = &self.pieces[first..first + QUAD];
-                            let x = i32::from_le_bytes([x[0], x[1], x[2], x[3]]);
-                            for (counts, &codes) in counts.iter_mut().zip(&codes) {
-                                let codes = half::<S, BITS>(simd, codes, part);
+                            let x = row[piece][lane].cast_signed();
+                            for (counts, &codes) in counts.iter_mut().zip(&halves) {
                                 counts[piece] = simd.add_products(counts[piece], codes, x);
                             }
                         }
@@ -420,7 +472,7 @@ impl<'p, F: Fn(usize) -> CodePage<'p>> Values<'_, F> {
         let mut at = channels.start;
         while at < channels.end {
             let state = (&mut *state, query);
-            at += match (channels.end - at).div_ceil(BLOCK) {
+            at += match (channels.end - at) / BLOCK {
                 // More sums than this leave the registers.
                 4.. if Q == 1 && S::LANES == BLOCK => {
                     self.add_blocks::<S, Q, 4, BITS>(simd, at, state, sums)
@@ -431,7 +483,8 @@ impl<'p, F: Fn(usize) -> CodePage<'p>> Values<'_, F> {
         }
     }
 
-    /// [`Self::add`] for `V` blocks of channels; their number.
+    /// [`Self::add`] for `V` blocks of channels, of which only a single one may be a part; their
+    /// number.
     #[inline(always)]
     fn add_blocks<S: Simd, const Q: usize, const V: usize, const BITS: usize>(
         &self,
@@ -441,9 +494,10 @@ impl<'p, F: Fn(usize) -> CodePage<'p>> Values<'_, F> {
         sums: &[(f32, f32, f32); Q],
     ) -> usize {
         let counts = self.counts::<S, Q, V, BITS>(simd, at);
+        let mut block = [0.0; BLOCK];
         for (q, (counts, &(offset, unit, shift))) in counts.iter().zip(sums).enumerate() {
             for (v, counts) in counts.iter().enumerate() {
-                let block = number(simd, counts, (offset, unit));
+                simd.store_block(number(simd, counts, (offset, unit)), &mut block);
                 state.add_block(simd, query + q, at + v * BLOCK, shift, &block);
             }
         }

@@ -7,6 +7,9 @@ use crate::cpu::simd::{Element, Simd};
 /// Scores further below the highest weigh nothing that f32 could add to a sum.
 const DEEPEST: f32 = -87.3;
 
+/// Bytes that memory is read by.
+pub(super) const LINE: usize = 64;
+
 /// Queries whose scores are summed up together.
 const BLOCK: usize = 8;
 
@@ -48,6 +51,31 @@ pub(super) fn pages_together<S: Simd>(block: usize) -> usize {
         4 => 2,
         8 => 1,
         _ => 4,
+    }
+}
+
+/// The keys, or the values, of a chunk's pages and of those after it. Not closures: the compiler
+/// calls one in the innermost loops, and every call puts all sums out of the registers.
+pub(super) trait Rows<T> {
+    /// Those of a page.
+    fn of(&self, page: usize) -> &[T];
+
+    /// Pages from page `page` to the one that memory is asked for meanwhile.
+    fn ahead(&self, page: usize) -> usize;
+}
+
+/// One page, whatever its number.
+pub(super) struct OnePage<'a, T>(pub(super) &'a [T]);
+
+impl<T> Rows<T> for OnePage<'_, T> {
+    #[inline(always)]
+    fn of(&self, _: usize) -> &[T] {
+        self.0
+    }
+
+    #[inline(always)]
+    fn ahead(&self, _: usize) -> usize {
+        0
     }
 }
 
@@ -182,8 +210,9 @@ impl<'a> State<'a> {
     ) {
         let shift = simd.splat(shift);
         let out = &mut self.out[query * self.shape.stride + at..][..block.len()];
-        for (out, block) in out.chunks_exact_mut(S::LANES).zip(block.chunks_exact(S::LANES)) {
-            simd.store(simd.mul_add(simd.load(out), shift, simd.load(block)), out);
+        for at in (0..block.len()).step_by(S::LANES) {
+            let sum = simd.mul_add(simd.load(&out[at..]), shift, simd.load(&block[at..]));
+            simd.store(sum, &mut out[at..]);
         }
     }
 
@@ -250,31 +279,31 @@ impl<'a> State<'a> {
     ///
     /// `weights` is `[queries, chunk]`; page `i` of the chunk is `values(i)`, `[size, head_dim]`.
     #[inline(always)]
-    pub(super) fn add_values<'v, S: Simd, T: Element>(
+    pub(super) fn add_values<S: Simd, T: Element>(
         &mut self,
         simd: S,
         query: usize,
         weights: (&[f32], usize),
         shifts: &[f32],
-        values: (impl Fn(usize) -> &'v [T] + Copy, usize),
+        values: (&impl Rows<T>, usize),
         range: Range<usize>,
     ) {
         match shifts.len() {
-            8 => self.add_to::<S, T, 8, 2>(simd, query, weights, shifts, values, range),
-            4 => self.add_to::<S, T, 4, 4>(simd, query, weights, shifts, values, range),
-            2 => self.add_to::<S, T, 2, 4>(simd, query, weights, shifts, values, range),
-            _ => self.add_to::<S, T, 1, 4>(simd, query, weights, shifts, values, range),
+            8 => self.add_to::<S, T, _, 8, 2>(simd, query, weights, shifts, values, range),
+            4 => self.add_to::<S, T, _, 4, 4>(simd, query, weights, shifts, values, range),
+            2 => self.add_to::<S, T, _, 2, 4>(simd, query, weights, shifts, values, range),
+            _ => self.add_to::<S, T, _, 1, 4>(simd, query, weights, shifts, values, range),
         }
     }
 
     #[inline(always)]
-    fn add_to<'v, S: Simd, T: Element, const Q: usize, const V: usize>(
+    fn add_to<S: Simd, T: Element, R: Rows<T>, const Q: usize, const V: usize>(
         &mut self,
         simd: S,
         query: usize,
         weights: (&[f32], usize),
         shifts: &[f32],
-        values: (impl Fn(usize) -> &'v [T] + Copy, usize),
+        values: (&R, usize),
         range: Range<usize>,
     ) {
         let (dim, stride) = (self.shape.head_dim, self.shape.stride);
@@ -288,34 +317,37 @@ impl<'a> State<'a> {
             let shift = (shifts, (&mut *out, stride));
             at += S::LANES
                 * if vectors >= V {
-                    rows.add::<S, Q, V>(simd, weights, at, shift)
+                    rows.add::<S, T, Q, V>(simd, weights, at, shift)
                 } else if vectors >= 2 {
-                    rows.add::<S, Q, 2>(simd, weights, at, shift)
+                    rows.add::<S, T, Q, 2>(simd, weights, at, shift)
                 } else {
-                    rows.add::<S, Q, 1>(simd, weights, at, shift)
+                    rows.add::<S, T, Q, 1>(simd, weights, at, shift)
                 };
         }
     }
 }
 
 /// Values of the tokens `range` of a chunk.
-struct Values<F> {
-    /// Page of the chunk → `[size, dim]`; the page size.
-    values: (F, usize),
+struct Values<'a, R> {
+    /// `[size, dim]` of each page; the page size.
+    values: (&'a R, usize),
     dim: usize,
     range: Range<usize>,
 }
 
-impl<'v, T: Element, F: Fn(usize) -> &'v [T]> Values<F> {
+impl<R> Values<'_, R> {
     /// Adds columns `at..` of every value, `V` vectors, the last of them perhaps partly; gives `V`.
     #[inline(always)]
-    fn add<S: Simd, const Q: usize, const V: usize>(
+    fn add<S: Simd, T: Element, const Q: usize, const V: usize>(
         &self,
         simd: S,
         (weights, chunk): (&[f32], usize),
         at: usize,
         (shifts, (out, stride)): ([f32; Q], (&mut [f32], usize)),
-    ) -> usize {
+    ) -> usize
+    where
+        R: Rows<T>,
+    {
         let mut sums = [[simd.splat(0.0); V]; Q];
         for (i, sums) in sums.iter_mut().enumerate() {
             let shift = simd.splat(shifts[i]);
@@ -323,16 +355,21 @@ impl<'v, T: Element, F: Fn(usize) -> &'v [T]> Values<F> {
                 *sum = simd.mul(simd.load(&out[i * stride + at + v * S::LANES..]), shift);
             }
         }
-        let (page, size) = (&self.values.0, self.values.1);
+        let (pages, size) = self.values;
         let end = (at + V * S::LANES).min(self.dim);
         let mut token = self.range.start;
         while token < self.range.end {
             let (index, first) = (token / size, token % size);
             let tokens = (size - first).min(self.range.end - token);
-            let rows = page(index)[first * self.dim..].chunks_exact(self.dim).take(tokens);
+            let ahead = pages.of(index + pages.ahead(index)).as_ptr();
+            let rows = pages.of(index)[first * self.dim..].chunks_exact(self.dim).take(tokens);
             let w: [&[f32]; Q] = std::array::from_fn(|i| &weights[i * chunk + token..][..tokens]);
             for (t, row) in rows.enumerate() {
                 let row = &row[at..end];
+                let place = ahead.wrapping_add((first + t) * self.dim + at);
+                for line in 0..(V * S::LANES * size_of::<T>()).div_ceil(LINE) {
+                    simd.prefetch_far(place.wrapping_add(line * LINE / size_of::<T>()));
+                }
                 let mut wide = [simd.splat(0.0); V];
                 for (v, wide) in wide.iter_mut().enumerate() {
                     *wide = if V == 1 {
@@ -401,33 +438,37 @@ fn scores_of<S: Simd, T: Element, const Q: usize>(
     }
 }
 
-/// [`scores`] of all keys of [`pages_together`] pages at once, from column `at` of `out` on.
+/// [`scores`] of all keys of [`pages_together`] pages at once, from one on, into the columns of `out`
+/// from one on; the pages are of a size. Between the products memory is asked for keys ahead.
 #[inline(always)]
-pub(super) fn scores_of_pages<'k, S: Simd, T: Element>(
+pub(super) fn scores_of_pages<S: Simd, T: Element>(
     simd: S,
     (q, block): (&[f32], usize),
-    pages: (impl Fn(usize) -> &'k [T], usize),
+    pages: (&impl Rows<T>, usize, usize),
     out: (&mut [f32], usize, usize),
 ) {
     match block {
-        8 => pages_of::<S, T, 8, 2>(simd, q, pages, out),
-        4 if S::LANES == 16 => pages_of::<S, T, 4, 4>(simd, q, pages, out),
-        4 => pages_of::<S, T, 4, 2>(simd, q, pages, out),
-        2 => pages_of::<S, T, 2, 4>(simd, q, pages, out),
-        _ => pages_of::<S, T, 1, 4>(simd, q, pages, out),
+        8 => pages_of::<S, T, _, 8, 2>(simd, q, pages, out),
+        4 if S::LANES == 16 => pages_of::<S, T, _, 4, 4>(simd, q, pages, out),
+        4 => pages_of::<S, T, _, 4, 2>(simd, q, pages, out),
+        2 => pages_of::<S, T, _, 2, 4>(simd, q, pages, out),
+        _ => pages_of::<S, T, _, 1, 4>(simd, q, pages, out),
     }
 }
 
 #[inline(always)]
-fn pages_of<'k, S: Simd, T: Element, const Q: usize, const P: usize>(
+fn pages_of<S: Simd, T: Element, R: Rows<T>, const Q: usize, const P: usize>(
     simd: S,
     q: &[f32],
-    (page, size): (impl Fn(usize) -> &'k [T], usize),
+    (rows, first_page, size): (&R, usize, usize),
     (out, chunk, first): (&mut [f32], usize, usize),
 ) {
     let mut pages = [&[] as &[T]; P];
-    for (i, keys) in pages.iter_mut().enumerate() {
-        *keys = page(i);
+    let mut ahead = [std::ptr::null(); P];
+    for (i, (keys, ahead)) in pages.iter_mut().zip(&mut ahead).enumerate() {
+        let page = first_page + i;
+        *keys = rows.of(page);
+        *ahead = rows.of(page + rows.ahead(page)).as_ptr();
     }
     let length = pages[0].len();
     assert!(pages.iter().all(|keys| keys.len() == length), "pages of one size");
@@ -439,6 +480,11 @@ fn pages_of<'k, S: Simd, T: Element, const Q: usize, const P: usize>(
             if key + S::LANES > length {
                 // Never so; the compiler leaves out the checks of every page instead.
                 break;
+            }
+            if (key * size_of::<T>()).is_multiple_of(LINE) {
+                for ahead in ahead {
+                    simd.prefetch_far(ahead.wrapping_add(key));
+                }
             }
             // Not `map`: its closure would be compiled without the vector instructions.
             let mut keys = [simd.splat(0.0); P];

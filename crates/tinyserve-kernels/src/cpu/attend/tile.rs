@@ -11,7 +11,7 @@ use tinyserve_kv::{HeadPage, HeadPages, KvElement};
 
 use super::codes::CodeScratch;
 use super::observe::Records;
-use super::softmax::{self, Shape, State};
+use super::softmax::{self, LINE, Rows, Shape, State};
 use super::{Context, Unit, products};
 use crate::cpu::simd::{Element, Kernel, Simd};
 
@@ -19,8 +19,6 @@ use crate::cpu::simd::{Element, Kernel, Simd};
 const CHUNK_TOKENS: usize = 256;
 /// Tokens of a part, when its chunks are small enough: what threads share out among them.
 const PART_TOKENS: usize = 1024;
-/// What the processor fetches at a time.
-const LINE_BYTES: usize = 64;
 /// How far ahead of the arithmetic listed pages are asked for.
 const PREFETCH_BYTES: usize = 16 * 1024;
 /// Most pages ahead.
@@ -99,6 +97,11 @@ pub(super) trait StoredPages: Copy {
     /// Whether they hold codes.
     const CODES: bool;
 
+    /// The highest of their codes.
+    fn highest_code(&self) -> u8 {
+        0
+    }
+
     /// Adds listed pages `pages`, one chunk, to the softmax of every query of `tile`.
     fn add_chunk<S: Simd>(
         tile: &Tile<'_, Self>,
@@ -108,9 +111,6 @@ pub(super) trait StoredPages: Copy {
         records: (Records, usize),
         scratch: &mut TileScratch,
     );
-
-    /// Asks for what page `i` of the tile's list holds.
-    fn prefetch<S: Simd>(tile: &Tile<'_, Self>, simd: S, i: usize);
 }
 
 /// Rows of one sequence and the query heads of one KV head, over listed pages.
@@ -142,7 +142,8 @@ impl<P: StoredPages> Kernel for Tile<'_, P> {
         if P::CODES {
             // Scores are written in whole blocks, wherever their page ends.
             chunk = (chunk + products::BLOCK).next_multiple_of(products::BLOCK);
-            scratch.codes.load_queries(S::LANES, (0..shape.queries).map(|query| self.query(query)));
+            let queries = (0..shape.queries).map(|query| self.query(query));
+            scratch.codes.load_queries((S::LANES, self.pages.highest_code()), queries);
         }
         scratch.weights.resize(shape.queries * chunk, 0.0);
         scratch.shifts.resize(shape.queries, 0.0);
@@ -219,15 +220,54 @@ impl<P: StoredPages> Tile<'_, P> {
         &self.context.queries(row, self.unit.kv_head)[at..at + dim]
     }
 
-    /// Asks for the page that the arithmetic reaches in a while. One row is through with a page
-    /// before the processor guesses where the next one is; a tile of many rows is not.
+    /// Pages from page `i` to the one that memory is asked for meanwhile, line by line: a whole page
+    /// at once would fill the queue to memory, and what comes next would wait. One row is through
+    /// with a page before the processor guesses where the next one is; a tile of many rows is not.
     #[inline(always)]
-    pub(super) fn prefetch_after<S: Simd>(&self, simd: S, i: usize) {
+    pub(super) fn ahead(&self, i: usize) -> usize {
         let bytes = self.context.pages.layout().head_bytes();
-        let pages = (PREFETCH_BYTES / bytes).min(PREFETCH_PAGES);
-        if self.unit.rows.len() == 1 && pages > 0 && i + pages < self.range.end {
-            P::prefetch(self, simd, i + pages);
-        }
+        let pages = if PREFETCH_PAGES * bytes <= PREFETCH_BYTES {
+            PREFETCH_PAGES
+        } else {
+            PREFETCH_BYTES / bytes
+        };
+        if self.unit.rows.len() == 1 && i + pages < self.range.end { pages } else { 0 }
+    }
+}
+
+/// Pages of a tile from the first of a chunk on.
+#[derive(Clone, Copy)]
+pub(super) struct Chunk<'t, 'a, P> {
+    pub(super) tile: &'t Tile<'a, P>,
+    pub(super) first: usize,
+}
+
+/// Their keys.
+struct Keys<'t, 'a, E>(Chunk<'t, 'a, HeadPages<'a, E>>);
+/// Their values.
+struct PageValues<'t, 'a, E>(Chunk<'t, 'a, HeadPages<'a, E>>);
+
+impl<E: KvElement + Element> Rows<E> for Keys<'_, '_, E> {
+    #[inline(always)]
+    fn of(&self, page: usize) -> &[E] {
+        self.0.tile.page(self.0.first + page).keys
+    }
+
+    #[inline(always)]
+    fn ahead(&self, page: usize) -> usize {
+        self.0.tile.ahead(self.0.first + page)
+    }
+}
+
+impl<E: KvElement + Element> Rows<E> for PageValues<'_, '_, E> {
+    #[inline(always)]
+    fn of(&self, page: usize) -> &[E] {
+        self.0.tile.page(self.0.first + page).values
+    }
+
+    #[inline(always)]
+    fn ahead(&self, page: usize) -> usize {
+        self.0.tile.ahead(self.0.first + page)
     }
 }
 
@@ -244,16 +284,6 @@ impl<E: KvElement + Element> StoredPages for HeadPages<'_, E> {
         scratch: &mut TileScratch,
     ) {
         tile.add_chunk(simd, pages, shape, records, scratch);
-    }
-
-    #[inline(always)]
-    fn prefetch<S: Simd>(tile: &Tile<'_, Self>, simd: S, i: usize) {
-        let page = tile.page(i);
-        for rows in [page.keys, page.values] {
-            for line in rows.chunks(LINE_BYTES / size_of::<E>()) {
-                simd.prefetch_far(line.as_ptr());
-            }
-        }
     }
 }
 
@@ -291,6 +321,19 @@ impl<E: KvElement + Element> Tile<'_, HeadPages<'_, E>> {
             if shape.queries == group { most } else { self.visible(&pages, query / group) }
         };
         let whole_vectors = size.is_multiple_of(S::LANES);
+        if pages.start == self.range.start {
+            // No page before these asks for them.
+            for i in pages.start..pages.start + self.ahead(pages.start) {
+                let page = self.page(i);
+                for line in [page.keys, page.values]
+                    .iter()
+                    .flat_map(|rows| rows.chunks(LINE / size_of::<E>()))
+                {
+                    simd.prefetch_far(line.as_ptr());
+                }
+            }
+        }
+        let of_chunk = Chunk { tile: self, first: pages.start };
         if !whole_vectors {
             let chunk_keys = (&mut scratch.page, &mut scratch.keys);
             let keys = |i: usize| self.page(pages.start + i).keys;
@@ -303,7 +346,7 @@ impl<E: KvElement + Element> Tile<'_, HeadPages<'_, E>> {
             let out = &mut scratch.weights[query * chunk..(query + block) * chunk];
             let tokens = tokens(query + block - 1);
             if whole_vectors {
-                self.page_scores(simd, (q, block), (&pages, tokens), (out, chunk), query == 0);
+                self.page_scores(simd, (q, block), (of_chunk, tokens), (out, chunk));
             } else {
                 let keys = &scratch.keys[..dim * chunk];
                 softmax::scores(simd, (q, block), (keys, chunk), tokens, (out, chunk));
@@ -329,7 +372,7 @@ impl<E: KvElement + Element> Tile<'_, HeadPages<'_, E>> {
             // What every query of the block sees goes together, the rest query by query: a weight
             // of nothing would still turn a value that is not a number into one that shows.
             let common = tokens(query);
-            let values = |i: usize| self.page(pages.start + i).values;
+            let values = &PageValues(of_chunk);
             state.add_values(simd, query, (weights, chunk), shifts, (values, size), 0..common);
             for i in 0..block {
                 let own = common..tokens(query + i);
@@ -356,9 +399,8 @@ impl<E: KvElement + Element> Tile<'_, HeadPages<'_, E>> {
         &self,
         simd: S,
         (q, block): (&[f32], usize),
-        (pages, tokens): (&Range<usize>, usize),
+        (pages, tokens): (Chunk<'_, '_, HeadPages<'_, E>>, usize),
         (out, chunk): (&mut [f32], usize),
-        prefetch: bool,
     ) {
         let size = self.context.pages.layout().page_size();
         let together = softmax::pages_together::<S>(block);
@@ -366,16 +408,11 @@ impl<E: KvElement + Element> Tile<'_, HeadPages<'_, E>> {
         while i * size < tokens {
             let at = i * size;
             let n = if at + together * size <= tokens { together } else { 1 };
-            if prefetch {
-                for i in i..i + n {
-                    self.prefetch_after(simd, pages.start + i);
-                }
-            }
             if n > 1 {
-                let keys = |page: usize| self.page(pages.start + i + page).keys;
-                softmax::scores_of_pages(simd, (q, block), (keys, size), (out, chunk, at));
+                let keys = (&Keys(pages), i, size);
+                softmax::scores_of_pages(simd, (q, block), keys, (out, chunk, at));
             } else {
-                let keys = (self.page(pages.start + i).keys, size);
+                let keys = (self.page(pages.first + i).keys, size);
                 let tokens = (tokens - at).min(size);
                 softmax::scores(simd, (q, block), keys, tokens, (&mut out[at..], chunk));
             }

@@ -153,8 +153,8 @@ impl Simd for Avx2 {
         });
     }
     #[inline(always)]
-    fn split(self, sums: __m256, [low, middle, high]: [&mut [u8]; PIECES]) {
-        let mut bytes = [0; 32];
+    fn split(self, sums: __m256, out: &mut [u32]) {
+        let mut words = [0; 8];
         intrinsic!({
             // The first, second and third bytes of four numbers side by side, then of eight.
             let order = _mm256_setr_epi8(
@@ -167,11 +167,11 @@ impl Simd for Avx2 {
             let (flip, above) = (i64::from_le_bytes([0x80; 8]), i64::from_le_bytes([ABOVE; 8]));
             let eights = _mm256_xor_si256(eights, _mm256_setr_epi64x(flip, flip, 0, 0));
             let eights = _mm256_sub_epi8(eights, _mm256_setr_epi64x(0, 0, above, 0));
-            _mm256_storeu_si256(bytes.as_mut_ptr().cast(), eights);
+            _mm256_storeu_si256(words.as_mut_ptr().cast(), eights);
         });
-        low[..8].copy_from_slice(&bytes[..8]);
-        middle[..8].copy_from_slice(&bytes[8..16]);
-        high[..8].copy_from_slice(&bytes[16..24]);
+        out[..2].copy_from_slice(&words[..2]);
+        out[4..6].copy_from_slice(&words[2..4]);
+        out[8..10].copy_from_slice(&words[4..6]);
     }
     #[inline(always)]
     fn split_quads(self, sums: &[__m256; 4], [low, middle, high]: [&mut [u32]; PIECES]) {
@@ -246,6 +246,10 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
+    fn add_whole(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        intrinsic!([_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])])
+    }
+    #[inline(always)]
     fn block_zero(self) -> [__m256; 2] {
         [self.splat(0.0); 2]
     }
@@ -256,6 +260,10 @@ impl Simd for Avx2 {
             _mm256_cvtph_ps(_mm_loadu_si128(bytes.as_ptr().cast())),
             _mm256_cvtph_ps(_mm_loadu_si128(bytes[16..].as_ptr().cast())),
         ])
+    }
+    #[inline(always)]
+    fn widen(self, counts: [__m256i; 2]) -> [__m256; 2] {
+        intrinsic!([_mm256_cvtepi32_ps(counts[0]), _mm256_cvtepi32_ps(counts[1])])
     }
     #[inline(always)]
     fn add_counts(
@@ -277,6 +285,11 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn block(self, x: &[f32]) -> [__m256; 2] {
         [self.load(x), self.load(&x[8..])]
+    }
+    #[inline(always)]
+    fn store_block(self, block: [__m256; 2], out: &mut [f32]) {
+        self.store(block[0], out);
+        self.store(block[1], &mut out[8..]);
     }
     #[inline(always)]
     fn block_values(self, block: [__m256; 2]) -> [f32; 16] {

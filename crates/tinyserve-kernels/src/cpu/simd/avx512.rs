@@ -196,18 +196,24 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         });
     }
     #[inline(always)]
-    fn split(self, sums: __m512, [low, middle, high]: [&mut [u8]; PIECES]) {
-        let (low, middle, high) = (&mut low[..16], &mut middle[..16], &mut high[..16]);
+    fn split(self, sums: __m512, out: &mut [u32]) {
+        let out = &mut out[..16];
         intrinsic!({
-            let bits = _mm512_castps_si512(sums);
-            let flip = _mm_set1_epi8(-128);
-            let l = _mm_xor_si128(_mm512_cvtepi32_epi8(bits), flip);
-            let m = _mm_xor_si128(_mm512_cvtepi32_epi8(_mm512_srli_epi32::<8>(bits)), flip);
-            let h = _mm512_cvtepi32_epi8(_mm512_srli_epi32::<16>(bits));
-            let h = _mm_sub_epi8(h, _mm_set1_epi8(ABOVE.cast_signed()));
-            _mm_storeu_si128(low.as_mut_ptr().cast(), l);
-            _mm_storeu_si128(middle.as_mut_ptr().cast(), m);
-            _mm_storeu_si128(high.as_mut_ptr().cast(), h);
+            // The first bytes of four numbers side by side, then their second ones and so on.
+            let order = _mm512_broadcast_i32x4(_mm_setr_epi8(
+                0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
+            ));
+            let fours = _mm512_shuffle_epi8(_mm512_castps_si512(sums), order);
+            // Then those of all sixteen.
+            let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            let pieces = _mm512_permutexvar_epi32(order, fours);
+            let above = i32::from_ne_bytes([ABOVE; 4]);
+            let flip = i32::from_ne_bytes([0x80; 4]);
+            let flip = _mm512_setr_epi32(
+                flip, flip, flip, flip, flip, flip, flip, flip, above, above, above, above, 0, 0,
+                0, 0,
+            );
+            _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_sub_epi8(pieces, flip));
         });
     }
     #[inline(always)]
@@ -280,6 +286,10 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         })
     }
     #[inline(always)]
+    fn add_whole(self, a: __m512i, b: __m512i) -> __m512i {
+        intrinsic!(_mm512_add_epi32(a, b))
+    }
+    #[inline(always)]
     fn block_zero(self) -> __m512 {
         self.splat(0.0)
     }
@@ -289,6 +299,10 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         intrinsic!(_mm512_cvt_roundph_ps::<_MM_FROUND_CUR_DIRECTION>(_mm256_loadu_si256(
             bytes.as_ptr().cast()
         )))
+    }
+    #[inline(always)]
+    fn widen(self, counts: __m512i) -> __m512 {
+        intrinsic!(_mm512_cvtepi32_ps(counts))
     }
     #[inline(always)]
     fn add_counts(self, sums: __m512, counts: __m512i, scale: __m512, x_scale: f32) -> __m512 {
@@ -302,6 +316,10 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     #[inline(always)]
     fn block(self, x: &[f32]) -> __m512 {
         self.load(x)
+    }
+    #[inline(always)]
+    fn store_block(self, block: __m512, out: &mut [f32]) {
+        self.store(block, out);
     }
     #[inline(always)]
     fn block_values(self, block: __m512) -> [f32; 16] {

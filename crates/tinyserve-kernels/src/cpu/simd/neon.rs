@@ -202,6 +202,10 @@ impl Simd for Neon {
         })
     }
     #[inline(always)]
+    fn add_whole(self, a: Self::Counts, b: Self::Counts) -> Self::Counts {
+        std::array::from_fn(|i| intrinsic!(vaddq_s32(a[i], b[i])))
+    }
+    #[inline(always)]
     fn block_zero(self) -> Self::Block {
         intrinsic!([vdupq_n_f32(0.0); 4])
     }
@@ -211,6 +215,10 @@ impl Simd for Neon {
         std::array::from_fn(|i| {
             intrinsic!(widen(vreinterpret_u16_u8(vld1_u8(bytes[8 * i..].as_ptr()))))
         })
+    }
+    #[inline(always)]
+    fn widen(self, counts: Self::Counts) -> Self::Block {
+        std::array::from_fn(|i| intrinsic!(vcvtq_f32_s32(counts[i])))
     }
     #[inline(always)]
     fn add_counts(
@@ -237,12 +245,16 @@ impl Simd for Neon {
         std::array::from_fn(|i| intrinsic!(vld1q_f32(x[4 * i..].as_ptr())))
     }
     #[inline(always)]
+    fn store_block(self, block: Self::Block, out: &mut [f32]) {
+        for (out, block) in out[..16].chunks_exact_mut(4).zip(block) {
+            let out = &mut out[..4];
+            intrinsic!(vst1q_f32(out.as_mut_ptr(), block));
+        }
+    }
+    #[inline(always)]
     fn block_values(self, block: Self::Block) -> [f32; 16] {
         let mut values = [0.0; 16];
-        for (values, block) in values.chunks_exact_mut(4).zip(block) {
-            let values = &mut values[..4];
-            intrinsic!(vst1q_f32(values.as_mut_ptr(), block));
-        }
+        self.store_block(block, &mut values);
         values
     }
 }

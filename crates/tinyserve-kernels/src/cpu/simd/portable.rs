@@ -119,12 +119,20 @@ impl Simd for Portable {
         })
     }
     #[inline(always)]
+    fn add_whole(self, a: [i32; 16], b: [i32; 16]) -> [i32; 16] {
+        std::array::from_fn(|o| a[o] + b[o])
+    }
+    #[inline(always)]
     fn block_zero(self) -> [f32; 16] {
         [0.0; 16]
     }
     #[inline(always)]
     fn block_f16(self, bytes: &[u8]) -> [f32; 16] {
         std::array::from_fn(|i| f16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]).to_f32())
+    }
+    #[inline(always)]
+    fn widen(self, counts: [i32; 16]) -> [f32; 16] {
+        counts.map(|count| count as f32)
     }
     #[inline(always)]
     fn add_counts(
@@ -143,6 +151,10 @@ impl Simd for Portable {
     #[inline(always)]
     fn block(self, x: &[f32]) -> [f32; 16] {
         std::array::from_fn(|i| x[i])
+    }
+    #[inline(always)]
+    fn store_block(self, block: [f32; 16], out: &mut [f32]) {
+        out[..16].copy_from_slice(&block);
     }
     #[inline(always)]
     fn block_values(self, block: [f32; 16]) -> [f32; 16] {
