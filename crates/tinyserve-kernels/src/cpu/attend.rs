@@ -28,7 +28,7 @@ use crate::{AttendArgs, AttendSequence, AttendStats, Attention, Heads, KernelErr
 
 use observe::Observed;
 use softmax::{Shape, State};
-use tile::{PageList, Target, Tile, TileScratch, part_pages};
+use tile::{PageList, Target, Tile, TileScratch, pages_ahead, part_pages};
 
 /// Rows of a prefill chunk that share one pass over the pages.
 const ROW_TILE: usize = 16;
@@ -416,13 +416,16 @@ impl Context<'_> {
             }
         };
         let mass = &pages.mass;
+        let ahead = pages_ahead(self.pages.layout(), unit.rows.len());
         if self.pages.layout().shape().format.is_quantised() {
             let pages = self.pages.code_pages(self.layer, unit.kv_head);
-            let tile = Tile { context: self, unit, pages, list, range, target, scratch, mass };
+            let tile =
+                Tile { context: self, unit, pages, list, range, target, ahead, scratch, mass };
             dispatch(self.path, tile);
         } else {
             let pages = self.pages.head_pages::<E>(self.layer, unit.kv_head);
-            let tile = Tile { context: self, unit, pages, list, range, target, scratch, mass };
+            let tile =
+                Tile { context: self, unit, pages, list, range, target, ahead, scratch, mass };
             dispatch(self.path, tile);
         }
     }

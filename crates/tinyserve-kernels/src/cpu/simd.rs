@@ -208,6 +208,9 @@ pub(crate) trait Simd: Copy {
     }
 }
 
+/// Bytes that memory is read by.
+pub(crate) const LINE: usize = 64;
+
 /// Signed bytes that a number is split into.
 pub(crate) const PIECES: usize = 3;
 /// The largest number that is split: its sum with [`SPLIT`] keeps its exponent.

@@ -7,9 +7,10 @@ use tinyserve_kv::{CodePages, GROUP_PAGES, HeadPage};
 
 use super::observe::Records;
 use super::products::{self, BLOCK, Factors, Pieces, Places, QuadFactors, TINY, Values};
-use super::softmax::{self, LINE, OnePage, Rows, Shape, State};
+use super::softmax::{self, OnePage, Rows, Shape, State};
 use super::tile::{Chunk, StoredPages, Tile, TileScratch, gather};
-use crate::cpu::simd::{LARGEST, Simd};
+use crate::cpu::memory::Aligned;
+use crate::cpu::simd::{LARGEST, LINE, Simd};
 
 /// Pages of a block of neighbours from which on they share a look at their boxes.
 const SHARED_LOOK: usize = 5;
@@ -27,26 +28,26 @@ pub(super) struct CodeScratch {
     padded: usize,
     /// Queries, scaled to [`LARGEST`] `[queries, padded]`.
     scaled: Vec<f32>,
-    /// Queries side by side `[queries / LANES, head_dim, LANES]`.
+    /// Scaled queries side by side `[queries / LANES, head_dim, LANES]`.
     columns: Vec<f32>,
-    /// What scaled queries times normalised ranges times codes count in `[queries]`.
-    units: Vec<f32>,
+    /// What scaled queries count in, and what they do times codes `[queries]`.
+    units: Vec<(f32, f32)>,
     /// A page's box `[2 (max, min), padded]`.
     corners: Vec<f16>,
     /// Ranges of channels over the page's widest, `[head_dim, BLOCK pages]` or `[padded]`.
-    ranges: Vec<f32>,
+    ranges: Aligned,
     /// Minima of channels, `[head_dim, BLOCK pages]` or `[padded]`.
-    minima: Vec<f32>,
+    minima: Aligned,
     /// Factors of some queries for pages that share a look at their boxes `[quads, queries]`.
     shared: Vec<QuadFactors>,
     /// Factors of some queries for one page `[blocks of channels, queries]`.
     own: Vec<Pieces>,
-    /// `query·minima` of one page `[queries]`, in whole blocks.
+    /// `scaled·minima` of one page `[queries]`, in whole blocks.
     offsets: Vec<f32>,
     /// Scales and minima of the values of a chunk, widened `[2, tokens]`.
-    value_ranges: Vec<f32>,
+    value_ranges: Aligned,
     /// Weights times scales of the chunk `[tokens]`.
-    products: Vec<f32>,
+    products: Aligned,
     /// Pieces of the products of some queries `[blocks of tokens, queries]`.
     pieces: Vec<Pieces>,
 }
@@ -71,17 +72,18 @@ impl CodeScratch {
             self.padded = query.len().next_multiple_of(BLOCK);
             self.scaled.extend(query.iter().map(|&q| q * factor));
             self.scaled.resize((i + 1) * self.padded, 0.0);
-            self.units.push(largest / LARGEST / f32::from(highest_code));
+            let unit = largest / LARGEST;
+            self.units.push((unit, unit / f32::from(highest_code)));
             let (first, lane) = (i / lanes * lanes * query.len(), i % lanes);
             self.columns.resize(first + lanes * query.len(), 0.0);
             for (row, &q) in self.columns[first..].chunks_exact_mut(lanes).zip(query) {
-                row[lane] = q;
+                row[lane] = q * factor;
             }
         }
         self.corners.clear();
         self.corners.resize(2 * self.padded, f16::ZERO);
-        self.ranges.resize(BLOCK * self.padded, 0.0);
-        self.minima.resize(BLOCK * self.padded, 0.0);
+        self.ranges.resize(BLOCK * self.padded);
+        self.minima.resize(BLOCK * self.padded);
     }
 }
 
@@ -238,6 +240,9 @@ impl Tile<'_, CodePages<'_>> {
                 // Neighbours in the pool share a look at their boxes.
                 let lane = block * BLOCK % GROUP_PAGES;
                 let rows = shape.head_dim * BLOCK;
+                // Padding meets queries of nothing.
+                codes.ranges[rows..].fill(0.0);
+                codes.minima[rows..].fill(0.0);
                 let (ranges, minima) = (&mut codes.ranges[..rows], &mut codes.minima[..rows]);
                 let widest = products::load_boxes(simd, boxes, lane, ranges, minima);
                 let (run, out) = ((first..end, pages.start), (&mut *scores, chunk));
@@ -295,17 +300,17 @@ impl Tile<'_, CodePages<'_>> {
         let mut offsets = [[0.0; BLOCK]; Q];
         for (q, offsets) in offsets.iter_mut().enumerate() {
             let scaled = &codes.scaled[(query + q) * codes.padded..(query + q + 1) * codes.padded];
-            let both = (self.query(query + q), scaled);
             let boxes = (&codes.ranges[..], &codes.minima[..]);
-            *offsets = products::factors(simd, both, boxes, (&mut codes.shared[q..Q * quads], Q));
+            *offsets = products::factors(simd, scaled, boxes, (&mut codes.shared[q..Q * quads], Q));
         }
         let table = self.unit.table(self.context);
         for i in pages {
             let lane = table[self.list.get(i)].index() % BLOCK;
             let (mut starts, mut units) = ([0.0; Q], [0.0; Q]);
             for q in 0..Q {
-                starts[q] = offsets[q][lane];
-                units[q] = codes.units[query + q] * widest[lane];
+                let unit = codes.units[query + q];
+                starts[q] = offsets[q][lane] * unit.0;
+                units[q] = unit.1 * widest[lane];
             }
             let ahead = if query == 0 { self.ahead(i) } else { 0 };
             products::dots::<S, Q, W, BITS>(
@@ -376,8 +381,9 @@ impl Tile<'_, CodePages<'_>> {
             let scaled = &codes.scaled[(query + q) * padded..(query + q + 1) * padded];
             let out = (&mut codes.own[q..blocks], Q);
             products::page_factors(simd, scaled, &codes.ranges[..padded], out);
-            starts[q] = codes.offsets[query + q];
-            units[q] = codes.units[query + q] * widest;
+            let unit = codes.units[query + q];
+            starts[q] = codes.offsets[query + q] * unit.0;
+            units[q] = unit.1 * widest;
         }
         let ahead = if query == 0 { self.ahead(i) } else { 0 };
         products::dots::<S, Q, W, BITS>(
@@ -440,8 +446,8 @@ impl Tile<'_, CodePages<'_>> {
         let blocks = tokens.div_ceil(BLOCK);
         let channels = layout.group_channels();
         let (scales, minima) = (layout.scales().start, layout.minima().start);
-        codes.value_ranges.resize(2 * tokens, 0.0);
-        codes.products.resize(blocks * BLOCK, 0.0);
+        codes.value_ranges.resize(2 * tokens);
+        codes.products.resize(blocks * BLOCK);
         codes.pieces.resize(MOST_VALUES * blocks, Default::default());
         for group in 0..layout.groups() {
             let (out_scales, out_minima) = codes.value_ranges.split_at_mut(tokens);

@@ -9,8 +9,8 @@ use std::ops::Range;
 
 use tinyserve_kv::GROUP_PAGES;
 
-use super::softmax::{LINE, Rows, State};
-use crate::cpu::simd::{Element, LARGEST, PIECES, SPLIT, Simd};
+use super::softmax::{Rows, State};
+use crate::cpu::simd::{Element, LARGEST, LINE, PIECES, SPLIT, Simd};
 
 /// Tokens, channels or pages side by side: what a [`Simd::Block`] holds.
 pub(super) const BLOCK: usize = 16;
@@ -59,11 +59,15 @@ fn number<S: Simd>(simd: S, counts: &[S::Counts; PIECES], (offset, unit): (f32, 
 }
 
 /// The pieces of the factors of one quad of channels for `BLOCK` pages side by side.
-pub(super) type QuadFactors = [[u32; BLOCK]; PIECES];
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(align(64))]
+pub(super) struct QuadFactors([[u32; BLOCK]; PIECES]);
 
 /// The pieces of `BLOCK` numbers, a word for every quad of them; then a row of garbage, which makes
 /// it what one store writes.
-pub(super) type Pieces = [[u32; BLOCK / QUAD]; PIECES + 1];
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(align(64))]
+pub(super) struct Pieces([[u32; BLOCK / QUAD]; PIECES + 1]);
 
 /// Ranges and minima of `BLOCK` neighbouring pages: the widest ranges.
 ///
@@ -139,7 +143,7 @@ pub(super) fn load_box<S: Simd, E: Element>(
     widest
 }
 
-/// Chains that `query·minima` is summed up in, channel by channel in turn: whether many pages or
+/// Chains that `scaled·minima` is summed up in, channel by channel in turn: whether many pages or
 /// many queries are side by side, so that a page's score is the same to the last bit.
 const CHAINS: usize = 4;
 
@@ -149,31 +153,31 @@ fn joined<S: Simd>(simd: S, [a, b, c, d]: [S::V; CHAINS]) -> S::V {
 }
 
 /// Pieces of `scaled·ranges` for `BLOCK` pages, quad by quad into every `step`-th of `out`, and
-/// `query·minima`.
+/// `scaled·minima`.
+///
+/// `scaled` is `[padded]`, `ranges` and `minima` are `[padded, BLOCK]`.
 #[inline(always)]
 pub(super) fn factors<S: Simd>(
     simd: S,
-    (query, scaled): (&[f32], &[f32]),
+    scaled: &[f32],
     (ranges, minima): (&[f32], &[f32]),
     (out, step): (&mut [QuadFactors], usize),
 ) -> [f32; BLOCK] {
     let mut offsets = [0.0f32; BLOCK];
     for at in (0..BLOCK).step_by(S::LANES) {
         let mut sums = [simd.splat(0.0); CHAINS];
-        for (quad, out) in out.iter_mut().step_by(step).enumerate() {
+        let boxes = ranges.as_chunks::<{ QUAD * BLOCK }>().0.iter();
+        let boxes = boxes.zip(minima.as_chunks::<{ QUAD * BLOCK }>().0);
+        let quads = out.iter_mut().step_by(step).zip(scaled.as_chunks::<QUAD>().0);
+        for ((out, scaled), (ranges, minima)) in quads.zip(boxes) {
             let mut factors = [simd.splat(SPLIT); QUAD];
-            let chains = factors.iter_mut().zip(&mut sums).enumerate();
-            for (c, (factor, sum)) in chains {
-                let channel = quad * QUAD + c;
-                if channel >= query.len() {
-                    break;
-                }
-                let row = channel * BLOCK + at;
-                let range = simd.load(&ranges[row..]);
-                *factor = simd.mul_add(range, simd.splat(scaled[channel]), *factor);
-                *sum = simd.mul_add(simd.splat(query[channel]), simd.load(&minima[row..]), *sum);
+            for c in 0..QUAD {
+                let scaled = simd.splat(scaled[c]);
+                let row = c * BLOCK + at;
+                factors[c] = simd.mul_add(simd.load(&ranges[row..]), scaled, factors[c]);
+                sums[c] = simd.mul_add(simd.load(&minima[row..]), scaled, sums[c]);
             }
-            let [low, middle, high] = out;
+            let [low, middle, high] = &mut out.0;
             simd.split_quads(&factors, [&mut low[at..], &mut middle[at..], &mut high[at..]]);
         }
         simd.store(joined(simd, sums), &mut offsets[at..]);
@@ -192,7 +196,7 @@ pub(super) fn page_factors<S: Simd>(
 ) {
     for (block, scaled) in scaled.chunks_exact(BLOCK).enumerate() {
         let ranges = &ranges[block * BLOCK..(block + 1) * BLOCK];
-        let words = out[block * step].as_flattened_mut();
+        let words = out[block * step].0.as_flattened_mut();
         for at in (0..BLOCK).step_by(S::LANES) {
             let (scaled, ranges) = (simd.load(&scaled[at..]), simd.load(&ranges[at..]));
             let sums = simd.mul_add(ranges, scaled, simd.splat(SPLIT));
@@ -201,7 +205,7 @@ pub(super) fn page_factors<S: Simd>(
     }
 }
 
-/// `query·minima` of one page for `LANES` queries, `columns` `[head_dim, LANES]`.
+/// `scaled·minima` of one page for `LANES` queries, `columns` `[head_dim, LANES]`.
 #[inline(always)]
 pub(super) fn page_offsets<S: Simd>(simd: S, columns: &[f32], minima: &[f32], offsets: &mut [f32]) {
     let mut sums = [simd.splat(0.0); CHAINS];
@@ -261,7 +265,7 @@ fn add_word<S: Simd, const Q: usize, const BITS: usize>(
                     return;
                 };
                 for (row, counts) in rows.iter().zip(&mut *counts) {
-                    for (piece, counts) in row.iter().zip(counts) {
+                    for (piece, counts) in row.0.iter().zip(counts) {
                         *counts = simd.add_products(*counts, codes, piece[lane].cast_signed());
                     }
                 }
@@ -273,7 +277,7 @@ fn add_word<S: Simd, const Q: usize, const BITS: usize>(
                     return;
                 };
                 for (row, counts) in rows.iter().zip(&mut *counts) {
-                    for (piece, counts) in row.iter().zip(counts) {
+                    for (piece, counts) in row.0.iter().zip(counts) {
                         *counts = simd.add_products(*counts, codes, piece[lane].cast_signed());
                     }
                 }
@@ -387,7 +391,7 @@ pub(super) fn split<S: Simd>(
 ) -> f32 {
     let factor = simd.splat(LARGEST / largest);
     for (block, products) in products.chunks_exact(BLOCK).enumerate() {
-        let words = out[block * step].as_flattened_mut();
+        let words = out[block * step].0.as_flattened_mut();
         for at in (0..BLOCK).step_by(S::LANES) {
             let sums = simd.mul_add(simd.load(&products[at..]), factor, simd.splat(SPLIT));
             simd.split(sums, &mut words[at / QUAD..]);
@@ -445,7 +449,7 @@ impl<P: Rows<u8>> Values<'_, P> {
                     }
                     for (row, counts) in rows.iter().zip(&mut counts) {
                         for piece in 0..PIECES {
-                            let x = row[piece][lane].cast_signed();
+                            let x = row.0[piece][lane].cast_signed();
                             for (counts, &codes) in counts.iter_mut().zip(&halves) {
                                 counts[piece] = simd.add_products(counts[piece], codes, x);
                             }

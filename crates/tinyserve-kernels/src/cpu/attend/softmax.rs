@@ -2,13 +2,10 @@
 
 use std::ops::Range;
 
-use crate::cpu::simd::{Element, Simd};
+use crate::cpu::simd::{Element, LINE, Simd};
 
 /// Scores further below the highest weigh nothing that f32 could add to a sum.
 const DEEPEST: f32 = -87.3;
-
-/// Bytes that memory is read by.
-pub(super) const LINE: usize = 64;
 
 /// Queries whose scores are summed up together.
 const BLOCK: usize = 8;
@@ -448,7 +445,8 @@ pub(super) fn scores_of_pages<S: Simd, T: Element>(
     out: (&mut [f32], usize, usize),
 ) {
     match block {
-        8 => pages_of::<S, T, _, 8, 2>(simd, q, pages, out),
+        8 if S::LANES == 16 => pages_of::<S, T, _, 8, 2>(simd, q, pages, out),
+        8 => pages_of::<S, T, _, 8, 1>(simd, q, pages, out),
         4 if S::LANES == 16 => pages_of::<S, T, _, 4, 4>(simd, q, pages, out),
         4 => pages_of::<S, T, _, 4, 2>(simd, q, pages, out),
         2 => pages_of::<S, T, _, 2, 4>(simd, q, pages, out),

@@ -7,13 +7,14 @@
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-use tinyserve_kv::{HeadPage, HeadPages, KvElement};
+use tinyserve_kv::{HeadPage, HeadPages, KvElement, KvLayout};
 
 use super::codes::CodeScratch;
 use super::observe::Records;
-use super::softmax::{self, LINE, Rows, Shape, State};
+use super::softmax::{self, Rows, Shape, State};
 use super::{Context, Unit, products};
-use crate::cpu::simd::{Element, Kernel, Simd};
+use crate::cpu::memory::Aligned;
+use crate::cpu::simd::{Element, Kernel, LINE, Simd};
 
 /// Tokens of a chunk, when its pages are small enough: one softmax update for all of them.
 const CHUNK_TOKENS: usize = 256;
@@ -33,6 +34,13 @@ pub(super) fn chunk_pages(page_size: usize) -> usize {
 pub(super) fn part_pages(page_size: usize) -> usize {
     let chunk = chunk_pages(page_size);
     (PART_TOKENS / (chunk * page_size)).max(1) * chunk
+}
+
+/// Pages ahead of the one in use that memory is asked for, line by line: a whole page at once would
+/// fill the queue to memory, and what comes next would wait. One row is through with a page before
+/// the processor guesses where the next one is; a tile of many rows is not.
+pub(super) fn pages_ahead(layout: &KvLayout, rows: usize) -> usize {
+    if rows == 1 { (PREFETCH_BYTES / layout.head_bytes()).min(PREFETCH_PAGES) } else { 0 }
 }
 
 /// The pages that a tile reads, as indices into its sequence's page table.
@@ -71,7 +79,7 @@ pub(super) struct TileScratch {
     /// A chunk of keys whose pages are not whole vectors `[head_dim, chunk]`.
     pub(super) keys: Vec<f32>,
     /// Scores, then weights `[queries, chunk]`.
-    pub(super) weights: Vec<f32>,
+    pub(super) weights: Aligned,
     /// What the current chunk's peak makes of earlier sums, per query.
     pub(super) shifts: Vec<f32>,
     /// The softmax of the current part.
@@ -122,6 +130,8 @@ pub(super) struct Tile<'a, P> {
     /// Which pages of the list are read; it begins with a part.
     pub(super) range: Range<usize>,
     pub(super) target: Target<'a>,
+    /// Pages from one to the one that memory is asked for meanwhile.
+    pub(super) ahead: usize,
     pub(super) scratch: &'a mut TileScratch,
     /// Where the mass of the list's tokens goes, unless the list is read in parts.
     pub(super) mass: &'a Mutex<Vec<f32>>,
@@ -145,7 +155,7 @@ impl<P: StoredPages> Kernel for Tile<'_, P> {
             let queries = (0..shape.queries).map(|query| self.query(query));
             scratch.codes.load_queries((S::LANES, self.pages.highest_code()), queries);
         }
-        scratch.weights.resize(shape.queries * chunk, 0.0);
+        scratch.weights.resize(shape.queries * chunk);
         scratch.shifts.resize(shape.queries, 0.0);
         let (chunk_pages, part_pages) = (chunk_pages(size), part_pages(size));
         let counted = context.mass_queries(unit);
@@ -220,18 +230,10 @@ impl<P: StoredPages> Tile<'_, P> {
         &self.context.queries(row, self.unit.kv_head)[at..at + dim]
     }
 
-    /// Pages from page `i` to the one that memory is asked for meanwhile, line by line: a whole page
-    /// at once would fill the queue to memory, and what comes next would wait. One row is through
-    /// with a page before the processor guesses where the next one is; a tile of many rows is not.
+    /// Pages from page `i` to the one that memory is asked for meanwhile: none at the end.
     #[inline(always)]
     pub(super) fn ahead(&self, i: usize) -> usize {
-        let bytes = self.context.pages.layout().head_bytes();
-        let pages = if PREFETCH_PAGES * bytes <= PREFETCH_BYTES {
-            PREFETCH_PAGES
-        } else {
-            PREFETCH_BYTES / bytes
-        };
-        if self.unit.rows.len() == 1 && i + pages < self.range.end { pages } else { 0 }
+        if i + self.ahead < self.range.end { self.ahead } else { 0 }
     }
 }
 
@@ -407,8 +409,8 @@ impl<E: KvElement + Element> Tile<'_, HeadPages<'_, E>> {
         let mut i = 0;
         while i * size < tokens {
             let at = i * size;
-            let n = if at + together * size <= tokens { together } else { 1 };
-            if n > 1 {
+            let whole = at + together * size <= tokens;
+            if whole {
                 let keys = (&Keys(pages), i, size);
                 softmax::scores_of_pages(simd, (q, block), keys, (out, chunk, at));
             } else {
@@ -416,7 +418,7 @@ impl<E: KvElement + Element> Tile<'_, HeadPages<'_, E>> {
                 let tokens = (tokens - at).min(size);
                 softmax::scores(simd, (q, block), keys, tokens, (&mut out[at..], chunk));
             }
-            i += n;
+            i += if whole { together } else { 1 };
         }
     }
 }

@@ -6,12 +6,7 @@ use std::ops::RangeInclusive;
 use tinyserve_kv::{GROUP_PAGES, KvElement, PageId};
 
 use crate::cpu::attend::Context;
-use crate::cpu::simd::{Element, Kernel, Simd};
-
-/// Queries that are scored together.
-const QUERIES: usize = 2;
-/// Vectors of pages that are scored together.
-const VECTORS: usize = 4;
+use crate::cpu::simd::{Element, Kernel, LINE, Simd};
 
 /// Scores of all pages of one KV head: the highest of its queries, `+∞` for NaN.
 pub(super) struct Scores<'a, E> {
@@ -69,55 +64,98 @@ fn score<S: Simd, E: Element>(
     lanes: RangeInclusive<usize>,
     best: &mut [f32; GROUP_PAGES],
 ) {
-    let mut at = lanes.start() - lanes.start() % S::LANES;
-    let mut fresh = true;
-    while at <= *lanes.end() {
-        let wide = at + S::LANES <= *lanes.end() && at + VECTORS * S::LANES <= GROUP_PAGES;
-        let vectors = if wide { VECTORS } else { 1 };
-        best[at..at + vectors * S::LANES].fill(f32::NEG_INFINITY);
-        for (i, q) in queries.chunks(QUERIES * dim).enumerate() {
-            // A lone query needs one of the two rows; a group of them needs both in all likelihood.
-            let ahead = (i == 0 && fresh).then_some((ahead, queries.len() > dim));
-            match (q.len() == QUERIES * dim, wide) {
-                (true, true) => rows::<S, E, 2, VECTORS>(simd, q, (boxes, ahead), at, best),
-                (true, false) => rows::<S, E, 2, 1>(simd, q, (boxes, ahead), at, best),
-                (false, true) => rows::<S, E, 1, VECTORS>(simd, q, (boxes, ahead), at, best),
-                (false, false) => rows::<S, E, 1, 1>(simd, q, (boxes, ahead), at, best),
-            }
-        }
-        fresh = false;
-        at += vectors * S::LANES;
+    best.fill(f32::NEG_INFINITY);
+    let (group, mut query) = (queries.len() / dim, 0);
+    while query < group {
+        // What the others asked for is on its way; a lone query asks for the row that it needs.
+        let ahead = (query == 0).then_some(ahead);
+        let both = (boxes, ahead);
+        let rest = &queries[query * dim..];
+        // As many queries and vectors of pages as the registers hold sums for.
+        query += match group - query {
+            8.. if S::LANES == 16 => lanes_of::<S, E, 8, 2>(simd, rest, dim, both, &lanes, best),
+            8.. => lanes_of::<S, E, 8, 1>(simd, rest, dim, both, &lanes, best),
+            4.. if S::LANES == 16 => lanes_of::<S, E, 4, 4>(simd, rest, dim, both, &lanes, best),
+            4.. => lanes_of::<S, E, 4, 2>(simd, rest, dim, both, &lanes, best),
+            2.. => lanes_of::<S, E, 2, 4>(simd, rest, dim, both, &lanes, best),
+            _ => lanes_of::<S, E, 1, 4>(simd, rest, dim, both, &lanes, best),
+        };
     }
 }
 
-/// Raises `best` to the scores of `Q` queries `[Q, head_dim]` for `V` vectors of pages from `at` on.
+/// Raises `best` to the scores of the first `Q` queries `[Q, head_dim]`; gives `Q`.
+#[inline(always)]
+fn lanes_of<S: Simd, E: Element, const Q: usize, const V: usize>(
+    simd: S,
+    queries: &[f32],
+    dim: usize,
+    both: (&[E], Option<&[E]>),
+    lanes: &RangeInclusive<usize>,
+    best: &mut [f32; GROUP_PAGES],
+) -> usize {
+    let queries = &queries[..Q * dim];
+    let mut at = lanes.start() - lanes.start() % S::LANES;
+    while at <= *lanes.end() {
+        at += S::LANES
+            * if at + S::LANES <= *lanes.end() && at + V * S::LANES <= GROUP_PAGES {
+                rows::<S, E, Q, V>(simd, queries, both, at, best)
+            } else {
+                rows::<S, E, Q, 1>(simd, queries, both, at, best)
+            };
+    }
+    Q
+}
+
+/// Raises `best` to the scores of `Q` queries `[Q, head_dim]` for `V` vectors of pages from `at` on;
+/// gives `V`.
 #[inline(always)]
 fn rows<S: Simd, E: Element, const Q: usize, const V: usize>(
     simd: S,
     queries: &[f32],
-    (boxes, ahead): (&[E], Option<(&[E], bool)>),
+    (boxes, ahead): (&[E], Option<&[E]>),
     at: usize,
     best: &mut [f32; GROUP_PAGES],
-) {
+) -> usize {
     let dim = queries.len() / Q;
     let q: [&[f32]; Q] = std::array::from_fn(|i| &queries[i * dim..(i + 1) * dim]);
     let mut sums = [[simd.splat(0.0); V]; Q];
+    // Both rows of a channel, widened once for all queries.
+    let mut wide = [[0.0; GROUP_PAGES]; 2];
+    let lines = (V * S::LANES * size_of::<E>()).div_ceil(LINE);
+    let ahead = ahead.filter(|_| (at * size_of::<E>()).is_multiple_of(LINE));
     for (channel, corners) in boxes.chunks_exact(2 * GROUP_PAGES).enumerate() {
-        for (q, sums) in q.iter().zip(&mut sums) {
-            let q = q[channel];
-            // `max(q·min, q·max)`: the sign of `q` says which, so the other one is not read.
-            let row = &corners[usize::from(q < 0.0) * GROUP_PAGES..][..GROUP_PAGES];
-            let wide = simd.splat(q);
-            for (v, sum) in sums.iter_mut().enumerate() {
-                *sum = simd.mul_add(wide, E::load(simd, &row[at + v * S::LANES..]), *sum);
+        let corners =
+            [&corners[at..at + V * S::LANES], &corners[GROUP_PAGES + at..][..V * S::LANES]];
+        // `max(q·min, q·max)`: the sign of `q` says which, so a lone query does not read the other.
+        let row = |q: f32| usize::from(q < 0.0);
+        if Q == 1 {
+            let corners = corners[row(q[0][channel])];
+            for (v, sum) in sums[0].iter_mut().enumerate() {
+                let corners = E::load(simd, &corners[v * S::LANES..]);
+                *sum = simd.mul_add(simd.splat(q[0][channel]), corners, *sum);
+            }
+        } else {
+            for (corners, wide) in corners.iter().zip(&mut wide) {
+                for v in 0..V {
+                    let corners = E::load(simd, &corners[v * S::LANES..]);
+                    simd.store(corners, &mut wide[v * S::LANES..]);
+                }
+            }
+            for (q, sums) in q.iter().zip(&mut sums) {
+                let q = q[channel];
+                let corners = &wide[row(q)];
+                for (v, sum) in sums.iter_mut().enumerate() {
+                    *sum = simd.mul_add(simd.splat(q), simd.load(&corners[v * S::LANES..]), *sum);
+                }
             }
         }
-        if let Some((ahead, both)) = ahead {
-            let corners = &ahead[channel * 2 * GROUP_PAGES..][..2 * GROUP_PAGES];
-            let row = if both { 0 } else { usize::from(q[0][channel] < 0.0) * GROUP_PAGES };
-            let length = if both { 2 * GROUP_PAGES } else { GROUP_PAGES };
-            for line in corners[row..row + length].chunks(64 / size_of::<E>()) {
-                simd.prefetch(line.as_ptr());
+        if let Some(ahead) = ahead {
+            let rows = if Q == 1 { row(q[0][channel])..=row(q[0][channel]) } else { 0..=1 };
+            for row in rows {
+                let place = ahead.as_ptr().wrapping_add((2 * channel + row) * GROUP_PAGES + at);
+                for line in 0..lines {
+                    simd.prefetch_far(place.wrapping_add(line * LINE / size_of::<E>()));
+                }
             }
         }
     }
@@ -129,6 +167,7 @@ fn rows<S: Simd, E: Element, const Q: usize, const V: usize>(
             simd.store(simd.max(simd.load(best), score), best);
         }
     }
+    V
 }
 
 #[cfg(test)]
