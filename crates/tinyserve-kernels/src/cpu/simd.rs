@@ -337,7 +337,7 @@ mod tests {
     impl Kernel for Split<'_> {
         type Output = ();
         #[inline(always)]
-        fn run<S: Simd>(self, simd: S) {
+        fn run<S: Simd>(mut self, simd: S) {
             let mut words = [0; 16];
             for (i, x) in self.0.chunks_exact(S::LANES).enumerate() {
                 simd.split(simd.add(simd.load(x), simd.splat(SPLIT)), &mut words);
