@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde_json::{Value, json};
 
-use super::{Args, exchange, get, quantiles};
+use super::{Args, Client, get, quantiles};
 use crate::clients::Served;
 
 /// Times that each way takes its turn.
@@ -81,6 +81,7 @@ fn through_http(address: &str, args: &Args, stream: bool, turn: usize) -> Result
     std::thread::scope(|scope| {
         for _ in 0..args.connections {
             scope.spawn(|| {
+                let mut client = Client::new(address);
                 loop {
                     let number = next.fetch_add(1, Ordering::Relaxed);
                     if number >= args.requests {
@@ -95,7 +96,7 @@ fn through_http(address: &str, args: &Args, stream: bool, turn: usize) -> Result
                         "stream": stream, "temperature": 0,
                         "stream_options": stream.then(|| json!({"include_usage": true})),
                     });
-                    match exchange(address, &body, stream, None) {
+                    match client.complete(&body, stream, None) {
                         Ok(Some((200, _))) => {
                             tokens
                                 .fetch_add(args.prompt_tokens + args.max_tokens, Ordering::Relaxed);
