@@ -83,10 +83,10 @@ fn beside_others<T>(address: &str, work: impl FnOnce() -> Result<T>) -> Result<T
                     "prompt": "Once upon a time", "max_tokens": 300 + 7 * client, "ignore_eos": true,
                     "tinyserve": {"attention": "sparse", "selection_ratio": 0.3},
                 });
-                let mut client = Client::new(address);
+                let mut connection = Client::new(address);
                 while !over.load(Ordering::Relaxed) {
                     // The picture shows what came of it.
-                    let _ = client.complete(&body, false, None);
+                    let _ = connection.complete(&body, false, None);
                     std::thread::sleep(Duration::from_millis(10 * client));
                 }
             });
