@@ -384,7 +384,9 @@ mod tests {
         let aborts = Arc::<AtomicUsize>::default();
         let on_abort = {
             let aborts = Arc::clone(&aborts);
-            move || drop(aborts.fetch_add(1, Ordering::Relaxed))
+            move || {
+                aborts.fetch_add(1, Ordering::Relaxed);
+            }
         };
         let (mut sender, mut stream) = events(RequestId(1), on_abort.clone());
         let bell = Arc::<Bell>::default();
