@@ -120,14 +120,16 @@ fn events(connection: &mut impl BufRead, until: Option<u64>) -> Result<Option<u6
             break;
         }
         text.push_str(std::str::from_utf8(&chunk[..size])?);
-        while let Some((event, rest)) = text.split_once("\n\n") {
+        let mut read = 0;
+        while let Some((event, _)) = text[read..].split_once("\n\n") {
             if event.starts_with("data: {\"error\"") {
                 bail!("a stream told {event}");
             }
             done |= event == "data: [DONE]";
             count += u64::from(event.starts_with("data: {"));
-            text = rest.to_owned();
+            read += event.len() + 2;
         }
+        text.drain(..read);
         if until.is_some_and(|until| count >= until) {
             return Ok(None);
         }
