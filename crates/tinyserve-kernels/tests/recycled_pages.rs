@@ -101,7 +101,7 @@ fn step(
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(256))]
+    #![proptest_config(ProptestConfig::with_cases(128))]
 
     #[test]
     fn what_a_page_held_before_never_shows(

@@ -1,6 +1,7 @@
 //! The memory of an engine, planned before its model is loaded.
 
 use tinyserve_kernels::Cpu;
+use tinyserve_kv::PageSummary;
 use tinyserve_model::{Checkpoint, LargestStep, MemoryPlan};
 use tinyserve_sched::MOST_SCORED_TOKENS;
 
@@ -80,7 +81,7 @@ impl PlannedMemory {
         let keeps = config.attention != AttentionMode::Dense
             && config.cuda_devices().is_empty()
             && Cpu::has_kernels(&policy);
-        let kept = policy.scorer.summary().filter(|_| keeps).map_or(0, |kept| kept.boxes());
+        let kept = policy.scorer.summary().filter(|_| keeps).map_or(0, PageSummary::boxes);
         let wanted = wanted.process_bytes(resident).kept_boxes(kept);
         let target_bytes = match config.target_memory_gb {
             Some(gigabytes) => Some((gigabytes * 1e9) as u64),

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use serde::Serialize;
 use tinyserve::kernels::{AttendStats, Attention, Cpu, CpuOptions, CpuPath, Cuda, DType};
-use tinyserve::kv::{Budget, SelectionPolicy};
+use tinyserve::kv::{Budget, PageSummary, SelectionPolicy};
 use tinyserve::{Device, KvCacheDtype, ScorerName, TinyServeError};
 
 use super::device::Measurable;
@@ -315,7 +315,7 @@ fn measure<B: Measurable>(
     let layers = bench.layers.len();
     let resident = |mode: &Option<SelectionPolicy>| {
         let kept = mode.filter(|policy| path.is_some() && Cpu::has_kernels(policy));
-        let kept = kept.and_then(|policy| policy.scorer.summary()).map_or(0, |kept| kept.boxes());
+        let kept = kept.and_then(|policy| policy.scorer.summary()).map_or(0, PageSummary::boxes);
         let page = bench.layout.bytes_per_page() + kept * bench.layout.box_bytes_per_page();
         page * bench.page_count()
     };
