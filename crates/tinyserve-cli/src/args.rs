@@ -3,6 +3,8 @@
 //! Each command flattens the groups whose settings change what it does, so that none is accepted
 //! and ignored. A flag comes before its environment variable, that before the configuration file.
 
+mod engine;
+
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -20,6 +22,7 @@ use tinyserve::{
 use crate::exit::{Usage, out_of_range};
 use crate::progress::Progress;
 use crate::{plan, values};
+pub(crate) use engine::EngineArgs;
 
 /// Heading of the flags that decide which pages are read.
 pub(crate) const SELECTION: &str = "Page selection";
