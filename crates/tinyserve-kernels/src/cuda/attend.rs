@@ -124,7 +124,7 @@ pub(super) fn attend(cuda: &Cuda, args: AttendArgs<'_, Cuda>) -> Result<AttendSt
         Arg::Pointer(0)
     };
     call.fused(scratch, &plan, placed, (out.arg(), states))?;
-    if plan.fused.len() < tiles.len() {
+    if plan.attends {
         call.attend(&mut scratch.parts, &plan, placed, (out.arg(), states))?;
     }
     if recall {

@@ -18,13 +18,14 @@ const MOST_SEEN: usize = 64;
 
 /// Steps that were captured, and those that were seen once.
 ///
-/// A step is its launches: kernels, their grids, and every argument. So one for each batch size and
-/// bucket of lengths, as long as no buffer moves.
+/// A step is its launches: kernels, their grids, and every argument. So one for each bucket of batch
+/// sizes and of lengths, as long as no buffer moves.
 #[derive(Debug, Default)]
 pub(super) struct Graphs {
     captured: Vec<(Queue, Graph)>,
     seen: Vec<Queue>,
     replays: u64,
+    captures: u64,
 }
 
 /// What to do with a step.
@@ -57,6 +58,11 @@ impl Graphs {
         self.replays
     }
 
+    /// Steps that were captured.
+    pub(super) fn captures(&self) -> u64 {
+        self.captures
+    }
+
     /// What to do with `step`, which counts as seen from now on.
     pub(super) fn find(&mut self, step: &Queue) -> Step {
         if step.len() < LEAST {
@@ -81,6 +87,7 @@ impl Graphs {
         if self.captured.len() == MOST_GRAPHS {
             self.captured.remove(0);
         }
+        self.captures += 1;
         self.captured.push((step.clone(), Graph(graph)));
         self.captured.len() - 1
     }

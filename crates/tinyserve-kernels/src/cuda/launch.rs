@@ -50,6 +50,7 @@ const MODULES: &[(&str, &str)] = modules!(
     "score_pages",
     "seal_pages",
     "select_pages",
+    "top_logits",
 );
 
 /// An argument of a kernel.
@@ -156,6 +157,11 @@ impl Stream {
     /// Steps that were replayed as graphs.
     pub(super) fn replays(&self) -> u64 {
         self.waiting().graphs.replays()
+    }
+
+    /// Steps that were captured as graphs.
+    pub(super) fn captures(&self) -> u64 {
+        self.waiting().graphs.captures()
     }
 
     /// Launches what waits: as a graph, if the same launches came before.

@@ -7,6 +7,7 @@
 
 mod append;
 mod attend;
+mod bucket;
 mod device;
 mod error;
 mod graph;
@@ -18,6 +19,7 @@ mod open;
 mod pages;
 mod queue;
 mod tensor;
+mod top_logits;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -32,16 +34,14 @@ pub use tensor::{CudaLinear, CudaTensor, CudaVector};
 use crate::{
     ActivateArgs, Activation, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs,
     HostTensor, KernelError, LinearArgs, LinearSpec, NormArgs, NormKind, RotaryAnglesArgs,
-    RotaryArgs, Store,
+    RotaryArgs, Store, TopLogitsArgs,
 };
+use bucket::{MOST_ROWS, filled};
 use launch::{Arg, Launcher, Shape};
 use memory::{Buffer, Staging, Upload};
 
 /// Threads of a block of a pointwise kernel.
 const POINTWISE: u32 = 256;
-
-/// Rows of a step up to which its launches are kept back, to be replayed if they come again.
-const MOST_GRAPH_ROWS: usize = 64;
 
 /// The CUDA backend on one device.
 #[derive(Debug)]
@@ -68,6 +68,7 @@ struct State {
     /// For calls that read everything, and for those in which some select.
     attend: [attend::Scratch; 2],
     linear: linear::Scratch,
+    top_logits: top_logits::Scratch,
 }
 
 impl Cuda {
@@ -203,7 +204,7 @@ impl Backend for Cuda {
     fn embed(&self, args: EmbedArgs<'_, Self>) {
         self.run(|state| {
             // A step begins here; long prompts do not come again.
-            self.launcher.keep_back(self.use_graphs && args.ids.len() <= MOST_GRAPH_ROWS)?;
+            self.launcher.keep_back(self.use_graphs && args.ids.len() <= MOST_ROWS)?;
             // Positions are looked up behind tokens, in the same step.
             let ids = match args.store {
                 Store::Overwrite => &mut state.ids,
@@ -233,8 +234,8 @@ impl Backend for Cuda {
                 Arg::count(columns),
                 Arg::Number(epsilon),
             ];
-            // SAFETY: `x` and `out` have `rows` rows of `columns`, as both vectors have.
-            unsafe { self.launcher.launch(kernel, Shape::new((rows, 1, 1), 256), &args) }
+            // SAFETY: `x` and `out` have room for these rows of `columns`, as both vectors have.
+            unsafe { self.launcher.launch(kernel, Shape::new((x.bucket(), 1, 1), 256), &args) }
         });
     }
 
@@ -249,12 +250,12 @@ impl Backend for Cuda {
         self.run(|state| {
             out.resize(&self.launcher, positions.len())?;
             let args = [
-                state.positions.send(&self.launcher, positions)?,
+                state.positions.send(&self.launcher, &filled(positions, 0))?,
                 state.frequencies.send(&self.launcher, inverse_frequencies)?,
                 out.arg(),
                 Arg::count(half),
             ];
-            let shape = Shape::new((positions.len(), 1, 1), 128);
+            let shape = Shape::new((out.bucket(), 1, 1), 128);
             // SAFETY: `out` has a row of twice as many columns as frequencies for each position.
             unsafe { self.launcher.launch("rotary_angles", shape, &args) }
         });
@@ -272,7 +273,7 @@ impl Backend for Cuda {
                 Arg::count(heads.head_dim),
                 Arg::count(heads.qkv_width()),
             ];
-            let shape = Shape::new((qkv.rows(), heads.q_heads + heads.kv_heads, 1), 64);
+            let shape = Shape::new((qkv.bucket(), heads.q_heads + heads.kv_heads, 1), 64);
             // SAFETY: queries and keys are the first heads of each row, and `angles` has as many.
             unsafe { self.launcher.launch("rotary", shape, &args) }
         });
@@ -303,8 +304,9 @@ impl Backend for Cuda {
             };
             let args =
                 [x.arg(), out.arg(), Arg::Whole(number), Arg::flag(gated), Arg::count(width)];
-            // SAFETY: `x` has `rows` rows of `width`, or twice that, and `out` as many of `width`.
-            unsafe { self.launcher.launch("activate", Self::pointwise(rows, width), &args) }
+            let shape = Self::pointwise(out.bucket(), width);
+            // SAFETY: `x` has room for these rows of `width`, or twice that, and so has `out`.
+            unsafe { self.launcher.launch("activate", shape, &args) }
         });
     }
 
@@ -313,12 +315,16 @@ impl Backend for Cuda {
         assert!(rows.iter().all(|&row| (row as usize) < x.rows()), "rows to gather");
         self.run(|state| {
             out.resize(&self.launcher, rows.len())?;
-            let indices = state.rows.send(&self.launcher, rows)?;
+            let indices = state.rows.send(&self.launcher, &filled(rows, 0))?;
             let args = [x.arg(), indices, out.arg(), Arg::count(x.columns())];
-            let shape = Self::pointwise(rows.len(), x.columns());
-            // SAFETY: every index is a row of `x`, and `out` has a row for each.
+            let shape = Self::pointwise(out.bucket(), x.columns());
+            // SAFETY: every index is a row of `x`, and `out` has room for a row for each.
             unsafe { self.launcher.launch("gather_rows", shape, &args) }
         });
+    }
+
+    fn top_logits(&self, args: TopLogitsArgs<'_, Self>) {
+        self.run(|state| top_logits::top_logits(&self.launcher, &mut state.top_logits, args));
     }
 
     fn download(&self, x: &CudaTensor, out: &mut Vec<f32>) {
