@@ -17,7 +17,7 @@ use super::memory::{Buffer, Upload, grown};
 use super::pages::CudaPages;
 use super::{Cuda, CudaTensor};
 use crate::{AttendArgs, AttendStats, Heads, KernelError};
-pub use fused::FusedLimits;
+pub use fused::{FusedRow, FusedTable};
 use kernels::{ATTEND_1, ATTEND_4, ATTEND_8, ATTEND_ANY, FUSED_1, FUSED_4, FUSED_8, SCORE_MOMENTS};
 use observe::measure;
 use plan::{Layout, MOST_QUERIES, Scored, TilePlan, TileRecord, part_pages};

@@ -61,7 +61,10 @@ pub enum CudaError {
         free: usize,
     },
     /// A kernel did not run.
-    #[error("cuda: kernel {kernel} failed in a grid of {grid:?} blocks of {block:?}: {message}")]
+    #[error(
+        "cuda: kernel {kernel} failed in a grid of {grid:?} blocks of {block:?}, with sizes {sizes:?}: \
+         {message}"
+    )]
     Launch {
         /// The kernel.
         kernel: String,
@@ -69,6 +72,20 @@ pub enum CudaError {
         grid: (u32, u32, u32),
         /// Threads of a block.
         block: (u32, u32, u32),
+        /// The whole numbers among its arguments, in the order of its source.
+        sizes: Vec<i32>,
+        /// What the driver says.
+        message: String,
+    },
+    /// A step that is replayed as a graph did not run; the driver does not say which kernel failed.
+    #[error("cuda: a step of {launches} kernels, from {first} to {last}, failed: {message}")]
+    Step {
+        /// Launches of the step.
+        launches: usize,
+        /// The first kernel.
+        first: String,
+        /// The last one.
+        last: String,
         /// What the driver says.
         message: String,
     },

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaGraph, CudaStream, sys};
 
-use super::device::driver_error;
+use super::device::{driver_error, message};
 use super::error::CudaError;
 use super::queue::Queue;
 
@@ -95,7 +95,17 @@ impl Graphs {
     /// Launches a graph.
     pub(super) fn replay(&mut self, number: usize) -> Result<(), CudaError> {
         self.replays += 1;
-        self.captured[number].1.0.launch().map_err(driver_error("replaying a step's graph"))
+        let (step, graph) = &self.captured[number];
+        graph.0.launch().map_err(|error| {
+            let name = |kernel: Option<&'static str>| kernel.unwrap_or_default().to_owned();
+            let mut kernels = step.iter().map(|(kernel, ..)| kernel);
+            CudaError::Step {
+                launches: step.len(),
+                first: name(kernels.next()),
+                last: name(kernels.last()),
+                message: message(error),
+            }
+        })
     }
 }
 

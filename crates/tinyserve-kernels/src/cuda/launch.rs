@@ -73,6 +73,15 @@ impl Arg {
         Self::Whole(i32::try_from(n).unwrap_or(i32::MAX))
     }
 
+    /// The whole numbers that it is.
+    fn sizes(&self) -> &[i32] {
+        match self {
+            Self::Pointer(_) | Self::Number(_) => &[],
+            Self::Whole(whole) => std::slice::from_ref(whole),
+            Self::Shape(shape) => shape,
+        }
+    }
+
     /// A flag, as kernels take it.
     pub(super) fn flag(flag: bool) -> Self {
         Self::Whole(i32::from(flag))
@@ -247,6 +256,7 @@ impl Stream {
             kernel: kernel.to_owned(),
             grid,
             block,
+            sizes: args.iter().flat_map(Arg::sizes).copied().collect(),
             message: message(error),
         };
         let function = self.kernel(kernel)?;

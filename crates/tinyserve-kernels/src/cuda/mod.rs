@@ -25,7 +25,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tinyserve_kv::{KvFormat, KvLayout, PageCopy, PageId, PagePool, SelectionPolicy, TokenMove};
 
-pub use attend::FusedLimits;
+pub use attend::{FusedRow, FusedTable};
 pub use device::CudaDevice;
 pub use error::{CudaError, CudaVersion};
 pub use pages::CudaPages;
@@ -87,7 +87,7 @@ impl Cuda {
     }
 
     /// Whether decode steps score, select and attend in one launch where there is a kernel for it;
-    /// `None` decides by size, as [`FusedLimits`] says.
+    /// `None` decides by shape, as [`FusedTable`] says.
     #[must_use]
     pub fn use_fused_kernel(mut self, fused: Option<bool>) -> Self {
         self.use_fused = fused;

@@ -11,7 +11,7 @@ use super::fused::is_fused;
 use crate::{AttendSequence, AttendStats, Attention, Heads};
 
 /// Tokens of a part: a list of one row is read by a block for each.
-const PART_TOKENS: usize = 512;
+pub(super) const PART_TOKENS: usize = 512;
 /// Queries that one pass over keys and values serves, at most.
 pub(super) const MOST_QUERIES: usize = 8;
 /// As `ts::NO_PARTS`.
