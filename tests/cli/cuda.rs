@@ -1,7 +1,7 @@
 //! The binary on a CUDA device: the emulator's, which describes itself and fails as it is asked to.
 
 use serde_json::Value;
-use tinyserve_cuda_emulator::{Build, folder};
+use tinyserve_cuda_emulator::{Build, cublas_folder, folder};
 
 use crate::binary::{Ran, command, words};
 
@@ -162,6 +162,10 @@ fn doctor_describes_the_device() {
     assert!(table.iter().all(|row| row["most_bytes"].as_u64() > Some(0)), "{table:?}");
     let source = object["fused_kernel"]["source"].as_str().unwrap();
     assert!(source.contains("model") && source.contains("not measured"), "{source}");
+    let cublas = cublas_folder(Build::Plain).unwrap();
+    let path = format!("{}:{}", folder(Build::Plain).unwrap().display(), cublas.display());
+    let Some(ran) = emulated("doctor --json", &[("LD_LIBRARY_PATH", &path)]) else { return };
+    assert_eq!(ran.json()["cublas"]["version"], "12.0.0");
     let old = [("CUDA_EMULATOR_CAPABILITY", "75")];
     let Some(ran) = emulated("doctor", &old) else { return };
     assert!(ran.done().contains("capability 7.5, expected 8.0"));

@@ -261,7 +261,7 @@ fn batches_of_one_bucket_are_one_graph() {
                 let cuda = runner.model.backend();
                 captured.push((cuda.captured_steps(), cuda.replayed_steps()));
             }
-            tables.map(|table| runner.cache.release(table));
+            tables.into_iter().for_each(|table| runner.cache.release(table));
             (all, captured)
         };
         let (expected, none) = run(false);

@@ -275,8 +275,8 @@ impl Call<'_> {
                 pages,
                 placed.tables,
                 placed.records,
-                offset(selecting, size_of::<u32>() * first),
-                offset(scores, size_of::<f32>() * first * heads.kv_heads * plan.most_pages),
+                selecting.offset(size_of::<u32>() * first),
+                scores.offset(size_of::<f32>() * first * heads.kv_heads * plan.most_pages),
                 self.pages.shape(),
                 Arg::count(heads.group()),
                 Arg::count(heads.qkv_width()),
@@ -366,12 +366,5 @@ impl Call<'_> {
         let boxes = self.pages.layer_boxes(self.layer);
         let args = [boxes, self.pages.layer_open(self.layer), self.pages.heads()];
         args.into_iter().filter(move |_| quantised)
-    }
-}
-
-fn offset(pointer: Arg, bytes: usize) -> Arg {
-    match pointer {
-        Arg::Pointer(address) => Arg::Pointer(address + bytes as u64),
-        other => other,
     }
 }

@@ -47,6 +47,12 @@ pub enum CudaError {
         /// Major and minor number.
         capability: (i32, i32),
     },
+    /// There is no cuBLAS.
+    #[error(
+        "cuBLAS was not found: our own kernels multiply prompts; for cuBLAS, put libcublas.so of CUDA 12 \
+         where the system looks for libraries"
+    )]
+    NoCublas,
     /// The device has no memory left.
     #[error(
         "cuda: no memory for {what}: {asked} bytes asked for, {free} free; lower \

@@ -50,6 +50,7 @@ const MODULES: &[(&str, &str)] = modules!(
     "score_pages",
     "seal_pages",
     "select_pages",
+    "split_rows",
     "top_logits",
 );
 
@@ -71,6 +72,22 @@ impl Arg {
     pub(super) fn count(n: usize) -> Self {
         // What does not fit was refused when memory was asked for.
         Self::Whole(i32::try_from(n).unwrap_or(i32::MAX))
+    }
+
+    /// The address `bytes` behind it.
+    pub(super) fn offset(self, bytes: usize) -> Self {
+        match self {
+            Self::Pointer(address) => Self::Pointer(address + bytes as u64),
+            other => other,
+        }
+    }
+
+    /// The address that it is.
+    pub(super) fn address(self) -> u64 {
+        match self {
+            Self::Pointer(address) => address,
+            _ => 0,
+        }
     }
 
     /// The whole numbers that it is.

@@ -3,7 +3,8 @@
 use std::sync::OnceLock;
 
 use super::Cuda;
-use super::bucket::filled;
+use super::bucket::{MOST_ROWS, filled};
+use super::cublas::{Into, Products};
 use super::error::CudaError;
 use super::launch::{Arg, Launcher, Shape};
 use super::memory::{Buffer, Staging, Upload, grown};
@@ -23,9 +24,10 @@ const GEMM_ROWS: usize = 32;
 /// Outputs of a block of the products over quantised weights.
 const QUANTISED_OUTPUTS: usize = 16;
 
-/// Quantised input rows.
+/// Quantised input rows, and what cuBLAS needs.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
+    pub(super) products: Products,
     codes: Option<Buffer>,
     scales: Option<Buffer>,
     sums: Option<Buffer>,
@@ -130,7 +132,15 @@ pub(super) fn linear(
     match &linear.weights {
         CudaWeights::Stored(parts) => {
             let mut column = 0;
+            // A step that may come again is launched whole, and cuBLAS launches for itself.
+            let by_cublas = rows > MOST_ROWS && scratch.products.are_there(device);
             for part in parts {
+                if by_cublas {
+                    let to = Into { out: &*out, column, add };
+                    scratch.products.multiply(device, x, part, to)?;
+                    column += part.outputs;
+                    continue;
+                }
                 let (kernel, shape) = stored_kernel(part, inputs, rows);
                 let args = [
                     part.weight.arg(),

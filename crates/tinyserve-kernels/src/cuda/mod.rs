@@ -8,6 +8,7 @@
 mod append;
 mod attend;
 mod bucket;
+mod cublas;
 mod device;
 mod error;
 mod graph;
@@ -42,6 +43,15 @@ use memory::{Buffer, Staging, Upload};
 
 /// Threads of a block of a pointwise kernel.
 const POINTWISE: u32 = 256;
+
+/// The version of the cuBLAS that multiplies prompts.
+///
+/// # Errors
+/// When there is none: our own kernels multiply then.
+pub fn cublas_version() -> Result<String, CudaError> {
+    let [major, minor, patch] = cublas::version()?;
+    Ok(format!("{major}.{minor}.{patch}"))
+}
 
 /// The CUDA backend on one device.
 #[derive(Debug)]
@@ -101,6 +111,13 @@ impl Cuda {
         self
     }
 
+    /// Whether cuBLAS multiplies prompts where it is installed; it does unless it is said.
+    #[must_use]
+    pub fn use_cublas(self, cublas: bool) -> Self {
+        self.state().linear.products.unused = !cublas;
+        self
+    }
+
     /// Whether pages are chosen by kernels as `policy` says; anything else is chosen on the host, at
     /// the price of a round trip in every layer.
     #[must_use]
@@ -119,7 +136,8 @@ impl Cuda {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs an operation, unless an earlier one failed; its failure is kept.
+    /// Runs an operation, unless an earlier one failed; its failure is kept. What is asserted about
+    /// rows belongs inside: a tensor that was to be written by one that failed has none.
     fn run(&self, operation: impl FnOnce(&mut State) -> Result<(), CudaError>) {
         let mut state = self.state();
         if state.failure.is_none()
@@ -265,8 +283,8 @@ impl Backend for Cuda {
         let RotaryArgs { angles, heads, qkv } = args;
         assert_eq!(angles.columns(), heads.head_dim, "width of the angles");
         assert_eq!(qkv.columns(), heads.qkv_width(), "width of queries, keys and values");
-        assert_eq!(angles.rows(), qkv.rows(), "rows of the angles");
         self.run(|_| {
+            assert_eq!(angles.rows(), qkv.rows(), "rows of the angles");
             let args = [
                 angles.arg(),
                 qkv.arg(),
@@ -312,8 +330,8 @@ impl Backend for Cuda {
 
     fn gather_rows(&self, x: &CudaTensor, rows: &[u32], out: &mut CudaTensor) {
         assert_eq!(out.columns(), x.columns(), "width of gathered rows");
-        assert!(rows.iter().all(|&row| (row as usize) < x.rows()), "rows to gather");
         self.run(|state| {
+            assert!(rows.iter().all(|&row| (row as usize) < x.rows()), "rows to gather");
             out.resize(&self.launcher, rows.len())?;
             let indices = state.rows.send(&self.launcher, &filled(rows, 0))?;
             let args = [x.arg(), indices, out.arg(), Arg::count(x.columns())];
