@@ -69,8 +69,8 @@ pub(crate) fn inspect(args: &InspectArgs) -> Result<()> {
     let threads = config.threads.unwrap_or(threads);
     let tokens = config.attention_chunk_size;
     let largest = LargestStep { tokens, sequences: 1, logits: 1, threads };
-    let one_page = MemoryPlan::new(&checkpoint, weights, layout, largest, 1)
-        .process_bytes(memory::resident().unwrap_or(0));
+    let one_page =
+        MemoryPlan::new(&checkpoint, weights, layout, largest, 1).process_bytes(memory::process());
     let report = Report {
         name: &config.model,
         checkpoint: &checkpoint,

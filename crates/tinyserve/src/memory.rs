@@ -8,6 +8,16 @@ pub fn resident() -> Option<u64> {
     field("/proc/self/status", "VmRSS:")
 }
 
+/// Bytes of code that runs for the first time in a step, and of what the allocator keeps.
+const STILL_TO_COME: u64 = 1 << 20;
+
+/// Bytes that this process takes beside what its memory plan counts one by one: those that it has
+/// before weights and cache are made, and some for code that has not run yet.
+#[must_use]
+pub fn process() -> u64 {
+    resident().unwrap_or(0) + STILL_TO_COME
+}
+
 /// Most bytes that this process ever had resident.
 #[must_use]
 pub fn peak_resident() -> Option<u64> {

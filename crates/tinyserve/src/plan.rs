@@ -35,8 +35,7 @@ impl PlannedMemory {
         checkpoint: &Checkpoint,
         threads: usize,
     ) -> Result<Self, TinyServeError> {
-        let resident = memory::resident().unwrap_or(0);
-        Self::with(config, checkpoint, threads, (resident, memory::available()))
+        Self::with(config, checkpoint, threads, (memory::process(), memory::available()))
     }
 
     /// Plans an engine whose weights and pages lie on a device of its own, with `free` bytes of

@@ -329,7 +329,7 @@ fn load_on<B: Measurable + Sync>(
         let largest = LargestStep { tokens, sequences: open, logits: sequences, threads };
         // Made in memory, the stored weights are there already; the plan counts them itself.
         let made = if checkpoint.is_in_memory() { checkpoint.weight_bytes() as u64 } else { 0 };
-        let process = memory::resident().unwrap_or(0).saturating_sub(made);
+        let process = memory::process().saturating_sub(made);
         let plan = MemoryPlan::new(checkpoint, weights.format, layout, largest, pages);
         setup.planned_bytes = plan.process_bytes(process).total_bytes();
         let backend = Profiled::new(backend);

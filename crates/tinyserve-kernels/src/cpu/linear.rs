@@ -31,6 +31,11 @@ const STRIPS_PER_THREAD: usize = 4;
 const STREAM_BYTES: usize = 1024;
 /// How far ahead of the products memory is asked for weights.
 const AHEAD_BYTES: usize = 4096;
+/// As [`AHEAD_BYTES`], for several rows: products take longer, and what they read of the rows fills
+/// the first-level cache.
+const BATCH_AHEAD_BYTES: usize = 8192;
+/// Bytes that memory gives at a time.
+const LINE_BYTES: usize = 64;
 /// Sums that are stored together.
 const STREAM_OUTPUTS: usize = 16;
 
@@ -132,20 +137,17 @@ impl<E: Element> Kernel for OutIn<'_, E> {
         if self.args.rows == 1 && inputs * size_of::<E>() >= STREAM_BYTES {
             return self.stream(simd);
         }
-        let mut output = self.args.strip.start;
-        if self.args.rows == 1 {
-            // Eight weight rows at once: their sums hide each other's latency.
-            while output + 8 <= self.args.strip.end {
-                self.tile::<S, 1, 8>(simd, 0, output);
-                output += 8;
-            }
+        if self.args.rows > 1 {
+            return self.batch(simd);
         }
-        while output + 4 <= self.args.strip.end {
-            self.row_tiles::<S, 4>(simd, output);
-            output += 4;
+        let mut output = self.args.strip.start;
+        // Eight weight rows at once: their sums hide each other's latency.
+        while output + 8 <= self.args.strip.end {
+            self.tile::<S, 1, 8, false>(simd, 0, output);
+            output += 8;
         }
         while output < self.args.strip.end {
-            self.row_tiles::<S, 1>(simd, output);
+            self.tile::<S, 1, 1, false>(simd, 0, output);
             output += 1;
         }
     }
@@ -172,28 +174,57 @@ impl<E: Element> OutIn<'_, E> {
         }
     }
 
+    /// Some input rows: the first tile of them streams some weight rows from memory, those after it
+    /// read the same weight rows from the cache.
     #[inline(always)]
-    fn row_tiles<S: Simd, const O: usize>(&self, simd: S, output: usize) {
-        let (mut row, end) = (0, self.args.rows);
-        if S::LANES == 16 {
-            while row + 6 <= end {
-                self.tile::<S, 6, O>(simd, row, output);
-                row += 6;
+    fn batch<S: Simd>(&self, simd: S) {
+        let rows = self.args.rows;
+        for first in self.args.strip.clone().step_by(STREAM_OUTPUTS) {
+            let outputs = first..(first + STREAM_OUTPUTS).min(self.args.strip.end);
+            let mut row = 0;
+            while row < rows {
+                let outputs = outputs.clone();
+                row += match rows - row {
+                    // As many sums as registers hold.
+                    8.. if S::LANES == 16 => self.row_tile::<S, 8>(simd, row, outputs),
+                    4.. => self.row_tile::<S, 4>(simd, row, outputs),
+                    2.. => self.row_tile::<S, 2>(simd, row, outputs),
+                    _ => self.row_tile::<S, 1>(simd, row, outputs),
+                };
             }
-        }
-        while row + 3 <= end {
-            self.tile::<S, 3, O>(simd, row, output);
-            row += 3;
-        }
-        match end - row {
-            2 => self.tile::<S, 2, O>(simd, row, output),
-            1 => self.tile::<S, 1, O>(simd, row, output),
-            _ => {}
         }
     }
 
+    /// Some outputs of `R` rows; gives `R`.
     #[inline(always)]
-    fn tile<S: Simd, const R: usize, const O: usize>(&self, simd: S, row: usize, output: usize) {
+    fn row_tile<S: Simd, const R: usize>(
+        &self,
+        simd: S,
+        row: usize,
+        outputs: Range<usize>,
+    ) -> usize {
+        let mut output = outputs.start;
+        while output + 2 <= outputs.end {
+            if row == 0 {
+                self.tile::<S, R, 2, true>(simd, row, output);
+            } else {
+                self.tile::<S, R, 2, false>(simd, row, output);
+            }
+            output += 2;
+        }
+        if output < outputs.end {
+            self.tile::<S, R, 1, false>(simd, row, output);
+        }
+        R
+    }
+
+    #[inline(always)]
+    fn tile<S: Simd, const R: usize, const O: usize, const AHEAD: bool>(
+        &self,
+        simd: S,
+        row: usize,
+        output: usize,
+    ) {
         let inputs = self.args.part.inputs;
         let w: [&[E]; O] =
             std::array::from_fn(|o| &self.w[(output + o) * inputs..(output + o + 1) * inputs]);
@@ -204,10 +235,11 @@ impl<E: Element> OutIn<'_, E> {
             let block = start..(start + BLOCK_INPUTS).min(inputs);
             let w: [&[E]; O] = std::array::from_fn(|o| &w[o][block.clone()]);
             let x: [&[f32]; R] = std::array::from_fn(|r| &x[r][block.clone()]);
-            let sums = block_sums(simd, &w, &x);
-            for (totals, sums) in totals.iter_mut().zip(sums) {
-                for (total, sum) in totals.iter_mut().zip(sums) {
-                    *total += simd.sum(sum);
+            let stream = &self.w[output * inputs + O * start..];
+            let sums = block_sums::<S, E, R, O, AHEAD>(simd, (&w, stream), &x);
+            for (o, sums) in sums.iter().enumerate() {
+                for (totals, sum) in totals.iter_mut().zip(simd.sums(sums)) {
+                    totals[o] += sum;
                 }
             }
         }
@@ -235,22 +267,32 @@ fn dot<S: Simd, E: Element>(simd: S, w: &[E], x: &[f32]) -> f32 {
 }
 
 /// As [`dot`], for `O` weight rows and `R` input rows at once, not added up across lanes yet.
+///
+/// Where the weights come from memory, `AHEAD` asks it for those that follow `stream`: rows follow
+/// one another, so that `O` of them are one stream, too.
 #[inline(always)]
-fn block_sums<S: Simd, E: Element, const R: usize, const O: usize>(
+fn block_sums<S: Simd, E: Element, const R: usize, const O: usize, const AHEAD: bool>(
     simd: S,
-    w: &[&[E]; O],
+    (w, stream): (&[&[E]; O], &[E]),
     x: &[&[f32]; R],
-) -> [[S::V; O]; R] {
+) -> [[S::V; R]; O] {
     let inputs = x[0].len();
-    let mut sums = [[simd.splat(0.0); O]; R];
+    let mut sums = [[simd.splat(0.0); R]; O];
     let whole = inputs - inputs % S::LANES;
     let mut i = 0;
     while i < whole {
+        if AHEAD {
+            let bytes = O * size_of::<E>();
+            let next = stream.as_ptr().cast::<u8>().wrapping_add(i * bytes + BATCH_AHEAD_BYTES);
+            for line in (0..S::LANES * bytes).step_by(LINE_BYTES) {
+                simd.prefetch_far(next.wrapping_add(line));
+            }
+        }
         let w: [S::V; O] = std::array::from_fn(|o| E::load(simd, &w[o][i..i + S::LANES]));
         for r in 0..R {
             let x = simd.load(&x[r][i..i + S::LANES]);
             for o in 0..O {
-                sums[r][o] = simd.mul_add(w[o], x, sums[r][o]);
+                sums[o][r] = simd.mul_add(w[o], x, sums[o][r]);
             }
         }
         i += S::LANES;
@@ -260,7 +302,7 @@ fn block_sums<S: Simd, E: Element, const R: usize, const O: usize>(
             let x = simd.load_tail(&x[r][whole..]);
             for o in 0..O {
                 let w = simd.load_tail(&w[o][whole..]);
-                sums[r][o] = simd.mul_add(w, x, sums[r][o]);
+                sums[o][r] = simd.mul_add(w, x, sums[o][r]);
             }
         }
     }

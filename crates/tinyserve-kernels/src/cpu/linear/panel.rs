@@ -11,7 +11,7 @@ use super::super::simd::{Element, Kernel, Simd};
 use super::{BLOCK_INPUTS, StripArgs};
 
 /// Rows from which on widening pays for itself.
-pub(super) const PANEL_ROWS: usize = 12;
+pub(super) const PANEL_ROWS: usize = 33;
 /// Outputs of a panel.
 const PANEL_OUTPUTS: usize = 64;
 /// Rows of a tile.

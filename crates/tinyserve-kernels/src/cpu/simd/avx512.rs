@@ -144,29 +144,16 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     }
     #[inline(always)]
     fn sums<const N: usize>(self, x: &[__m512; N]) -> [f32; N] {
-        let &[a, b, c, d] = x.as_slice() else {
-            return std::array::from_fn(|i| self.sum(x[i]));
-        };
-        // The tree of `sum`, for four vectors at once: halves, quarters, pairs, one.
-        let mut sums = [0.0; 16];
-        let four = intrinsic!({
-            let halves = |a, b| {
-                let (low, high) =
-                    (_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
-                _mm512_add_ps(low, high)
-            };
-            let (ab, cd) = (halves(a, b), halves(c, d));
-            let four = _mm512_add_ps(
-                _mm512_shuffle_f32x4::<0x88>(ab, cd),
-                _mm512_shuffle_f32x4::<0xdd>(ab, cd),
-            );
-            let two = _mm512_add_ps(four, _mm512_permute_ps::<0x4e>(four));
-            let one = _mm512_add_ps(two, _mm512_permute_ps::<0xb1>(two));
-            // Every fourth element, side by side.
-            _mm512_maskz_compress_ps(0x1111, one)
-        });
-        self.store(four, &mut sums);
-        std::array::from_fn(|i| sums[i])
+        let mut sums = [0.0; N];
+        let (fours, rest) = x.as_chunks::<4>();
+        let (out, out_rest) = sums.as_chunks_mut::<4>();
+        for (x, out) in fours.iter().zip(out) {
+            *out = four_sums(self, x);
+        }
+        for (&x, out) in rest.iter().zip(out_rest) {
+            *out = self.sum(x);
+        }
+        sums
     }
     #[inline(always)]
     fn highest(self, x: __m512) -> f32 {
@@ -309,4 +296,28 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         self.store(block, &mut values);
         values
     }
+}
+
+/// The tree of [`Simd::sum`], for four vectors at once: halves, quarters, pairs, one.
+#[inline(always)]
+fn four_sums<const VNNI: bool>(simd: Avx512<VNNI>, &[a, b, c, d]: &[__m512; 4]) -> [f32; 4] {
+    let mut sums = [0.0; 16];
+    let four = intrinsic!({
+        let halves = |a, b| {
+            let (low, high) =
+                (_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
+            _mm512_add_ps(low, high)
+        };
+        let (ab, cd) = (halves(a, b), halves(c, d));
+        let four = _mm512_add_ps(
+            _mm512_shuffle_f32x4::<0x88>(ab, cd),
+            _mm512_shuffle_f32x4::<0xdd>(ab, cd),
+        );
+        let two = _mm512_add_ps(four, _mm512_permute_ps::<0x4e>(four));
+        let one = _mm512_add_ps(two, _mm512_permute_ps::<0xb1>(two));
+        // Every fourth element, side by side.
+        _mm512_maskz_compress_ps(0x1111, one)
+    });
+    simd.store(four, &mut sums);
+    std::array::from_fn(|i| sums[i])
 }
