@@ -1,14 +1,15 @@
-// Rows for products on tensor cores, which multiply halves: a number as a sum of numbers that fit; and what
-// becomes of the products.
+// Rows as sums of halves, for products on tensor cores, and what becomes of the products.
 //
 // split_f16: x [rows, inputs] f32 -> parts [2, rows, inputs] f16, whose sum is x·2^exponents[row] to 22 bits of
 // the row's largest number, which lies in 2^14 to 2^15 then.
 // split_bf16: x -> parts [3, rows, inputs] bf16, whose sum is x to 24 bits.
-// Grid (rows), block 256: one block per row. Must move rows·inputs·(4 + 2·parts) bytes, and x again from the caches.
+// Grid (rows), block 256: one block per row.
+// Must move rows·inputs·(4 + 2·parts) bytes to split, of which f16 reads x again out of the caches.
 //
 // store_products: products [rows, outputs] f32, divided by 2^exponents[row] where there are exponents, and
 // bias [outputs] f32 -> columns column..column + outputs of out [rows, width] f32, replaced or added to.
-// Grid (rows, ceil(outputs / 256)), block 256. Must move rows·outputs·8 bytes, 12 when it adds.
+// Grid (rows, ceil(outputs / 256)), block 256.
+// Must move rows·outputs·8 bytes to store, 12 when it adds.
 #include "block.cuh"
 
 constexpr int SPLIT_WARPS = 8;

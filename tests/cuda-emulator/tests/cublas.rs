@@ -3,8 +3,8 @@
 use half::{bf16, f16};
 use tinyserve_cuda_emulator::{install_cublas, ready};
 use tinyserve_kernels::{
-    Backend, Cpu, Cuda, CudaError, DType, HostTensor, LinearArgs, LinearPart, LinearSpec,
-    MatrixLayout, Store, WeightFormat, cublas_version,
+    Backend, Cpu, Cuda, CudaError, DType, HostTensor, KernelError, LinearArgs, LinearPart,
+    LinearSpec, MatrixLayout, Store, WeightFormat, cublas_version,
 };
 
 /// More than a batch of decode steps has, and more than are multiplied at once.
@@ -43,7 +43,7 @@ fn rows() -> Vec<f32> {
 }
 
 /// A product, in columns side by side, added to what is there.
-fn product<B: Backend>(backend: &B, dtype: DType) -> Vec<f32> {
+fn product<B: Backend>(backend: &B, dtype: DType) -> Result<Vec<f32>, KernelError> {
     let mut numbers = Numbers(1);
     let part = |n: usize| LinearPart {
         weight: numbers.tensor(dtype, &[n, INPUTS]),
@@ -59,12 +59,13 @@ fn product<B: Backend>(backend: &B, dtype: DType) -> Vec<f32> {
     backend.linear(LinearArgs { x: &x, linear: &linear, store: Store::Add, out: &mut out });
     let mut values = Vec::new();
     backend.download(&out, &mut values);
-    backend.check().unwrap();
-    values
+    backend.check()?;
+    Ok(values)
 }
 
 fn compare(cuda: &Cuda, dtype: DType) {
-    let (found, expected) = (product(cuda, dtype), product(&Cpu::reference(), dtype));
+    let (found, expected) =
+        (product(cuda, dtype).unwrap(), product(&Cpu::reference(), dtype).unwrap());
     let outputs = OUTPUTS.iter().sum::<usize>();
     for (row, (found, expected)) in found.chunks(outputs).zip(expected.chunks(outputs)).enumerate()
     {
@@ -111,8 +112,8 @@ fn products_are_the_same_with_and_without_it() {
     }
     // A kernel on the way that fails is named.
     emulator.fail(c"store_products");
-    let cuda = Cuda::new(0).unwrap();
-    let failed = std::panic::catch_unwind(|| product(&cuda, DType::F16));
+    let failed = product(&Cuda::new(0).unwrap(), DType::F16);
     emulator.fail(c"");
-    assert!(failed.is_err());
+    let sentence = failed.unwrap_err().to_string();
+    assert!(sentence.contains("kernel store_products failed"), "{sentence}");
 }

@@ -30,7 +30,7 @@ pub(super) struct Products {
 }
 
 /// Where a product goes.
-pub(super) struct Into<'a> {
+pub(super) struct Target<'a> {
     pub(super) out: &'a CudaTensor,
     /// First column.
     pub(super) column: usize,
@@ -79,7 +79,7 @@ impl Products {
         device: &Launcher,
         x: &CudaTensor,
         part: &CudaMatrix,
-        Into { out, column, add }: Into<'_>,
+        Target { out, column, add }: Target<'_>,
     ) -> Result<(), CudaError> {
         let (inputs, outputs) = (x.columns(), part.outputs);
         // It is not among the launches that wait.

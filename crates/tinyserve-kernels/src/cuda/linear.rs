@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 use super::Cuda;
 use super::bucket::{MOST_ROWS, filled};
-use super::cublas::{Into, Products};
+use super::cublas::{Products, Target};
 use super::error::CudaError;
 use super::launch::{Arg, Launcher, Shape};
 use super::memory::{Buffer, Staging, Upload, grown};
@@ -136,7 +136,7 @@ pub(super) fn linear(
             let by_cublas = rows > MOST_ROWS && scratch.products.are_there(device);
             for part in parts {
                 if by_cublas {
-                    let to = Into { out: &*out, column, add };
+                    let to = Target { out: &*out, column, add };
                     scratch.products.multiply(device, x, part, to)?;
                     column += part.outputs;
                     continue;
