@@ -23,7 +23,7 @@ mod turned;
 use std::sync::Mutex;
 
 use tinyserve_kv::{
-    HostPages, KvFormat, KvLayout, NewToken, PageCopy, PageId, PagePool, TokenMove,
+    HostPages, KvFormat, KvLayout, NewToken, PageCopy, PageId, PagePool, SelectionPolicy, TokenMove,
 };
 
 pub use clock::SelectionTimes;
@@ -130,6 +130,13 @@ impl Cpu {
             quantised: Mutex::default(),
             clock: Clock::default(),
         }
+    }
+
+    /// Whether there are kernels that choose as `policy` says; other policies are asked on the
+    /// thread that reads the pages, with the keys, which is slow.
+    #[must_use]
+    pub fn has_kernels(policy: &SelectionPolicy) -> bool {
+        select::has_kernels(policy)
     }
 
     /// Threads that operations are split over.

@@ -1,12 +1,12 @@
 //! An answer as a stream of server-sent events.
 
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_core::Stream;
-use tokio::time::{Interval, MissedTickBehavior, interval};
+use tokio::time::{Instant, Interval, MissedTickBehavior, Sleep, interval, sleep};
 
 use super::{ChoiceEvent, Output};
 use crate::engine::Choices;
@@ -15,6 +15,9 @@ use crate::request::StreamSettings;
 
 /// Bytes after which what is there is sent before more is written.
 const FULL: usize = 64 << 10;
+/// How long what follows a token waits for company. A small model draws several tokens meanwhile:
+/// they leave in one write and wake their reader once, which costs as much as one token does.
+const PAUSE: Duration = Duration::from_millis(4);
 
 /// Turns the events of a request's choices into the text of a stream.
 ///
@@ -26,6 +29,9 @@ pub(crate) struct EventStream<O> {
     begun: bool,
     done: bool,
     keep_alive: Interval,
+    pause: Pin<Box<Sleep>>,
+    /// Whether `pause` runs. Nobody wakes the stream meanwhile but the timer.
+    pausing: bool,
 }
 
 impl<O: Output> EventStream<O> {
@@ -40,7 +46,17 @@ impl<O: Output> EventStream<O> {
         keep_alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
         // The first tick comes at once.
         keep_alive.reset();
-        Self { output, choices, settings, begun: false, done: false, keep_alive }
+        let pause = Box::pin(sleep(PAUSE));
+        Self {
+            output,
+            choices,
+            settings,
+            begun: false,
+            done: false,
+            keep_alive,
+            pause,
+            pausing: false,
+        }
     }
 
     /// Writes what `event` leads to.
@@ -78,13 +94,21 @@ impl<O: Output> Stream for EventStream<O> {
         if this.done {
             return Poll::Ready(None);
         }
+        if this.pausing {
+            ready!(this.pause.as_mut().poll(cx));
+            this.pausing = false;
+        }
         let mut out = String::new();
         if !std::mem::replace(&mut this.begun, true) {
             this.output.begin(&mut out);
         }
+        let mut told = false;
         while !this.done && out.len() < FULL {
             match this.choices.poll_next(cx) {
-                Poll::Ready(Some((index, event))) => this.take(index, event, &mut out),
+                Poll::Ready(Some((index, event))) => {
+                    told = true;
+                    this.take(index, event, &mut out);
+                }
                 Poll::Ready(None) => {
                     if this.settings.include_usage {
                         this.output.usage_chunk(&mut out);
@@ -101,6 +125,10 @@ impl<O: Output> Stream for EventStream<O> {
             out.push_str(": ping\n\n");
         } else {
             this.keep_alive.reset();
+            if told && !this.done {
+                this.pause.as_mut().reset(Instant::now() + PAUSE);
+                this.pausing = true;
+            }
         }
         Poll::Ready(Some(Ok(out.into())))
     }

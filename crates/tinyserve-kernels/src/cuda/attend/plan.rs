@@ -71,11 +71,10 @@ pub(super) enum Scored {
 impl Scored {
     /// What `policy` is run by on a device; `None` where it is run on the host.
     pub(super) fn of(policy: &SelectionPolicy) -> Option<Self> {
-        // The budget and the reduction are the same for both.
-        let by_boxes = SelectionPolicy { scorer: Scorer::BOX, ..*policy };
         match policy.scorer.name() {
-            _ if policy.has_kernels() => Some(Self::Boxes),
-            "mean-std" if by_boxes.has_kernels() => Some(Self::Moments),
+            _ if !policy.ranks_by_maximum() => None,
+            _ if policy.scorer == Scorer::BOX => Some(Self::Boxes),
+            "mean-std" => Some(Self::Moments),
             _ => None,
         }
     }
