@@ -38,7 +38,7 @@ use crate::reference;
 use crate::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
     KernelError, LinearArgs, LinearImage, LinearSpec, MatrixLayout, NormArgs, RotaryAnglesArgs,
-    RotaryArgs, Store,
+    RotaryArgs, Store, TopLogitsArgs,
 };
 use activate::Activate;
 use clock::Clock;
@@ -438,6 +438,15 @@ impl Backend for Cpu {
         assert_eq!(out.columns(), columns, "width of gathered rows");
         for (&row, out) in rows.iter().zip(out.values_mut().chunks_exact_mut(columns)) {
             out.copy_from_slice(&x.values()[row as usize * columns..][..columns]);
+        }
+    }
+
+    fn top_logits(&self, args: TopLogitsArgs<'_, Self>) {
+        let TopLogitsArgs { logits, rows, k, out } = args;
+        let vocab = logits.columns();
+        out.begin(k, vocab);
+        for &row in rows {
+            out.push_row(&logits.values()[row as usize * vocab..][..vocab]);
         }
     }
 
