@@ -4,7 +4,8 @@
 // `values`; pages and boxes as pages.cuh has them. Row order[i] goes to token offsets[order[i]] of page
 // slots[order[i]]. Rows of one page are a run, starts[run]..starts[run + 1], in ascending order of their
 // offsets: one thread takes a channel of a whole run, so that a box grows in registers and in order.
-// append_kv_open writes to the slots open_slots[run] of open pages instead, see codes.cuh.
+// A run of no rows fills up a bucket of runs. append_kv_open writes to the slots open_slots[run] of open pages
+// instead, see codes.cuh.
 // Grid (runs, kv_heads), block 128: one thread per channel.
 // Must move rows·kv_heads·head_dim·(8 + 2·element) bytes, and each touched box twice at most.
 #include "codes.cuh"
@@ -15,6 +16,11 @@ struct Rows {
   const ts::u32 *slots, *offsets, *order, *starts;
   int width, keys, values;
 };
+
+// Whether the block's run is one of no rows.
+__device__ __forceinline__ bool is_empty_run(const ts::u32* starts) {
+  return starts[blockIdx.x] == starts[blockIdx.x + 1];
+}
 
 // Appends the block's run to a head of a page, keys [head_dim, page_size] and values behind them.
 template <class T>
@@ -53,6 +59,9 @@ __device__ __forceinline__ void append_run(const Rows& rows, T* key_columns, T* 
   extern "C" __global__ void name(const float* qkv, T* pages, T* boxes, const ts::u32* slots,           \
                                   const ts::u32* offsets, const ts::u32* order, const ts::u32* starts,  \
                                   ts::PageShape shape, int width, int keys, int values) {               \
+    if (is_empty_run(starts)) {                                                                         \
+      return;                                                                                           \
+    }                                                                                                   \
     ts::u32 page = slots[order[starts[blockIdx.x]]];                                                    \
     Rows rows = {qkv, slots, offsets, order, starts, width, keys, values};                              \
     append_run(rows, pages + ts::keys_at(shape, page, blockIdx.y), boxes, shape);                       \
@@ -65,6 +74,9 @@ extern "C" __global__ void append_kv_open(const float* qkv, __half* open, __half
                                           const ts::u32* offsets, const ts::u32* order, const ts::u32* starts,
                                           ts::PageShape shape, int width, int keys, int values,
                                           const ts::u32* open_slots, int heads) {
+  if (is_empty_run(starts)) {
+    return;
+  }
   Rows rows = {qkv, slots, offsets, order, starts, width, keys, values};
   append_run(rows, open + ts::open_at(shape, open_slots[blockIdx.x], heads, blockIdx.y), boxes, shape);
 }

@@ -54,23 +54,55 @@ struct Share {
   int vectors, slices, vector, slice;
 };
 
+// How the lanes of a warp lie along a row of keys, which are the tokens of a channel, then along the channels.
+struct Lanes {
+  // Lanes along a row, and rows at once; the lane's place in either.
+  int across, down, column, first;
+
+  __device__ __forceinline__ Lanes(int most_across) {
+    int lane = threadIdx.x % WARP;
+    across = min(most_across, WARP);
+    down = WARP / across;
+    column = lane % across;
+    first = lane / across;
+  }
+};
+
+// Adds up the products of the lanes of a column, for tokens `token`.. of page `page` of a chunk, and stores the
+// scores, unless the column is outside of the row.
+template <int N, int Q>
+__device__ __forceinline__ void store_scores(float (&products)[Q][N], const Lanes& lanes, const Chunk& chunk,
+                                             int page, int token, bool inside) {
+  for (int step = lanes.across; step < WARP; step *= 2) {
+#pragma unroll
+    for (int i = 0; i < Q * N; i++) {
+      products[i / N][i % N] += __shfl_xor_sync(ALL_LANES, products[i / N][i % N], step);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < Q * N; i++) {
+    // Every lane of a column has the sum; they take turns in storing.
+    if (lanes.first == i % lanes.down && inside) {
+      bool sees = chunk.positions[page] + token + i % N < chunk.visible[i / N];
+      chunk.weights[i / N][page * chunk.offsets + token + i % N] = sees ? products[i / N][i % N] : -INFINITY;
+    }
+  }
+}
+
 // Scores of the tokens of a page of a chunk, whose keys [head_dim, page_size] begin at `keys`, by one warp.
 //
 // With `N` above 1, the page's tokens are a power of two of vectors of `N`.
 template <int N, int Q, class T>
 __device__ __forceinline__ void page_scores(const T* keys, const AttendJob& job, const Chunk& chunk, int page) {
   int lane = threadIdx.x % WARP, dim = job.shape.head_dim, page_size = job.shape.page_size;
-  u32 position = chunk.positions[page];
-  int at = page * chunk.offsets;
   if constexpr (N > 1) {
-    // Lanes lie along a row of keys, which are the tokens of a channel, then along the channels.
-    int row = chunk.offsets / N, across = min(row, WARP), down = WARP / across;
-    int column = lane % across, first = lane / across;
-    for (int start = 0; start < row; start += across) {
+    int row = chunk.offsets / N;
+    Lanes lanes(row);
+    for (int start = 0; start < row; start += lanes.across) {
       float products[Q][N] = {};
-      int token = (start + column) * N;
+      int token = (start + lanes.column) * N;
 #pragma unroll(Q > 4 ? 1 : Q > 1 ? 2 : 4)
-      for (int channel = first; channel < dim; channel += down) {
+      for (int channel = lanes.first; channel < dim; channel += lanes.down) {
         float k[N];
         load_wide(keys + size_t(channel) * page_size + token, k);
         for (int q = 0; q < Q; q++) {
@@ -80,20 +112,7 @@ __device__ __forceinline__ void page_scores(const T* keys, const AttendJob& job,
           }
         }
       }
-      for (int step = across; step < WARP; step *= 2) {
-#pragma unroll
-        for (int i = 0; i < Q * N; i++) {
-          products[i / N][i % N] += __shfl_xor_sync(ALL_LANES, products[i / N][i % N], step);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < Q * N; i++) {
-        // Every lane of a column has the sum; they take turns in storing.
-        if (first == i % down) {
-          bool sees = position + token + i % N < chunk.visible[i / N];
-          chunk.weights[i / N][at + token + i % N] = sees ? products[i / N][i % N] : -INFINITY;
-        }
-      }
+      store_scores(products, lanes, chunk, page, token, true);
     }
   } else {
     for (int token = lane; token < chunk.offsets; token += WARP) {
@@ -105,8 +124,8 @@ __device__ __forceinline__ void page_scores(const T* keys, const AttendJob& job,
         }
       }
       for (int q = 0; q < Q; q++) {
-        bool sees = position + token < chunk.visible[q];
-        chunk.weights[q][at + token] = sees ? products[q] : -INFINITY;
+        bool sees = chunk.positions[page] + token < chunk.visible[q];
+        chunk.weights[q][page * chunk.offsets + token] = sees ? products[q] : -INFINITY;
       }
     }
   }

@@ -65,31 +65,35 @@ template <int BITS, bool WIDE> struct CodePages {
     }
   }
 
+  // The words of `N` neighbours.
+  static __device__ __forceinline__ void load_words(const u32* from, u32 (&raw)[N]) {
+    if constexpr (WIDE) {
+      uint4 four = *reinterpret_cast<const uint4*>(from);
+      raw[0] = four.x;
+      raw[1] = four.y;
+      raw[2] = four.z;
+      raw[3] = four.w;
+    } else {
+      raw[0] = *from;
+    }
+  }
+
   // Scores of the tokens of a sealed page, by one warp; their words of keys begin at `words`.
   template <int Q>
   __device__ __forceinline__ void code_scores(const u32* words, const u32* corners, const AttendJob& job,
                                               const Chunk& chunk, int page) {
-    int lane = threadIdx.x % WARP, dim = job.shape.head_dim, page_size = job.shape.page_size;
-    int n_words = C::key_words(job.shape), at = page * chunk.offsets;
-    // As page_scores: lanes lie along the tokens of a word of channels, then along these words.
-    int row = chunk.offsets / N, across = WIDE ? min(row, WARP) : WARP, down = WARP / across;
-    int column = lane % across, first = lane / across;
-    for (int start = 0; start < row; start += across) {
+    int dim = job.shape.head_dim, page_size = job.shape.page_size;
+    int n_words = C::key_words(job.shape), row = chunk.offsets / N;
+    // A row is the tokens of a word of channels; where it is no power of two, every lane lies along it.
+    Lanes lanes(WIDE ? row : WARP);
+    for (int start = 0; start < row; start += lanes.across) {
       float products[Q][N] = {};
-      int token = (start + column) * N;
-      bool inside = start + column < row;
+      int token = (start + lanes.column) * N;
+      bool inside = start + lanes.column < row;
 #pragma unroll 1
-      for (int word = first; word < n_words && inside; word += down) {
+      for (int word = lanes.first; word < n_words && inside; word += lanes.down) {
         u32 raw[N];
-        if constexpr (WIDE) {
-          uint4 four = *reinterpret_cast<const uint4*>(words + size_t(word) * page_size + token);
-          raw[0] = four.x;
-          raw[1] = four.y;
-          raw[2] = four.z;
-          raw[3] = four.w;
-        } else {
-          raw[0] = words[size_t(word) * page_size + token];
-        }
+        load_words(words + size_t(word) * page_size + token, raw);
 #pragma unroll
         for (int i = 0; i < PER_WORD; i++) {
           int channel = word * PER_WORD + i;
@@ -110,19 +114,7 @@ template <int BITS, bool WIDE> struct CodePages {
           }
         }
       }
-      for (int step = across; step < WARP; step *= 2) {
-#pragma unroll
-        for (int i = 0; i < Q * N; i++) {
-          products[i / N][i % N] += __shfl_xor_sync(ALL_LANES, products[i / N][i % N], step);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < Q * N; i++) {
-        if (first == i % down && inside) {
-          bool sees = chunk.positions[page] + token + i % N < chunk.visible[i / N];
-          chunk.weights[i / N][at + token + i % N] = sees ? products[i / N][i % N] : -INFINITY;
-        }
-      }
+      store_scores(products, lanes, chunk, page, token, inside);
     }
   }
 
@@ -139,15 +131,7 @@ template <int BITS, bool WIDE> struct CodePages {
       const u32* values = C::keys(pages, job.shape, chunk.page_ids[page], job.kv_head) + C::values(job.shape);
       const u32* from = values + size_t(chunk.piece / PER_WORD + word) * dim + column * N;
       u32 raw[N];
-      if constexpr (WIDE) {
-        uint4 four = *reinterpret_cast<const uint4*>(from);
-        raw[0] = four.x;
-        raw[1] = four.y;
-        raw[2] = four.z;
-        raw[3] = four.w;
-      } else {
-        raw[0] = *from;
-      }
+      load_words(from, raw);
 #pragma unroll
       for (int t = 0; t < PER_WORD; t++) {
         int offset = word * PER_WORD + t;

@@ -22,7 +22,11 @@ __device__ __forceinline__ void fused_decode(const float* qkv, Reader reader, co
                                              float* out, float* states, PageShape shape, int group, int width,
                                              float scale, int most_pages) {
   TS_DYN_SHARED(float, unscaled);
-  Tile tile = tiles[selecting[blockIdx.x]];
+  u32 number = selecting[blockIdx.x];
+  if (number == NO_TILE) {
+    return;
+  }
+  Tile tile = tiles[number];
   int kv_head = blockIdx.y, dim = shape.head_dim;
   u32 pages = pages_seen(tile, shape.page_size);
   const float* from = qkv + size_t(tile.row) * width + size_t(kv_head) * group * dim;

@@ -77,10 +77,11 @@ __device__ __forceinline__ void gemv_quantised(const unsigned char* records, con
     const unsigned char* record = block + size_t(group) * Record<FOUR>::BYTES;
     uint4 raw = *reinterpret_cast<const uint4*>(record + lane % LANES * 16);
     ts::u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
-    float scale[4], minimum[4];
-    for (int o = 0; o < 4; o++) {
-      scale[o] = half_at(record + Record<FOUR>::CODES, four + o);
-      minimum[o] = FOUR && quad == 0 ? half_at(record + Record<FOUR>::CODES, QUANTISED_OUTPUTS + four + o) : 0.f;
+    const __half* scales_at = reinterpret_cast<const __half*>(record + Record<FOUR>::CODES) + four;
+    float scale[4], minimum[4] = {};
+    ts::load_wide(scales_at, scale);
+    if (FOUR && quad == 0) {
+      ts::load_wide(scales_at + QUANTISED_OUTPUTS, minimum);
     }
     for (int r = 0; r < R; r++) {
       size_t at = size_t(min(row + r, rows - 1)) * groups + group;

@@ -22,7 +22,11 @@ __device__ __forceinline__ void score_moments(const float* qkv, const Reader& re
   TS_SHARED(float, means, [MOMENT_PAGES][ts::ATTEND_MOST_DIM]);
   TS_SHARED(float, deviations, [MOMENT_PAGES][ts::ATTEND_MOST_DIM]);
   TS_SHARED(float, found, [MOMENT_PAGES][MOMENT_THREADS / MOMENT_PAGES]);
-  ts::Tile tile = tiles[selecting[blockIdx.x]];
+  ts::u32 number = selecting[blockIdx.x];
+  if (number == ts::NO_TILE) {
+    return;
+  }
+  ts::Tile tile = tiles[number];
   int kv_head = blockIdx.y, dim = shape.head_dim, size = shape.page_size;
   int first = blockIdx.z * MOMENT_PAGES;
   int pages = min(MOMENT_PAGES, int(ts::pages_seen(tile, size)) - first);

@@ -14,6 +14,9 @@ __device__ __forceinline__ void score_tile(const float* qkv, const T* boxes, con
                                            ts::PageShape shape, int group, int width, int most_pages) {
   TS_DYN_SHARED(float, queries);
   ts::u32 number = selecting[blockIdx.x];
+  if (number == ts::NO_TILE) {
+    return;
+  }
   ts::Tile tile = tiles[number];
   int kv_head = blockIdx.y;
   ts::u32 pages = ts::pages_seen(tile, shape.page_size);

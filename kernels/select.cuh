@@ -1,7 +1,7 @@
-// The pages with the highest scores, exactly, in ascending order; ties go to the lower page.
+// The places with the highest ranks, exactly, in ascending order; ties go to the lower place.
 //
-// A radix select finds the lowest score that is chosen, in four passes over eight bits each; one more
-// pass lists the pages. The first `sink` and the last `recent` pages are always listed.
+// A radix select finds the lowest rank that is chosen, in four passes over eight bits each; one more pass
+// lists the places. Of pages, the first `sink` and the last `recent` are always listed.
 #pragma once
 #include "ts_cuda.cuh"
 
@@ -37,23 +37,20 @@ __device__ __forceinline__ u32 rank_in_block(bool flag, u32& total) {
   return before;
 }
 
-// Lists min(pages, max(budget, sink + recent)) pages of `scores` [pages] in `list`; recent is 1 at least.
-// Every thread of a block of `SELECT_BINS` threads calls it.
-__device__ __forceinline__ void select_pages(const float* scores, u32 pages, u32 budget, u32 sink, u32 recent,
-                                             u32* list) {
+// Calls `take(at, place)` for each chosen one of `n` places, `at` counting them in ascending order: every
+// place before `begin` and from `end` on, and of those between the `wanted` with the highest ranks, at most
+// all of them. Every thread of a block of `SELECT_BINS` threads calls it.
+template <class Rank, class Take>
+__device__ __forceinline__ void choose(Rank rank_at, u32 n, u32 begin, u32 end, u32 wanted, Take take) {
   TS_SHARED(u32, bins, [SELECT_BINS]);
   TS_SHARED(u32, found, [2]);
-  sink = min(sink, pages);
-  u32 tail = pages - min(recent, pages - sink);
-  u32 kept = sink + pages - tail;
-  u32 wanted = min(budget > kept ? budget - kept : 0u, tail - sink);
-  // Scores whose bits above `shift` are those of `prefix` may be the lowest that is chosen.
+  // Ranks whose bits above `shift` are those of `prefix` may be the lowest that is chosen.
   u32 prefix = 0, missing = wanted;
   for (int shift = 24; shift >= 0 && wanted > 0; shift -= 8) {
     bins[threadIdx.x] = 0;
     __syncthreads();
-    for (u32 page = sink + threadIdx.x; page < tail; page += SELECT_BINS) {
-      u32 rank = rank_of(scores[page]);
+    for (u32 place = begin + threadIdx.x; place < end; place += SELECT_BINS) {
+      u32 rank = rank_at(place);
       // In two steps: a shift by 32 is not defined.
       if (((rank >> shift) >> 8) == ((prefix >> shift) >> 8)) {
         atomicAdd(&bins[(rank >> shift) & 0xff], 1u);
@@ -75,22 +72,34 @@ __device__ __forceinline__ void select_pages(const float* scores, u32 pages, u32
     // `bins` and `found` are written again only behind the barriers of the next pass or below.
     __syncthreads();
   }
-  u32 listed = 0, ties = 0;
-  for (u32 first = 0; first < pages; first += SELECT_BINS) {
-    u32 page = first + threadIdx.x, n_ties, n_kept;
-    bool candidate = page >= sink && page < tail && wanted > 0;
-    u32 rank = candidate ? rank_of(scores[page]) : 0;
+  u32 chosen = 0, ties = 0;
+  for (u32 first = 0; first < n; first += SELECT_BINS) {
+    u32 place = first + threadIdx.x, n_ties, n_kept;
+    bool candidate = place >= begin && place < end && wanted > 0;
+    u32 rank = candidate ? rank_at(place) : 0;
     bool tie = candidate && rank == prefix;
     u32 before = rank_in_block(tie, n_ties);
-    bool keep = page < pages && (page < sink || page >= tail || (candidate && rank > prefix) ||
-                                 (tie && ties + before < missing));
+    bool keep = place < n && (place < begin || place >= end || (candidate && rank > prefix) ||
+                              (tie && ties + before < missing));
     u32 at = rank_in_block(keep, n_kept);
     if (keep) {
-      list[listed + at] = page;
+      take(chosen + at, place);
     }
-    listed += n_kept;
+    chosen += n_kept;
     ties += n_ties;
   }
+}
+
+// Lists min(pages, max(budget, sink + recent)) pages of `scores` [pages] in `list`; recent is 1 at least.
+// Every thread of a block of `SELECT_BINS` threads calls it.
+__device__ __forceinline__ void select_pages(const float* scores, u32 pages, u32 budget, u32 sink, u32 recent,
+                                             u32* list) {
+  sink = min(sink, pages);
+  u32 tail = pages - min(recent, pages - sink);
+  u32 kept = sink + pages - tail;
+  u32 wanted = min(budget > kept ? budget - kept : 0u, tail - sink);
+  choose([&](u32 page) { return rank_of(scores[page]); }, pages, sink, tail, wanted,
+         [&](u32 at, u32 page) { list[at] = page; });
 }
 
 }  // namespace ts

@@ -10,7 +10,11 @@
 extern "C" __global__ void __launch_bounds__(256)
 select_pages(const float* scores, const ts::Tile* tiles, const ts::u32* selecting, ts::u32* lists, int page_size,
              int most_pages) {
-  ts::Tile tile = tiles[selecting[blockIdx.x]];
+  ts::u32 number = selecting[blockIdx.x];
+  if (number == ts::NO_TILE) {
+    return;
+  }
+  ts::Tile tile = tiles[number];
   scores += (size_t(blockIdx.x) * gridDim.y + blockIdx.y) * most_pages;
   ts::u32* list = lists + tile.list + size_t(blockIdx.y) * tile.list_stride;
   ts::select_pages(scores, ts::pages_seen(tile, page_size), tile.budget, tile.sink, tile.recent, list);

@@ -28,6 +28,8 @@ struct Tile {
 
 constexpr u32 NO_PARTS = 0xffffffffu;
 constexpr u32 FUSED = 0xfffffffeu;
+// What fills up a list of tiles to a bucket; a list of records is filled up with tiles of no rows.
+constexpr u32 NO_TILE = 0xffffffffu;
 
 // Pages that the last row of a tile sees.
 __device__ __forceinline__ u32 pages_seen(const Tile& tile, int page_size) {

@@ -7,7 +7,7 @@ use safetensors::SafeTensors;
 use tinyserve_kernels::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Attention, Backend, Cpu, CpuLinear,
     CpuTensor, CpuVector, EmbedArgs, HostTensor, KernelError, LinearArgs, LinearSpec, NormArgs,
-    RotaryAnglesArgs, RotaryArgs,
+    RotaryAnglesArgs, RotaryArgs, TopLogitsArgs,
 };
 use tinyserve_kv::{HostPages, KvFormat, KvLayout, PageCopy, PageId, TokenMove};
 use tinyserve_model::{Checkpoint, LogitRows};
@@ -134,6 +134,10 @@ impl Backend for Recorder {
     }
     fn gather_rows(&self, x: &CpuTensor, rows: &[u32], out: &mut CpuTensor) {
         self.cpu.gather_rows(x, rows, out);
+    }
+    fn top_logits(&self, args: TopLogitsArgs<'_, Self>) {
+        let TopLogitsArgs { logits, rows, k, out } = args;
+        self.cpu.top_logits(TopLogitsArgs { logits, rows, k, out });
     }
     fn download(&self, x: &CpuTensor, out: &mut Vec<f32>) {
         self.cpu.download(x, out);

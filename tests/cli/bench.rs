@@ -245,6 +245,27 @@ fn attention_is_compared_with_dense() {
 }
 
 #[test]
+fn attention_is_measured_by_every_scorer() {
+    let flags = "bench attention --q-heads 4 --kv-heads 2 --head-dim 64 --tokens 2k -r 1 -t 1 \
+                 --layers 1 --ratios 0.25 --scorer box,mean-std,two-boxes,oracle";
+    let rows = words(&format!("{flags} -o json")).json();
+    let rows = rows.as_array().unwrap();
+    let scorers: Vec<_> = rows.iter().map(|row| row["scorer"].as_str()).collect();
+    assert_eq!(scorers, [None, Some("box"), Some("mean-std"), Some("two-boxes"), Some("oracle")]);
+    // Beside keys and values of two heads in f16: a box for each of 128 pages, once, twice, thrice.
+    let of_boxes = |row: &Value| number(row, "bytes_resident") - 2.0 * 2.0 * 2048.0 * 2.0 * 64.0;
+    let one = 128.0 * 2.0 * 2.0 * 64.0 * 2.0;
+    let counts: Vec<_> = rows.iter().map(|row| of_boxes(row) / one).collect();
+    assert_eq!(counts, [1.0, 1.0, 2.0, 3.0, 1.0]);
+    // Both rows of the box in any case: two query heads share it.
+    assert_eq!(rows[1]["bytes_per_step"], rows[2]["bytes_per_step"]);
+    assert!(number(&rows[3], "bytes_per_step") > number(&rows[2], "bytes_per_step"));
+    assert!(words(flags).done().contains("| sparse mean-std 0.25 |"));
+    let unknown = words("bench attention --scorer bocks").refused(2);
+    assert!(unknown.contains("bocks") && unknown.contains("cuboid-mean"), "{unknown}");
+}
+
+#[test]
 fn attention_is_swept_and_split() {
     let home = tempfile::tempdir().unwrap();
     let plot = home.path().join("plot.svg");

@@ -1,7 +1,7 @@
 //! The binary on a CUDA device: the emulator's, which describes itself and fails as it is asked to.
 
 use serde_json::Value;
-use tinyserve_cuda_emulator::{Build, folder};
+use tinyserve_cuda_emulator::{Build, cublas_folder, folder};
 
 use crate::binary::{Ran, command, words};
 
@@ -84,7 +84,7 @@ fn what_is_missing_is_said_with_what_to_do() {
         ("CUDA_EMULATOR_DEVICES", "0", ["no CUDA device", "nvidia-smi", "--device cpu"]),
         ("CUDA_EMULATOR_DRIVER", "11040", ["CUDA 11.4", "12.0 or later", "update"]),
         ("CUDA_EMULATOR_CAPABILITY", "75", ["cuda:0", "capability 7.5", "8.0"]),
-        ("CUDA_EMULATOR_FAIL", "rotary", ["kernel rotary", "grid", "LAUNCH_FAILED"]),
+        ("CUDA_EMULATOR_FAIL", "rotary", ["kernel rotary", "grid", "OUT_OF_RESOURCES"]),
     ] {
         let Some(ran) = emulated(RUN, &[(setting, value)]) else { return };
         ran.refused_with(1, &expected);
@@ -117,6 +117,38 @@ fn a_machine_without_a_driver_says_so() {
     }
 }
 
+/// Every kernel against the reference, through the real binary and the real bindings.
+#[test]
+fn the_self_test_holds_every_kernel_to_the_reference() {
+    let args = "doctor --self-test --device cuda --json";
+    let Some(ran) = emulated(args, &[]) else { return };
+    let report = &ran.json()["self_test"];
+    assert_eq!(report.as_array().map(Vec::len), Some(1));
+    let report = &report[0];
+    assert_eq!((&report["path"], &report["passed"]), (&"cuda:0".into(), &true.into()));
+    let ops = report["ops"].as_array().unwrap();
+    let named = |name: &str| ops.iter().any(|op| op["op"] == name);
+    for name in ["linear", "append_kv and attend", "select and attend", "top_logits"] {
+        assert!(named(name), "{name} is missing");
+    }
+    for op in ops {
+        assert!(op["cases"].as_u64() > Some(0) && op["failed"] == serde_json::json!([]), "{op}");
+    }
+    for moved in ["copy", "gemv f16", "dense attention", "sparse attention"] {
+        assert!(report["bandwidth_gb_s"][moved].as_f64() > Some(0.0), "{moved}: {report}");
+    }
+    // A kernel that does nothing is a mismatch.
+    let Some(ran) = emulated(args, &[("CUDA_EMULATOR_SKIP", "top_logits_merge")]) else { return };
+    assert_eq!(ran.code, Some(1), "{}", ran.stderr);
+    let object: Value = serde_json::from_str(&ran.stdout).unwrap();
+    let report = &object["self_test"][0];
+    assert_eq!(report["passed"], false);
+    for op in report["ops"].as_array().unwrap() {
+        let failed = op["failed"].as_array().unwrap();
+        assert_eq!(failed.is_empty(), op["op"] != "top_logits", "{op}");
+    }
+}
+
 #[test]
 fn doctor_describes_the_device() {
     let Some(ran) = emulated("doctor --json", &[("CUDA_EMULATOR_DEVICES", "2")]) else { return };
@@ -126,6 +158,14 @@ fn doctor_describes_the_device() {
     assert_eq!(devices[1]["device"], "cuda:1");
     assert_eq!(devices[0]["compute_capability"], "9.0");
     assert_eq!(devices[0]["unusable"], Value::Null);
+    let table = object["fused_kernel"]["table"].as_array().unwrap();
+    assert!(table.iter().all(|row| row["most_bytes"].as_u64() > Some(0)), "{table:?}");
+    let source = object["fused_kernel"]["source"].as_str().unwrap();
+    assert!(source.contains("model") && source.contains("not measured"), "{source}");
+    let cublas = cublas_folder(Build::Plain).unwrap();
+    let path = format!("{}:{}", folder(Build::Plain).unwrap().display(), cublas.display());
+    let Some(ran) = emulated("doctor --json", &[("LD_LIBRARY_PATH", &path)]) else { return };
+    assert_eq!(ran.json()["cublas"]["version"], "12.0.0");
     let old = [("CUDA_EMULATOR_CAPABILITY", "75")];
     let Some(ran) = emulated("doctor", &old) else { return };
     assert!(ran.done().contains("capability 7.5, expected 8.0"));

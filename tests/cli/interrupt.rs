@@ -143,6 +143,22 @@ fn a_perplexity_is_of_what_was_read_until_then() {
 }
 
 #[test]
+fn an_attention_bench_tells_what_it_has_measured() {
+    let flags = "bench attention --q-heads 2 --kv-heads 1 --head-dim 8 --tokens 256,512 --layers 1 \
+                 --ratios 0.25 --scorer box,mean-std -r 1m -t 1 -o json";
+    let rows = interrupted(&flags.split_whitespace().collect::<Vec<_>>());
+    let rows = rows.as_array().unwrap();
+    // The second cache was not begun.
+    assert_eq!(rows.len(), 3, "{rows:?}");
+    for row in rows {
+        let runs = row["n_runs"].as_u64().unwrap();
+        assert!(runs > 0 && runs < 1 << 20 && runs == rows[0]["n_runs"].as_u64().unwrap(), "{row}");
+        assert_eq!(row["n_tokens"], 256, "{row}");
+        assert!(row["median_ns"].as_f64().unwrap() > 0.0, "{row}");
+    }
+}
+
+#[test]
 fn a_report_is_of_the_steps_until_then() {
     let home = tempfile::tempdir().unwrap();
     let [page, trace] = ["a.html", "a.trace"].map(|name| home.path().join(name));

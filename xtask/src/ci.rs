@@ -23,6 +23,8 @@ enum Action {
     /// The release build alone cannot show that: where an earlier build left its results, a build
     /// script does not run again.
     NoCBuilders,
+    /// The binary's dependencies may be shipped inside it.
+    Licences,
     /// Clients that others wrote, against the binary.
     Clients,
     /// The server's page in a real browser.
@@ -56,6 +58,7 @@ const STEPS: &[Step] = &[
         ),
     },
     Step { name: "no dependency that compiles C", action: Action::NoCBuilders },
+    Step { name: "licences of the dependencies", action: Action::Licences },
     Step { name: "tests", action: Action::Cargo(&["test", "--workspace", "--locked"], &[]) },
     Step { name: "clients of the server", action: Action::Clients },
     Step { name: "the page in a browser", action: Action::Page },
@@ -104,6 +107,7 @@ impl Action {
             }
             Self::Page => crate::page::run(root, &crate::page::Args::default()),
             Self::Clients => crate::clients::run(root, OPENAI_ONLY),
+            Self::Licences => crate::licences::check(root),
             Self::NoCBuilders => {
                 let output = crate::cargo()
                     .args(TREE)
@@ -136,6 +140,7 @@ impl Action {
         let (args, envs) = match self {
             Self::Cargo(args, envs) => (*args, *envs),
             Self::NoCBuilders => (TREE, [].as_slice()),
+            Self::Licences => (crate::licences::TREE, [].as_slice()),
             Self::Clients => (["xtask", "clients", "--no-lm-eval"].as_slice(), [].as_slice()),
             Self::Page => (["xtask", "page"].as_slice(), [].as_slice()),
         };
@@ -166,7 +171,7 @@ fn c_builders(tree: &str) -> Vec<String> {
 }
 
 fn quoted(word: &str) -> String {
-    if word.contains(' ') { format!("{word:?}") } else { word.to_owned() }
+    if word.contains([' ', '|']) { format!("{word:?}") } else { word.to_owned() }
 }
 
 fn seconds(time: Duration) -> String {
@@ -188,7 +193,7 @@ mod tests {
         .unwrap_err();
         assert_eq!(ran, ["format", "lints"]);
         let message = format!("{error:#}");
-        assert!(message.starts_with("step 2 of 8, lints, failed after "), "{message}");
+        assert!(message.starts_with("step 2 of 9, lints, failed after "), "{message}");
         assert!(message.ends_with(": a warning"), "{message}");
     }
 

@@ -93,7 +93,7 @@ fn lm_eval(folder: &Path, python: &Path, address: &str) -> Result<()> {
     for tokenized in ["False", "True"] {
         let model = format!(
             "model=stories260k,base_url={address}/v1/completions,num_concurrent=4,max_retries=1,\
-             tokenized_requests={tokenized},tokenizer_backend=remote"
+             tokenized_requests={tokenized},tokenizer_backend=remote,auth_token=key"
         );
         let output = Command::new(python)
             .args(["-m", "lm_eval", "run", "--model", "local-completions", "--batch_size", "4"])

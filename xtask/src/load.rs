@@ -1,10 +1,11 @@
 //! `cargo xtask load`: many impatient clients against the binary, and what became of them.
 
+mod client;
 mod overhead;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::sync::Mutex;
@@ -15,6 +16,8 @@ use anyhow::{Context, Result, bail};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde_json::{Value, json};
+
+pub(crate) use client::Client;
 
 use crate::clients::Served;
 
@@ -73,7 +76,8 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
     flags.extend(args.serve.split_whitespace());
     let mut server = Served::start(root, &flags)?;
     let address = server.address.trim_start_matches("http://").to_owned();
-    ask(&address, args, &mut ChaCha8Rng::seed_from_u64(0), &Seen::default());
+    let (mut client, mut rng) = (Client::new(&address), ChaCha8Rng::seed_from_u64(0));
+    ask(&mut client, args, &mut rng, &Seen::default());
     let before = stats(&address)?;
     let memory_before = memory(server.id())?;
 
@@ -86,8 +90,9 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
             let (seen, over, address) = (&seen, &over, address.as_str());
             scope.spawn(move || {
                 let mut rng = ChaCha8Rng::seed_from_u64(client as u64 + 1);
+                let mut client = Client::new(address);
                 while !over.load(Ordering::Relaxed) {
-                    ask(address, args, &mut rng, seen);
+                    ask(&mut client, args, &mut rng, seen);
                 }
             });
         }
@@ -180,7 +185,7 @@ fn uniform(rng: &mut ChaCha8Rng) -> f64 {
 }
 
 /// One request, to its end or until the client loses interest.
-fn ask(address: &str, args: &Args, rng: &mut ChaCha8Rng, seen: &Seen) {
+fn ask(client: &mut Client<'_>, args: &Args, rng: &mut ChaCha8Rng, seen: &Seen) {
     let stream = uniform(rng) < args.stream;
     let leaves = (uniform(rng) < args.disconnect).then(|| uniform(rng));
     let prompt: Vec<u32> = (0..args.prompt_tokens).map(|_| 3 + rng.next_u32() % 250).collect();
@@ -188,7 +193,7 @@ fn ask(address: &str, args: &Args, rng: &mut ChaCha8Rng, seen: &Seen) {
         "prompt": prompt, "max_tokens": args.max_tokens, "ignore_eos": true, "stream": stream, "temperature": 1.0,
     });
     let start = Instant::now();
-    match exchange(address, &body, stream, leaves) {
+    match client.complete(&body, stream, leaves) {
         Ok(Some((status, tokens))) => {
             *seen
                 .statuses
@@ -211,62 +216,6 @@ fn ask(address: &str, args: &Args, rng: &mut ChaCha8Rng, seen: &Seen) {
         Err(error) => {
             eprintln!("{error:#}");
             seen.broken.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-}
-
-/// The status and the tokens of an answer; `None` when the client left before it was complete.
-pub(crate) fn exchange(
-    address: &str,
-    body: &Value,
-    stream: bool,
-    leaves: Option<f64>,
-) -> Result<Option<(u16, u64)>> {
-    let mut connection = TcpStream::connect(address).context("cannot connect")?;
-    connection.set_nodelay(true)?;
-    connection.set_read_timeout(Some(Duration::from_secs(120)))?;
-    let text = body.to_string();
-    write!(
-        connection,
-        "POST /v1/completions HTTP/1.1\r\nhost: load\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{text}",
-        text.len()
-    )?;
-    if let (Some(share), false) = (leaves, stream) {
-        std::thread::sleep(Duration::from_secs_f64(share * 0.2));
-        return Ok(None);
-    }
-    let mut reader = BufReader::new(connection);
-    let mut line = String::new();
-    reader.read_line(&mut line).context("no status")?;
-    let status: u16 = line
-        .split(' ')
-        .nth(1)
-        .and_then(|status| status.parse().ok())
-        .with_context(|| format!("{line:?} is no status"))?;
-    if !stream || status != 200 {
-        let mut rest = String::new();
-        reader.read_to_string(&mut rest).context("an answer broke off")?;
-        let (_, json) = rest.split_once("\r\n\r\n").context("no body")?;
-        let json: Value = serde_json::from_str(json).context("an answer broke off")?;
-        return Ok(Some((status, json["usage"]["completion_tokens"].as_u64().unwrap_or(0))));
-    }
-    let most = body["max_tokens"].as_u64().unwrap_or(0);
-    let until = leaves.map(|share| (share * most as f64) as u64);
-    let mut chunks = 0;
-    loop {
-        line.clear();
-        if reader.read_line(&mut line).context("a stream broke off")? == 0 {
-            bail!("a stream ended without [DONE]");
-        }
-        if line.starts_with("data: [DONE]") {
-            return Ok(Some((status, chunks)));
-        }
-        if line.starts_with("data: {\"error\"") {
-            bail!("a stream told {line}");
-        }
-        chunks += u64::from(line.starts_with("data: "));
-        if until.is_some_and(|until| chunks >= until) {
-            return Ok(None);
         }
     }
 }

@@ -10,6 +10,7 @@ mod clients;
 mod folder;
 mod induction_model;
 mod kernels;
+mod licences;
 mod load;
 mod page;
 mod random_model;

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 
 use crate::clients::Served;
-use crate::load::exchange;
+use crate::load::Client;
 
 /// What becomes of the picture.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -83,9 +83,10 @@ fn beside_others<T>(address: &str, work: impl FnOnce() -> Result<T>) -> Result<T
                     "prompt": "Once upon a time", "max_tokens": 300 + 7 * client, "ignore_eos": true,
                     "tinyserve": {"attention": "sparse", "selection_ratio": 0.3},
                 });
+                let mut connection = Client::new(address);
                 while !over.load(Ordering::Relaxed) {
                     // The picture shows what came of it.
-                    let _ = exchange(address, &body, false, None);
+                    let _ = connection.complete(&body, false, None);
                     std::thread::sleep(Duration::from_millis(10 * client));
                 }
             });

@@ -3,6 +3,8 @@
 //! Each command flattens the groups whose settings change what it does, so that none is accepted
 //! and ignored. A flag comes before its environment variable, that before the configuration file.
 
+mod engine;
+
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -20,13 +22,14 @@ use tinyserve::{
 use crate::exit::{Usage, out_of_range};
 use crate::progress::Progress;
 use crate::{plan, values};
+pub(crate) use engine::EngineArgs;
 
 /// Heading of the flags that decide which pages are read.
 pub(crate) const SELECTION: &str = "Page selection";
 
 /// Said once of a selection that no kernel makes.
-const HOST_IS_SLOW: &str = "this selection runs on the host and is slow: kernels choose by \
-                            --scorer box, --group-reduce max and a fixed budget";
+const NO_KERNELS: &str = "this selection has no kernels on this device and is slow; --scorer box, \
+                          --group-reduce max and a fixed budget have some";
 
 /// Which model, and a file with settings.
 #[derive(Debug, Args)]
@@ -464,10 +467,10 @@ impl ForwardArgs {
         let policy = config.selection_policy();
         let has_kernels = match config.device {
             Device::Cuda(_) => Cuda::has_kernels(&policy),
-            Device::Auto | Device::Cpu => policy.has_kernels(),
+            Device::Auto | Device::Cpu => Cpu::has_kernels(&policy),
         };
         if config.attention != AttentionMode::Dense && !has_kernels {
-            eprintln!("note: {HOST_IS_SLOW}");
+            eprintln!("note: {NO_KERNELS}");
         }
         Ok(config)
     }

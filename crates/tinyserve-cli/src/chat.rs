@@ -9,13 +9,11 @@ use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use tinyserve::model::{ChatInput, ChatMessage, ChatTemplate, SamplingParams};
 use tinyserve::{
-    AttentionMode, FinishReason, Prompt, StreamEvent, TinyServe, TinyServeError, TinyServeRequest,
+    FinishReason, Prompt, StreamEvent, TinyServe, TinyServeError, TinyServeRequest,
     TinyServeResponse,
 };
 
-use crate::args::{
-    self, AdaptiveArgs, ForwardArgs, MemoryArgs, PluginArgs, SelectionArgs, Sources,
-};
+use crate::args::{AdaptiveArgs, EngineArgs, PluginArgs, Sources};
 use crate::exit::{Quiet, out_of_range};
 use crate::interrupt::{Conversation, Interrupt};
 use crate::run::SamplingArgs;
@@ -46,32 +44,22 @@ pub(crate) struct ChatArgs {
           value_parser = values::size)]
     max_tokens: usize,
     #[command(flatten)]
-    forward: ForwardArgs,
-    /// When decode steps select pages: auto (from --sparse-min-context tokens on), dense (never)
-    /// or sparse (always).
-    #[arg(long, value_name = "MODE", env = "TINYSERVE_ATTENTION", help_heading = args::SELECTION,
-          value_parser = args::attention_mode())]
-    attention: Option<AttentionMode>,
-    #[command(flatten)]
-    selection: SelectionArgs,
+    engine: EngineArgs,
     #[command(flatten)]
     adaptive: AdaptiveArgs,
     #[command(flatten)]
     plugins: PluginArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
-    #[command(flatten)]
-    memory: MemoryArgs,
 }
 
 /// Talks until the input ends.
 pub(crate) fn chat(args: &ChatArgs, sources: Sources) -> Result<()> {
-    let mut config = args.forward.selecting(&args.selection, args.attention, sources)?;
+    let mut config = args.engine.config(sources)?;
     // One request at a time: memory for others would only make the plan larger.
     config.max_num_seqs = 1;
     // However long the user thinks, the conversation stays.
     config.session_timeout = 1e9;
-    args.memory.apply(&mut config);
     args.plugins.apply(&mut config)?;
     args.adaptive.apply(&mut config)?;
     config.check()?;
@@ -79,7 +67,7 @@ pub(crate) fn chat(args: &ChatArgs, sources: Sources) -> Result<()> {
         return Err(out_of_range("--max-tokens (-n)", 0, "at least 1"));
     }
     let sampling = args.sampling.params()?;
-    let engine = args.forward.device.load(config)?;
+    let engine = args.engine.forward.device.load(config)?;
     let template = engine.chat_template()?.ok_or_else(|| {
         anyhow!(
             "{} has no chat template, expected chat_template.jinja or the field chat_template in \

@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::Args;
 use serde_json::{Value, json};
 use tinyserve::Device;
-use tinyserve::kernels::{CpuPath, CudaDevice, FusedLimits};
+use tinyserve::kernels::{CpuPath, CudaDevice, FusedRow, FusedTable, cublas_version};
 
 use crate::exit::Quiet;
 use crate::self_test::{self, PathReport};
@@ -62,17 +62,25 @@ struct Machine {
     paths: Vec<CpuPath>,
     threads: usize,
     gpus: Result<Vec<CudaDevice>, String>,
+    /// Its version; not looked for where no GPU can use it.
+    cublas: Result<String, String>,
 }
 
 impl Machine {
     fn look(path: Option<CpuPath>) -> Self {
+        let gpus = CudaDevice::all().map_err(|error| error.to_string());
+        let cublas = match &gpus {
+            Ok(_) => cublas_version().map_err(|error| error.to_string()),
+            Err(reason) => Err(reason.clone()),
+        };
         Self {
             cpu: cpu_model(),
             features: features(),
             path: path.unwrap_or_else(CpuPath::detect),
             paths: CpuPath::ALL.into_iter().filter(|path| path.is_available()).collect(),
             threads: std::thread::available_parallelism().map_or(1, usize::from),
-            gpus: CudaDevice::all().map_err(|error| error.to_string()),
+            gpus,
+            cublas,
         }
     }
 
@@ -96,10 +104,10 @@ impl Machine {
             "memory": { "total_bytes": memory::total(), "available_bytes": memory::available() },
             "gpus": self.gpus.iter().flatten().map(gpu_json).collect::<Vec<_>>(),
             "fused_kernel": {
-                "most_pages": FusedLimits::DEFAULT.pages,
-                "most_tokens": FusedLimits::DEFAULT.tokens,
-                "source": FusedLimits::DEFAULT.source,
+                "table": FusedTable::DEFAULT.rows.iter().map(fused_json).collect::<Vec<_>>(),
+                "source": FusedTable::DEFAULT.source,
             },
+            "cublas": { "version": self.cublas.as_ref().ok(), "missing": self.cublas.as_ref().err() },
             // Why there is none, or nothing.
             "cuda": self.gpus.as_ref().err(),
         })
@@ -156,13 +164,24 @@ impl Machine {
                  driver for CUDA {driver}{usable}"
             )
         };
-        let FusedLimits { pages, tokens, source } = FusedLimits::DEFAULT;
+        let FusedTable { rows, source } = FusedTable::DEFAULT;
+        let row = |row: &FusedRow| format!("{}: {}", row.kv_heads, bytes(row.most_bytes as u64));
         let fused = format!(
-            "selection and attention are one launch up to {pages} pages of which {tokens} tokens are \
-             read ({source}); --use-fused-kernel decides otherwise"
+            "selection and attention are one launch where a KV head's boxes, and its keys and values \
+             beyond 512 tokens, have no more bytes than, by KV heads, {} ({source}); \
+             --use-fused-kernel decides otherwise",
+            rows.iter().map(row).collect::<Vec<_>>().join(", "),
         );
-        gpus.iter().map(line).chain([fused]).collect::<Vec<_>>().join("\n           ")
+        let products = match &self.cublas {
+            Ok(version) => format!("cuBLAS {version} multiplies prompts"),
+            Err(reason) => reason.clone(),
+        };
+        gpus.iter().map(line).chain([fused, products]).collect::<Vec<_>>().join("\n           ")
     }
+}
+
+fn fused_json(row: &FusedRow) -> Value {
+    json!({ "kv_heads": row.kv_heads, "most_bytes": row.most_bytes })
 }
 
 fn gpu_json(gpu: &CudaDevice) -> Value {

@@ -8,13 +8,11 @@ use clap::Args;
 use serde::Serialize;
 use tinyserve::model::SamplingParams;
 use tinyserve::{
-    AttentionMode, FinishReason, KvUsage, StreamEvent, TinyServe, TinyServeError, TinyServeRequest,
+    FinishReason, KvUsage, StreamEvent, TinyServe, TinyServeError, TinyServeRequest,
     TinyServeResponse,
 };
 
-use crate::args::{
-    self, AdaptiveArgs, ForwardArgs, MemoryArgs, PluginArgs, SelectionArgs, Sources,
-};
+use crate::args::{AdaptiveArgs, EngineArgs, PluginArgs, Sources};
 use crate::exit::{Quiet, out_of_range};
 use crate::interrupt::Interrupt;
 use crate::progress::Progress;
@@ -41,22 +39,13 @@ pub(crate) struct RunArgs {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    forward: ForwardArgs,
-    /// When decode steps select pages: auto (from --sparse-min-context tokens on), dense (never)
-    /// or sparse (always).
-    #[arg(long, value_name = "MODE", env = "TINYSERVE_ATTENTION", help_heading = args::SELECTION,
-          value_parser = args::attention_mode())]
-    attention: Option<AttentionMode>,
-    #[command(flatten)]
-    selection: SelectionArgs,
+    engine: EngineArgs,
     #[command(flatten)]
     adaptive: AdaptiveArgs,
     #[command(flatten)]
     plugins: PluginArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
-    #[command(flatten)]
-    memory: MemoryArgs,
     /// Begins with what an earlier run saved: of a prompt that begins with the same tokens only the
     /// rest is computed.
     #[arg(long, value_name = "FILE", env = "TINYSERVE_LOAD_SESSION", help_heading = "KV cache")]
@@ -155,10 +144,9 @@ impl SamplingArgs {
 
 /// Generates and prints.
 pub(crate) fn run(args: &RunArgs, sources: Sources) -> Result<()> {
-    let mut config = args.forward.selecting(&args.selection, args.attention, sources)?;
+    let mut config = args.engine.config(sources)?;
     // One request: memory for others would only make the plan larger.
     config.max_num_seqs = 1;
-    args.memory.apply(&mut config);
     args.plugins.apply(&mut config)?;
     args.adaptive.apply(&mut config)?;
     config.check()?;
@@ -176,7 +164,7 @@ pub(crate) fn run(args: &RunArgs, sources: Sources) -> Result<()> {
     if let Some(file) = &args.save_session {
         output::has_place(file)?;
     }
-    let engine = args.forward.device.load(config)?;
+    let engine = args.engine.forward.device.load(config)?;
     // Without a tokenizer there would be no text to stream, whatever the prompt is.
     engine.tokenizer()?;
     let mut request = TinyServeRequest::new(prompt);

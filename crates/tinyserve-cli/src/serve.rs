@@ -4,15 +4,12 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use tinyserve::{AttentionMode, TinyServeConfig, Weights};
+use tinyserve::{TinyServeConfig, Weights};
 use tinyserve_server::{
     LogLevel, SchedulingPolicy, Server, ServerConfig, ServerError, load_config, with_bounded_queue,
 };
 
-use crate::args::{
-    self, AdaptiveArgs, ForwardArgs, MemoryArgs, PluginArgs, QueueArgs, ScheduleArgs,
-    SelectionArgs, Sources,
-};
+use crate::args::{AdaptiveArgs, EngineArgs, PluginArgs, QueueArgs, ScheduleArgs, Sources};
 use crate::exit::Usage;
 use crate::values;
 
@@ -31,20 +28,11 @@ pub(crate) struct ServeArgs {
     #[command(flatten)]
     wait: WaitArgs,
     #[command(flatten)]
-    forward: ForwardArgs,
+    engine: EngineArgs,
     /// The same as --weights, by vLLM's name.
     #[arg(long, value_name = "DTYPE", help_heading = "Device", conflicts_with = "weights",
           value_parser = values::weights)]
     dtype: Option<Weights>,
-    #[command(flatten)]
-    memory: MemoryArgs,
-    /// When decode steps select pages: auto (from --sparse-min-context tokens on), dense (never)
-    /// or sparse (always). A request may ask for another.
-    #[arg(long, value_name = "MODE", env = "TINYSERVE_ATTENTION", help_heading = args::SELECTION,
-          value_parser = args::attention_mode())]
-    attention: Option<AttentionMode>,
-    #[command(flatten)]
-    selection: SelectionArgs,
     #[command(flatten)]
     adaptive: AdaptiveArgs,
     #[command(flatten)]
@@ -206,7 +194,7 @@ impl ServeArgs {
 
 /// Serves until a signal ends it.
 pub(crate) fn serve(args: &ServeArgs, sources: Sources) -> Result<()> {
-    let (engine, mut server) = match args.forward.model.file() {
+    let (engine, mut server) = match args.engine.forward.model.file() {
         Some(file) => load_config(file)?,
         None => Default::default(),
     };
@@ -216,16 +204,15 @@ pub(crate) fn serve(args: &ServeArgs, sources: Sources) -> Result<()> {
     args.schedule.apply(&mut engine);
     args.queue.apply(&mut engine);
     args.wait.apply(&mut engine);
-    args.memory.apply(&mut engine);
     args.adaptive.apply(&mut engine)?;
     set(&mut engine.weights, args.dtype);
     args.plugins.offer(&mut engine);
     set(&mut engine.session_timeout, args.sessions.session_timeout);
-    let engine = args.forward.selecting_from(engine, &args.selection, args.attention, sources)?;
+    let engine = args.engine.config_from(engine, sources)?;
     let engine = with_bounded_queue(engine);
     let tells_moves = server.log_level >= LogLevel::Info;
     let bound = Server::bind(server).map_err(by_flag)?;
-    let device = args.forward.device.clone();
+    let device = args.engine.forward.device.clone();
     let model = engine.model.clone();
     bound.run(&model, move || device.prepare(engine, tells_moves)).map_err(by_flag)
 }

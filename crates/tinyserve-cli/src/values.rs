@@ -39,9 +39,11 @@ pub(crate) fn scorer(text: &str) -> Result<ScorerName, String> {
 
 /// What `--scorer` says about itself: the registry names what there is.
 pub(crate) fn scorer_help() -> String {
-    let hosted = |method| matches!(method, Method::Score(scorer) if scorer != Scorer::BOX);
-    let names = Method::names(hosted);
-    format!("What a page is scored by: box has kernels; {names} run on the host, for research")
+    let fast = |scorer: Scorer| scorer == Scorer::BOX || scorer.summary().is_some();
+    let [fast, slow] = [true, false].map(|is| {
+        Method::names(|method| matches!(method, Method::Score(scorer) if fast(scorer) == is))
+    });
+    format!("What a page is scored by: {fast} have kernels on the CPU; {slow} are slow")
 }
 
 /// What `--policies` says about itself.

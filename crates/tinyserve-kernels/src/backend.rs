@@ -9,7 +9,7 @@ use tinyserve_kv::{
 };
 
 use crate::cpu::packed_bytes;
-use crate::{DType, HostTensor, KernelError, PageLists, Reuse};
+use crate::{DType, HostTensor, KernelError, PageLists, Reuse, TopLogitsArgs};
 
 /// Pointwise function of a feed-forward layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -547,6 +547,10 @@ pub trait Backend: Send + Sized {
 
     /// Copies rows of `x` into `out`, in the order of `rows`.
     fn gather_rows(&self, x: &Self::Tensor, rows: &[u32], out: &mut Self::Tensor);
+
+    /// Finds the likeliest tokens of rows of logits, where the logits are: of a large vocabulary
+    /// only these come to the host.
+    fn top_logits(&self, args: TopLogitsArgs<'_, Self>);
 
     /// Copies a tensor to the host: `out` becomes `[rows · columns]`.
     fn download(&self, x: &Self::Tensor, out: &mut Vec<f32>);

@@ -9,6 +9,7 @@ mod page_lists;
 mod profiled;
 mod reference;
 mod tensor;
+mod top_logits;
 
 pub use backend::{
     ActivateArgs, Activation, AppendKvArgs, AttendArgs, AttendSequence, AttendStats, Attention,
@@ -19,9 +20,10 @@ pub use backend::{
 pub use cpu::{Cpu, CpuLinear, CpuOptions, CpuPath, CpuTensor, CpuVector, SelectionTimes};
 pub use cuda::{
     Cuda, CudaDevice, CudaError, CudaLinear, CudaPages, CudaTensor, CudaVector, CudaVersion,
-    FusedLimits,
+    FusedRow, FusedTable, cublas_version,
 };
 pub use error::KernelError;
 pub use page_lists::{PageLists, Reuse};
 pub use profiled::{Profile, Profiled};
 pub use tensor::{DType, HostTensor};
+pub use top_logits::{MOST_TOP_LOGITS, TopLogits, TopLogitsArgs, TopRow, log_sum_exp};

@@ -8,6 +8,7 @@ use tinyserve_kv::{KvFormat, KvLayout, PageCopy, PageId, PagePool, TokenMove};
 use crate::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
     KernelError, LinearArgs, LinearImage, LinearSpec, NormArgs, RotaryAnglesArgs, RotaryArgs,
+    TopLogitsArgs,
 };
 
 /// Forwards every operation to `B`; while it is switched on, it adds up what the large ones take.
@@ -206,6 +207,11 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
 
     fn gather_rows(&self, x: &B::Tensor, rows: &[u32], out: &mut B::Tensor) {
         self.inner.gather_rows(x, rows, out);
+    }
+
+    fn top_logits(&self, args: TopLogitsArgs<'_, Self>) {
+        let TopLogitsArgs { logits, rows, k, out } = args;
+        self.inner.top_logits(TopLogitsArgs { logits, rows, k, out });
     }
 
     fn download(&self, x: &B::Tensor, out: &mut Vec<f32>) {

@@ -3,7 +3,7 @@
 use tinyserve_kernels::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, Cpu, CpuLinear, CpuOptions,
     CpuTensor, CpuVector, EmbedArgs, HostTensor, KernelError, LinearArgs, LinearSpec, MassArgs,
-    NormArgs, ObserveArgs, RotaryAnglesArgs, RotaryArgs, conformance,
+    NormArgs, ObserveArgs, RotaryAnglesArgs, RotaryArgs, TopLogitsArgs, conformance,
 };
 use tinyserve_kv::{HostPages, KvLayout, PageCopy, PageId, TokenMove};
 
@@ -178,6 +178,22 @@ impl Backend for Perturbed {
         self.cpu.gather_rows(x, rows, out);
         self.spoil("gather_rows", out);
     }
+    fn top_logits(&self, args: TopLogitsArgs<'_, Self>) {
+        let TopLogitsArgs { logits, rows, k, out } = args;
+        if self.op != "top_logits" {
+            return self.cpu.top_logits(TopLogitsArgs { logits, rows, k, out });
+        }
+        out.begin(k, logits.columns());
+        for &row in rows {
+            let row = row as usize * logits.columns();
+            let mut values = logits.values()[row..row + logits.columns()].to_vec();
+            match self.fault {
+                Fault::Nudge => values.iter_mut().for_each(|x| *x *= 1.001),
+                Fault::Nan => values[0] = f32::NAN,
+            }
+            out.push_row(&values);
+        }
+    }
     fn download(&self, x: &CpuTensor, out: &mut Vec<f32>) {
         self.cpu.download(x, out);
     }
@@ -211,7 +227,7 @@ fn failing(op: &'static str, fault: Fault) -> Vec<&'static str> {
 fn a_wrong_result_fails_its_operation_and_no_other() {
     let pages = ["append_kv and attend", "move_tokens and attend", "select and attend"];
     for fault in [Fault::Nudge, Fault::Nan] {
-        for op in ["embed", "norm", "linear", "rotary", "activate", "gather_rows"] {
+        for op in ["embed", "norm", "linear", "rotary", "activate", "gather_rows", "top_logits"] {
             assert_eq!(failing(op, fault), [op], "{fault:?}");
         }
         let rotated = failing("rotary_angles", fault);

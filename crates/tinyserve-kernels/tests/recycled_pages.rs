@@ -4,9 +4,11 @@ mod common;
 
 use common::{Cache, LAYER, Numbers, backends, bits, shapes};
 use proptest::prelude::*;
-use tinyserve_kernels::{AppendKvArgs, AttendArgs, AttendSequence, Attention, Backend, Cpu, Heads};
+use tinyserve_kernels::{
+    AppendKvArgs, AttendArgs, AttendSequence, AttendStats, Attention, Backend, Cpu, Heads,
+};
 use tinyserve_kv::{
-    Budget, HostPages, KvLayout, PageId, PagePool, PageTable, SelectionPolicy, Slot,
+    Budget, HostPages, KvLayout, PageId, PagePool, PageTable, Scorer, SelectionPolicy, Slot,
 };
 
 /// What no key and no value of the new sequence may ever meet.
@@ -30,9 +32,27 @@ fn used(cpu: &Cpu, heads: Heads, layout: KvLayout, capacity: usize) -> (PagePool
     let qkv: Vec<f32> =
         (0..tokens * heads.qkv_width()).map(|i| GARBAGE[i % GARBAGE.len()]).collect();
     append(cpu, heads, &qkv, &slots, &mut pages);
+    // What scorers keep of these pages is of garbage, too.
+    for policy in policies() {
+        let last = &qkv[(tokens - 1) * heads.qkv_width()..];
+        step(cpu, heads, last, tokens - 1, (table.pages(), &pages), Attention::Policy(&policy));
+    }
     table.release(&mut pool);
     assert_eq!(pool.free_pages(), capacity);
     (pool, pages)
+}
+
+/// Policies with kernels: by the keys' boxes, and by what scorers keep.
+fn policies() -> [SelectionPolicy; 4] {
+    ["box", "mean-std", "cuboid-mean", "two-boxes"].map(|scorer| SelectionPolicy {
+        scorer: Scorer::named(scorer).unwrap(),
+        budget: Budget::Ratio(0.4),
+        dense_layers: 0,
+        min_context: 0,
+        sink_pages: 0,
+        recent_pages: 1,
+        ..Default::default()
+    })
 }
 
 /// What the last `rows` of the tokens get, when the tokens lie in `table`.
@@ -43,11 +63,27 @@ fn attend(
     (table, pages): (&[PageId], &HostPages),
     attention: Attention<'_>,
 ) -> Vec<f32> {
-    let (tokens, width) = (qkv.len() / heads.qkv_width(), heads.qkv_width());
+    let tokens = qkv.len() / heads.qkv_width();
+    let qkv = &qkv[(tokens - rows) * heads.qkv_width()..];
+    let (out, stats) = step(cpu, heads, qkv, tokens - rows, (table, pages), attention);
+    assert!(stats.recall().is_none_or(f64::is_finite), "recall of a recycled page");
+    out
+}
+
+/// What the tokens `qkv` from `first_position` on get.
+fn step(
+    cpu: &Cpu,
+    heads: Heads,
+    qkv: &[f32],
+    first_position: usize,
+    (table, pages): (&[PageId], &HostPages),
+    attention: Attention<'_>,
+) -> (Vec<f32>, AttendStats) {
+    let width = heads.qkv_width();
     let (mut tensor, mut out) = (cpu.tensor(width), cpu.tensor(heads.q_columns().len()));
-    cpu.upload(&qkv[(tokens - rows) * width..], &mut tensor);
+    cpu.upload(qkv, &mut tensor);
     let sequence =
-        AttendSequence { rows: 0..rows, first_position: tokens - rows, pages: table, attention };
+        AttendSequence { rows: 0..qkv.len() / width, first_position, pages: table, attention };
     let stats = cpu.attend(AttendArgs {
         layer: LAYER,
         heads,
@@ -61,12 +97,11 @@ fn attend(
         observe: None,
         out: &mut out,
     });
-    assert!(stats.unwrap().recall().is_none_or(f64::is_finite), "recall of a recycled page");
-    out.values().to_vec()
+    (out.values().to_vec(), stats.unwrap())
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(256))]
+    #![proptest_config(ProptestConfig::with_cases(128))]
 
     #[test]
     fn what_a_page_held_before_never_shows(
@@ -80,9 +115,9 @@ proptest! {
         let qkv = numbers.numbers(tokens * width);
         let more = 4 * layout.page_size() + 1;
         let new = numbers.numbers(more * width);
-        let policy = SelectionPolicy {
-            budget: Budget::Ratio(0.4), dense_layers: 0, min_context: 0, sink_pages: 0,
-            recent_pages: 1, ..Default::default()
+        let policies = policies();
+        let attentions = || {
+            std::iter::once(Attention::Dense).chain(policies.iter().map(Attention::Policy))
         };
         for cpu in backends(1) {
             // One page to spare, to copy an open page to.
@@ -95,7 +130,7 @@ proptest! {
             // The same in memory that held zeros before.
             let mut clean = cpu.allocate_pages(layout, capacity).unwrap();
             append(&cpu, heads, &qkv, &slots, &mut clean);
-            for attention in [Attention::Dense, Attention::Policy(&policy)] {
+            for attention in attentions() {
                 let run = |pages: &HostPages| {
                     attend(&cpu, heads, (&qkv, rows), (table.pages(), pages), attention)
                 };
@@ -120,7 +155,7 @@ proptest! {
             let mut own = cpu.allocate_pages(layout, capacity).unwrap();
             let slots: Vec<Slot> = (0..tokens + more).map(|token| fork.slot(token)).collect();
             append(&cpu, heads, &grown, &slots, &mut own);
-            for attention in [Attention::Dense, Attention::Policy(&policy)] {
+            for attention in attentions() {
                 let run = |pages: &HostPages| {
                     attend(&cpu, heads, (&grown, 1), (fork.pages(), pages), attention)
                 };

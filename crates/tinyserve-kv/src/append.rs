@@ -50,6 +50,7 @@ impl HostPages {
         for slot in slots {
             assert!(slot.offset < shape.page_size, "offset {} in a page", slot.offset);
             self.check_page(slot.page);
+            self.forget_summaries(slot.page, Some(layer));
             if quantised && slot.offset == 0 {
                 self.open.open(layer, slot.page);
             }
@@ -116,6 +117,7 @@ impl HostPages {
         assert_eq!(keys.len(), layout.shape().kv_heads * dim, "keys [kv_heads, head_dim]");
         assert_eq!(values.len(), keys.len(), "values [kv_heads, head_dim]");
         self.check_page(slot.page);
+        self.forget_summaries(slot.page, Some(layer));
         let quantised = layout.shape().format.is_quantised();
         if quantised && slot.offset == 0 {
             self.open.open(layer, slot.page);

@@ -21,6 +21,9 @@ impl HostPages {
             assert!(slot.offset < size, "offset {} in a page", slot.offset);
             assert!(slot.page.index() < self.capacity(), "page {}", slot.page.index());
         }
+        for reached in moves.chunk_by(|a, b| a.to.page == b.to.page) {
+            self.forget_summaries(reached[0].to.page, None);
+        }
         for layer in 0..layout.shape().layers {
             for kv_head in 0..layout.shape().kv_heads {
                 let pages = self.layer_elements_mut::<E>(layer);

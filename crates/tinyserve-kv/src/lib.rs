@@ -19,6 +19,7 @@ mod prefix;
 mod reselect;
 mod select;
 mod selector;
+mod summaries;
 mod table;
 mod top_p;
 mod transfer;
@@ -31,8 +32,8 @@ pub use heads::{CodePages, HeadPage, HeadPages};
 pub use keys::{HostKeys, PageKeys};
 pub use layout::{GROUP_PAGES, KvLayout, KvShape, MAX_PAGE_SIZE};
 pub use methods::{
-    AttentionObserver, Evictor, HeadAttention, METHODS, Method, PageScorer, PromptAttention,
-    ScoreCost, Scorer, attention_weights, score_box,
+    AttentionObserver, Evictor, HeadAttention, METHODS, Method, PageScorer, PageSummary,
+    PromptAttention, ScoreCost, Scorer, attention_weights, score_box,
 };
 pub use open::OpenPlaces;
 pub use pages::{HostPages, PageBox};
@@ -44,6 +45,7 @@ pub use prefix::{
 pub use reselect::{Reselect, Reselecting};
 pub use select::{attention_mass, select_pages};
 pub use selector::{PageSelector, SelectFields, SelectInput};
+pub use summaries::GroupSummaries;
 pub use table::{PageCopy, PageTable, Slot, TokenMove};
 
 #[doc(hidden)]

@@ -2,6 +2,7 @@
 
 use crate::memory::ZeroedMemory;
 use crate::open::OpenPages;
+use crate::summaries::Summaries;
 use crate::{
     GROUP_PAGES, HeadPage, KvElement, KvError, KvLayout, PageCopy, PageId, PagePool, with_element,
 };
@@ -37,6 +38,8 @@ pub struct HostPages {
     pub(crate) pages: ZeroedMemory,
     /// Boxes `[layers]` of whole groups.
     pub(crate) boxes: ZeroedMemory,
+    /// What scorers keep of pages beside their boxes.
+    pub(crate) summaries: Summaries,
     /// Pages without codes, where the format has codes.
     pub(crate) open: OpenPages,
     /// What sealing a page computes with.
@@ -68,6 +71,7 @@ impl HostPages {
             capacity,
             pages: ZeroedMemory::new(total(layout.bytes_per_page() - boxes)?)?,
             boxes: ZeroedMemory::new(total(boxes)?)?,
+            summaries: Summaries::new(),
             open: OpenPages::new(opens, capacity, layout.page_elements()),
             wide: Vec::new(),
         })
@@ -194,6 +198,7 @@ impl HostPages {
     fn copy_as<E: KvElement>(&mut self, PageCopy { from, to }: PageCopy) {
         self.check_page(from);
         self.check_page(to);
+        self.forget_summaries(to, None);
         let layout = self.layout;
         let (layer_bytes, layer_boxes) = (self.layer_bytes(), self.layer_box_elements());
         for layer in 0..layout.shape().layers {

@@ -109,13 +109,12 @@ impl SelectionPolicy {
         }
     }
 
-    /// Whether backends have kernels for it: boxes, the group's maximum, a budget that is known
-    /// beforehand. Anything else is chosen on the host, which is slow.
+    /// Whether it reads the pages with the highest scores of any query of the group, as many as
+    /// are known beforehand: what backends have kernels for, where they have one for the scorer.
+    /// Anything else is chosen on the host, which is slow.
     #[must_use]
-    pub fn has_kernels(&self) -> bool {
-        self.scorer == Scorer::BOX
-            && self.group_reduce == GroupReduce::Max
-            && !matches!(self.budget, Budget::TopP(_))
+    pub fn ranks_by_maximum(&self) -> bool {
+        self.group_reduce == GroupReduce::Max && !matches!(self.budget, Budget::TopP(_))
     }
 
     /// Pages that a step of `layer` reads out of the pages of `tokens` tokens, or `None` when it
@@ -135,8 +134,8 @@ impl SelectionPolicy {
         }
     }
 
-    /// Score of one page by its box for the queries that share its KV head: what the kernels of a
-    /// policy that [`Self::has_kernels`] compute.
+    /// Score of one page by its box for the queries that share its KV head: what kernels for boxes
+    /// compute.
     ///
     /// Each query, `min` and `max` are `[head_dim]`. NaN when a query's score is.
     #[must_use]

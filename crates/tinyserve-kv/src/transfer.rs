@@ -40,6 +40,7 @@ impl HostPages {
     pub fn write_page(&mut self, page: PageId, bytes: &[u8]) {
         self.check_page(page);
         assert_eq!(bytes.len(), self.layout().bytes_per_page(), "bytes of a page");
+        self.forget_summaries(page, None);
         with_element!(self.layout().shape().format, E => self.write_page_as::<E>(page, bytes));
     }
 

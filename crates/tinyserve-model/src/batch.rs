@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use tinyserve_kernels::{AttendStats, Attention, PageLists};
+use tinyserve_kernels::{AttendStats, Attention, PageLists, TopLogits, TopRow};
 use tinyserve_kv::PageTable;
 
 /// Which positions of a sequence's step yield logits.
@@ -14,6 +14,9 @@ pub enum LogitRows {
     Last,
     /// Every one.
     All,
+    /// None, but the likeliest tokens after the last position, so many of them: from 1 to
+    /// [`tinyserve_kernels::MOST_TOP_LOGITS`]. [`StepOutput::top`] has them.
+    Top(usize),
 }
 
 /// What one sequence does in a step.
@@ -78,6 +81,9 @@ pub struct StepOutput {
     pub(crate) logits: Vec<f32>,
     pub(crate) vocab: usize,
     pub(crate) rows: Vec<Range<usize>>,
+    pub(crate) top: TopLogits,
+    /// For each sequence, its row of `top`, if it asked for one.
+    pub(crate) top_rows: Vec<Option<usize>>,
     pub(crate) stats: AttendStats,
     /// One for each sequence.
     pub(crate) sequence_stats: Vec<AttendStats>,
@@ -106,6 +112,16 @@ impl StepOutput {
     pub fn logits(&self, sequence: usize) -> impl ExactSizeIterator<Item = &[f32]> {
         let rows = self.rows[sequence].clone();
         rows.map(|row| &self.logits[row * self.vocab..(row + 1) * self.vocab])
+    }
+
+    /// The likeliest tokens after the last position of sequence `sequence`: at least as many as it
+    /// asked for, or the whole vocabulary; `None` unless it asked for some.
+    ///
+    /// # Panics
+    /// When the step had no such sequence.
+    #[must_use]
+    pub fn top(&self, sequence: usize) -> Option<TopRow<'_>> {
+        self.top_rows[sequence].map(|row| self.top.row(row))
     }
 
     /// What attention read for sequence `sequence`, over all layers.

@@ -3,7 +3,8 @@
 use smallvec::SmallVec;
 use tinyserve_kernels::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendSequence, AttendStats, Backend, EmbedArgs,
-    LinearArgs, NormArgs, PageLists, RotaryAnglesArgs, RotaryArgs, Store,
+    LinearArgs, MOST_TOP_LOGITS, NormArgs, PageLists, RotaryAnglesArgs, RotaryArgs, Store,
+    TopLogitsArgs,
 };
 use tinyserve_kv::Slot;
 
@@ -36,10 +37,17 @@ pub struct Activations<B: Backend> {
     last: B::Tensor,
     /// `[logit rows, vocab]`.
     logits: B::Tensor,
+    /// Those of them that are told, where others are not.
+    told_logits: B::Tensor,
     ids: Vec<u32>,
     positions: Vec<u32>,
     slots: Vec<Slot>,
     logit_rows: Vec<u32>,
+    /// Rows of `logits` that are told.
+    told_rows: Vec<u32>,
+    /// Rows of `logits` of which the likeliest tokens are told, and the most of them.
+    top_rows: Vec<u32>,
+    most_top: usize,
     /// What attention tells, when it is asked to.
     observation: Observation<B>,
 }
@@ -60,10 +68,14 @@ impl<B: Backend> Activations<B> {
             activated: backend.tensor(wide),
             last: backend.tensor(config.hidden_size),
             logits: backend.tensor(config.vocab_size),
+            told_logits: backend.tensor(config.vocab_size),
             ids: Vec::new(),
             positions: Vec::new(),
             slots: Vec::new(),
             logit_rows: Vec::new(),
+            told_rows: Vec::new(),
+            top_rows: Vec::new(),
+            most_top: 0,
             observation: Observation::default(),
         }
     }
@@ -159,7 +171,11 @@ impl<B: Backend> Model<B> {
         a.positions.clear();
         a.slots.clear();
         a.logit_rows.clear();
+        a.told_rows.clear();
+        a.top_rows.clear();
+        a.most_top = 0;
         output.rows.clear();
+        output.top_rows.clear();
         for step in batch.sequences {
             if step.tokens.is_empty() {
                 return Err(ModelError::EmptyPrompt);
@@ -179,13 +195,30 @@ impl<B: Backend> Model<B> {
                 a.positions.push((step.first_position() + i) as u32);
                 a.slots.push(step.table.slot(step.first_place() + i));
             }
-            let (end, first_logit) = (a.ids.len() as u32, a.logit_rows.len());
+            let (end, told) = (a.ids.len() as u32, a.told_rows.len());
+            let first_logit = a.logit_rows.len() as u32;
             match step.logits {
                 LogitRows::None => {}
-                LogitRows::Last => a.logit_rows.push(end - 1),
+                LogitRows::Last | LogitRows::Top(_) => a.logit_rows.push(end - 1),
                 LogitRows::All => a.logit_rows.extend(end - step.tokens.len() as u32..end),
             }
-            output.rows.push(first_logit..a.logit_rows.len());
+            let mut top_row = None;
+            if let LogitRows::Top(k) = step.logits {
+                if !(1..=MOST_TOP_LOGITS).contains(&k) {
+                    return Err(ModelError::Setting {
+                        name: "likeliest tokens of a step",
+                        found: k.to_string(),
+                        expected: format!("1 to {MOST_TOP_LOGITS}"),
+                    });
+                }
+                top_row = Some(a.top_rows.len());
+                a.top_rows.push(first_logit);
+                a.most_top = a.most_top.max(k);
+            } else {
+                a.told_rows.extend(first_logit..a.logit_rows.len() as u32);
+            }
+            output.rows.push(told..a.told_rows.len());
+            output.top_rows.push(top_row);
         }
         if a.ids.is_empty() {
             return Err(ModelError::EmptyPrompt);
@@ -278,7 +311,19 @@ impl<B: Backend> Model<B> {
             store: Store::Overwrite,
             out: &mut a.logits,
         });
-        self.backend.download(&a.logits, &mut output.logits);
+        if a.top_rows.is_empty() {
+            return self.backend.download(&a.logits, &mut output.logits);
+        }
+        self.backend.top_logits(TopLogitsArgs {
+            logits: &a.logits,
+            rows: &a.top_rows,
+            k: a.most_top,
+            out: &mut output.top,
+        });
+        if !a.told_rows.is_empty() {
+            self.backend.gather_rows(&a.logits, &a.told_rows, &mut a.told_logits);
+            self.backend.download(&a.told_logits, &mut output.logits);
+        }
     }
 
     fn norm(&self, norm: &Norm<B>, x: &B::Tensor, out: &mut B::Tensor) {

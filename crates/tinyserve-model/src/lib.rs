@@ -44,7 +44,9 @@ pub use model::Model;
 pub use perplexity::{Perplexity, PerplexityWindow, perplexity_windows};
 pub use plan::{LargestStep, MemoryPlan};
 pub use rope::{RopeConfig, RopeScaling};
-pub use sampler::{SampleContext, SampledToken, Sampler, SamplingParams, logprob, top_logprobs};
+pub use sampler::{
+    SampleContext, SampledToken, Sampler, SamplingParams, logprob, top_logprobs, top_logprobs_of,
+};
 pub use session::{RestoredSession, SessionToSave};
 pub use stop::StopMatcher;
 pub use synthetic::{

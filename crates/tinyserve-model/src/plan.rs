@@ -43,6 +43,8 @@ pub struct MemoryPlan {
     pub open_pages: usize,
     /// Layout of the pages.
     pub layout: KvLayout,
+    /// Boxes that the scorer keeps of a page beside that of its keys.
+    pub kept_boxes: usize,
     /// Pages of the pool.
     pub pages: usize,
 }
@@ -79,8 +81,15 @@ impl MemoryPlan {
             scratch_bytes: config.scratch_bytes(format, largest),
             open_pages,
             layout,
+            kept_boxes: 0,
             pages,
         }
+    }
+
+    /// Counts boxes that the scorer keeps of each page beside that of its keys.
+    #[must_use]
+    pub fn kept_boxes(self, kept_boxes: usize) -> Self {
+        Self { kept_boxes, ..self }
     }
 
     /// Counts what the process holds beside the model.
@@ -96,7 +105,8 @@ impl MemoryPlan {
     pub fn fit(self, target: u64, most: usize) -> Result<Self, ModelError> {
         let fixed = self.process_bytes + self.weight_bytes + self.scratch_bytes;
         let room = target.saturating_sub(fixed + self.open_bytes());
-        let pages = (room / self.layout.bytes_per_page() as u64).min(most as u64);
+        let page = self.kv_bytes_per_page() + self.box_bytes_per_page();
+        let pages = (room / page).min(most as u64);
         let plan = Self { pages: pages as usize, ..self };
         if pages == 0 || plan.total_bytes() > target {
             let needed = Self { pages: 1, ..self }.total_bytes();
@@ -116,8 +126,11 @@ impl MemoryPlan {
     /// Bytes of keys and values in all pages.
     #[must_use]
     pub fn kv_bytes(&self) -> u64 {
-        let page = self.layout.bytes_per_page() as u64 - self.box_bytes_per_page();
-        page.saturating_mul(self.pages as u64)
+        self.kv_bytes_per_page().saturating_mul(self.pages as u64)
+    }
+
+    fn kv_bytes_per_page(&self) -> u64 {
+        (self.layout.bytes_per_page() - self.layout.box_bytes_per_page()) as u64
     }
 
     /// Bytes of boxes in all pages.
@@ -126,10 +139,10 @@ impl MemoryPlan {
         self.box_bytes_per_page().saturating_mul(self.pages as u64)
     }
 
-    /// Bytes of the boxes of one page.
+    /// Bytes of the boxes of one page, those that the scorer keeps included.
     #[must_use]
     pub fn box_bytes_per_page(&self) -> u64 {
-        self.layout.box_bytes_per_page() as u64
+        (self.layout.box_bytes_per_page() as u64).saturating_mul(1 + self.kept_boxes as u64)
     }
 
     /// Bytes of the pages that hold no codes yet; none where pages never hold codes.
@@ -370,6 +383,11 @@ mod tests {
         assert!(fitted.total_bytes() <= target && fitted.total_bytes() + page > target);
         assert_eq!(fitted.kv_bytes() + fitted.box_bytes(), fitted.pages as u64 * page);
         assert_eq!(fitted.tokens(), 16 * fitted.pages);
+        // A scorer that keeps two more boxes of each page leaves room for fewer pages.
+        let keeping = plan.kept_boxes(2).fit(target, usize::MAX).unwrap();
+        let page = page + 2 * layout.box_bytes_per_page() as u64;
+        assert!(keeping.total_bytes() <= target && keeping.total_bytes() + page > target);
+        assert_eq!(keeping.kv_bytes() + keeping.box_bytes(), keeping.pages as u64 * page);
         assert_eq!(plan.fit(target, 7).unwrap().pages, 7);
         let smallest = plan.total_bytes();
         assert_eq!(plan.fit(smallest, usize::MAX).unwrap().pages, 1);

@@ -1,10 +1,12 @@
 //! From logits to a token: penalties, temperature, truncation, a seeded draw.
 
+use std::cmp::Ordering;
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
+use tinyserve_kernels::{MOST_TOP_LOGITS, TopRow, log_sum_exp};
 
 use crate::ModelError;
 
@@ -187,6 +189,45 @@ impl Sampler {
         Ok(SampledToken { id, logprob: logprob(logits, id) })
     }
 
+    /// How many of the likeliest tokens decide the next draw, whatever the other logits are; `None`
+    /// where they matter, too.
+    #[must_use]
+    pub fn decided_by(&self) -> Option<usize> {
+        let params = &self.params;
+        let penalty = params.repetition_penalty != 1.0
+            || params.presence_penalty != 0.0
+            || params.frequency_penalty != 0.0;
+        let k = if params.temperature == 0.0 { 1 } else { params.top_k };
+        let few = (1..=MOST_TOP_LOGITS).contains(&k);
+        (few && !penalty && self.bias.is_empty()).then_some(k)
+    }
+
+    /// Draws what [`Self::sample_after`] would draw from all logits, out of the likeliest tokens: as
+    /// many as [`Self::decided_by`] says, or more.
+    ///
+    /// # Errors
+    /// As [`Self::sample_after`].
+    pub fn sample_top(&mut self, top: TopRow<'_>) -> Result<SampledToken, ModelError> {
+        let Some((&(likeliest, _), k)) = top.tokens.first().zip(self.decided_by()) else {
+            return Err(ModelError::Setting {
+                name: "likeliest tokens",
+                found: format!("{} for these sampling settings", top.tokens.len()),
+                expected: "all logits, or as many tokens as decide the draw".to_owned(),
+            });
+        };
+        if top.log_sum_exp.is_nan() {
+            return Err(ModelError::NotFinite { what: "logits" });
+        }
+        let mut id = likeliest;
+        if self.params.temperature > 0.0 {
+            self.candidates.clear();
+            self.candidates.extend_from_slice(&top.tokens[..k.min(top.tokens.len())]);
+            id = self.draw_candidate();
+        }
+        let logit = top.tokens.iter().find(|token| token.0 == id).map_or(f32::NAN, |token| token.1);
+        Ok(SampledToken { id, logprob: (f64::from(logit) - top.log_sum_exp) as f32 })
+    }
+
     /// Changes the candidates' logits by what was said before and by what the request asks for.
     fn adjust(&mut self, context: SampleContext<'_>) {
         let params = self.params;
@@ -239,12 +280,21 @@ impl Sampler {
             return most_likely(&self.candidates);
         }
         let candidates = &mut self.candidates;
-        let by_likelihood =
-            |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-        if params.top_k > 0 && params.top_k < candidates.len() {
-            candidates.select_nth_unstable_by(params.top_k - 1, by_likelihood);
-            candidates.truncate(params.top_k);
+        if params.top_k > 0 {
+            if params.top_k < candidates.len() {
+                candidates.select_nth_unstable_by(params.top_k - 1, by_likelihood);
+                candidates.truncate(params.top_k);
+            }
+            // In the order in which a device lists them: a seed draws the same.
+            candidates.sort_unstable_by(by_likelihood);
         }
+        self.draw_candidate()
+    }
+
+    /// Draws one of the candidates that top-k leaves.
+    fn draw_candidate(&mut self) -> u32 {
+        let params = self.params;
+        let candidates = &mut self.candidates;
         let peak = candidates.iter().map(|&(_, x)| x).fold(f32::NEG_INFINITY, f32::max);
         for (_, x) in candidates.iter_mut() {
             // Scaled after the peak is taken off, so that a tiny temperature cannot overflow.
@@ -290,6 +340,11 @@ impl Sampler {
     }
 }
 
+/// The likelier first, and of equals the lower; -0 and 0 are equal, as they are to a device.
+fn by_likelihood(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
+    b.1.partial_cmp(&a.1).unwrap_or(Ordering::Equal).then(a.0.cmp(&b.0))
+}
+
 fn most_likely(candidates: &[(u32, f32)]) -> u32 {
     let mut best = (0, f32::NEG_INFINITY);
     for &(id, value) in candidates {
@@ -298,12 +353,6 @@ fn most_likely(candidates: &[(u32, f32)]) -> u32 {
         }
     }
     best.0
-}
-
-fn log_sum_exp(logits: &[f32]) -> f64 {
-    let peak = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|&x| f64::from(x - peak).exp()).sum();
-    f64::from(peak) + sum.ln()
 }
 
 /// Natural logarithm of the probability that softmax over `logits` `[vocab]` gives `token`.
@@ -320,8 +369,8 @@ pub fn logprob(logits: &[f32], token: u32) -> f32 {
 pub fn top_logprobs(logits: &[f32], n: usize) -> Vec<SampledToken> {
     let normaliser = log_sum_exp(logits);
     let mut ids: Vec<u32> = (0..).take(logits.len()).collect();
-    let best_first =
-        |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+    let token = |id: u32| (id, logits[id as usize]);
+    let best_first = |a: &u32, b: &u32| by_likelihood(&token(*a), &token(*b));
     if n < ids.len() {
         ids.select_nth_unstable_by(n, best_first);
         ids.truncate(n);
@@ -335,8 +384,20 @@ pub fn top_logprobs(logits: &[f32], n: usize) -> Vec<SampledToken> {
         .collect()
 }
 
+/// As [`top_logprobs`], of the likeliest tokens that a device found: at most as many as it found.
+#[must_use]
+pub fn top_logprobs_of(top: TopRow<'_>, n: usize) -> Vec<SampledToken> {
+    let token = |&(id, logit): &(u32, f32)| SampledToken {
+        id,
+        logprob: (f64::from(logit) - top.log_sum_exp) as f32,
+    };
+    top.tokens.iter().take(n).map(token).collect()
+}
+
 #[cfg(test)]
 mod tests {
+    use tinyserve_kernels::TopLogits;
+
     use super::*;
 
     const LOGITS: [f32; 5] = [1.0, 3.0, 2.0, -1.0, 0.0];
@@ -355,6 +416,47 @@ mod tests {
         let mut sampler = Sampler::new(SamplingParams::greedy()).unwrap();
         assert_eq!(sampler.sample(&LOGITS, &[]).unwrap().id, 1);
         assert_eq!(sampler.sample(&[0.0, 5.0, 5.0], &[]).unwrap().id, 1);
+    }
+
+    #[test]
+    fn the_likeliest_tokens_decide_what_all_logits_would() {
+        let logits: Vec<f32> = (0..300).map(|i| ((i * 37) % 23) as f32 / 4.0 - 2.0).collect();
+        let mut top = TopLogits::default();
+        top.begin(64, logits.len());
+        top.push_row(&logits);
+        let base =
+            SamplingParams { temperature: 0.9, top_p: 1.0, seed: Some(5), ..Default::default() };
+        for params in [
+            SamplingParams::greedy(),
+            SamplingParams { top_k: 1, ..base },
+            SamplingParams { top_k: 40, ..base },
+            SamplingParams { top_k: 64, top_p: 0.8, min_p: 0.05, ..base },
+        ] {
+            let mut from_all = Sampler::new(params).unwrap();
+            let mut from_top = from_all.clone();
+            assert!(from_top.decided_by().is_some_and(|k| k <= 64), "{params:?}");
+            for _ in 0..200 {
+                let expected = from_all.sample(&logits, &[]).unwrap();
+                assert_eq!(from_top.sample_top(top.row(0)).unwrap(), expected, "{params:?}");
+            }
+        }
+        assert_eq!(top_logprobs_of(top.row(0), 5), top_logprobs(&logits, 5));
+        for params in [
+            base,
+            SamplingParams { top_k: MOST_TOP_LOGITS + 1, ..base },
+            SamplingParams { top_k: 4, repetition_penalty: 1.1, ..base },
+            SamplingParams { presence_penalty: 0.1, ..SamplingParams::greedy() },
+        ] {
+            let mut sampler = Sampler::new(params).unwrap();
+            assert_eq!(sampler.decided_by(), None, "{params:?}");
+            assert!(sampler.sample_top(top.row(0)).is_err(), "{params:?}");
+        }
+        let mut greedy = Sampler::new(SamplingParams::greedy()).unwrap();
+        top.begin(1, 2);
+        top.push_row(&[f32::NAN, 1.0]);
+        assert!(greedy.sample_top(top.row(0)).is_err());
+        let biased = greedy.with_bias(vec![(1, 2.0)]).unwrap();
+        assert_eq!(biased.decided_by(), None);
     }
 
     #[test]

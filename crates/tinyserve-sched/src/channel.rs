@@ -19,13 +19,23 @@ struct Channel<T> {
 struct State<T> {
     items: VecDeque<T>,
     waker: Option<Waker>,
+    /// Whether the waker sleeps until the sender is gone.
+    wakes_at_end: bool,
+    /// Whether a thread waits for an item: telling nobody would be a system call all the same.
+    blocked: bool,
     /// The sender is gone.
     closed: bool,
 }
 
 impl<T> Channel<T> {
     fn new() -> Arc<Self> {
-        let state = State { items: VecDeque::new(), waker: None, closed: false };
+        let state = State {
+            items: VecDeque::new(),
+            waker: None,
+            wakes_at_end: false,
+            blocked: false,
+            closed: false,
+        };
         Arc::new(Self { state: Mutex::new(state), arrived: Condvar::new() })
     }
 
@@ -35,12 +45,15 @@ impl<T> Channel<T> {
     }
 
     fn change(&self, change: impl FnOnce(&mut State<T>)) {
-        let waker = {
+        let (blocked, waker) = {
             let mut state = self.lock();
             change(&mut state);
-            state.waker.take()
+            let wakes = state.closed || !state.wakes_at_end;
+            (state.blocked, if wakes { state.waker.take() } else { None })
         };
-        self.arrived.notify_one();
+        if blocked {
+            self.arrived.notify_one();
+        }
         if let Some(waker) = waker {
             waker.wake();
         }
@@ -50,18 +63,21 @@ impl<T> Channel<T> {
     fn receive(&self, deadline: Option<Instant>) -> Result<Option<T>, ()> {
         let mut state = self.lock();
         loop {
+            state.blocked = false;
             if let Some(item) = state.items.pop_front() {
                 return Ok(Some(item));
             }
             if state.closed {
                 return Ok(None);
             }
+            state.blocked = true;
             let Some(deadline) = deadline else {
                 state = self.arrived.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
+                state.blocked = false;
                 return Err(());
             }
             let waited = self.arrived.wait_timeout(state, left);
@@ -131,6 +147,12 @@ impl EventStream {
         self.channel.poll(context).map(|event| self.note(event))
     }
 
+    /// Lets an async caller that has use for the whole answer only sleep until it is there: events
+    /// before the terminal one wake nobody.
+    pub fn wake_at_end(&mut self) {
+        self.channel.lock().wakes_at_end = true;
+    }
+
     fn note(&mut self, event: Option<Event>) -> Option<Event> {
         self.ended |= event.as_ref().is_some_and(Event::is_terminal);
         event
@@ -156,28 +178,42 @@ impl Drop for EventStream {
 }
 
 /// The engine's end of an [`EventStream`].
+///
+/// What it is given is heard when [`Self::tell`] is called: once a step, for all of the step's
+/// events, so that the threads of callers are woken together and not in the middle of it.
 #[derive(Debug)]
-pub(crate) struct EventSender(Option<Arc<Channel<Event>>>);
+pub(crate) struct EventSender {
+    channel: Arc<Channel<Event>>,
+    untold: Vec<Event>,
+    ended: bool,
+}
 
 impl EventSender {
-    /// Tells what is not the end.
-    pub(crate) fn send(&self, event: Event) {
+    /// Notes what is not the end.
+    pub(crate) fn send(&mut self, event: Event) {
         debug_assert!(!event.is_terminal(), "{event:?} ends a stream");
-        if let Some(channel) = &self.0 {
-            channel.change(|state| state.items.push_back(event));
+        self.untold.push(event);
+    }
+
+    /// Tells what was noted.
+    pub(crate) fn tell(&mut self) {
+        if !self.untold.is_empty() {
+            let Self { channel, untold, .. } = self;
+            channel.change(|state| state.items.extend(untold.drain(..)));
         }
     }
 
-    /// Tells the end.
+    /// Tells the end, and before it what was noted.
     pub(crate) fn finish(mut self, event: Event) {
         debug_assert!(event.is_terminal(), "{event:?} ends no stream");
         self.close(event);
     }
 
     fn close(&mut self, event: Event) {
-        if let Some(channel) = self.0.take() {
+        if !std::mem::replace(&mut self.ended, true) {
+            let Self { channel, untold, .. } = self;
             channel.change(|state| {
-                state.items.push_back(event);
+                state.items.extend(untold.drain(..).chain([event]));
                 state.closed = true;
             });
         }
@@ -200,7 +236,7 @@ pub(crate) fn events(
     abort: impl Fn() + Send + Sync + 'static,
 ) -> (EventSender, EventStream) {
     let channel = Channel::new();
-    let sender = EventSender(Some(Arc::clone(&channel)));
+    let sender = EventSender { channel: Arc::clone(&channel), untold: Vec::new(), ended: false };
     (sender, EventStream { id, channel, abort: Box::new(abort), ended: false })
 }
 
@@ -295,4 +331,88 @@ pub(crate) fn reply<T>() -> (Responder<T>, Reply<T>) {
         Responder(Arc::clone(&channel)),
         Reply { open: vec![channel], answers: Vec::new(), merge: one },
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::Wake;
+
+    use super::*;
+    use crate::Summary;
+
+    /// Counts how often it is woken.
+    #[derive(Default)]
+    struct Bell(AtomicUsize);
+
+    impl Wake for Bell {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    impl Bell {
+        fn rung(&self) -> usize {
+            self.0.swap(0, Ordering::Relaxed)
+        }
+    }
+
+    fn progress(done: usize) -> Event {
+        Event::Prefill { done, total: 9 }
+    }
+
+    #[test]
+    fn what_is_told_together_wakes_once() {
+        let (mut sender, mut stream) = events(RequestId(1), || ());
+        let bell = Arc::<Bell>::default();
+        let waker = Arc::clone(&bell).into();
+        let mut context = Context::from_waker(&waker);
+        assert!(stream.poll_next(&mut context).is_pending());
+        sender.send(progress(1));
+        sender.send(progress(2));
+        assert_eq!((bell.rung(), stream.try_next()), (0, None));
+        sender.tell();
+        sender.tell();
+        assert_eq!(bell.rung(), 1);
+        sender.finish(Event::Aborted(Summary::default()));
+        let told: Vec<_> = stream.collect();
+        assert_eq!(told, [progress(1), progress(2), Event::Aborted(Summary::default())]);
+    }
+
+    #[test]
+    fn who_waits_for_the_end_is_woken_by_the_end() {
+        let aborts = Arc::<AtomicUsize>::default();
+        let on_abort = {
+            let aborts = Arc::clone(&aborts);
+            move || {
+                aborts.fetch_add(1, Ordering::Relaxed);
+            }
+        };
+        let (mut sender, mut stream) = events(RequestId(1), on_abort.clone());
+        let bell = Arc::<Bell>::default();
+        let waker = Arc::clone(&bell).into();
+        let mut context = Context::from_waker(&waker);
+        stream.wake_at_end();
+        assert!(stream.poll_next(&mut context).is_pending());
+        for done in 1..4 {
+            sender.send(progress(done));
+            sender.tell();
+        }
+        assert_eq!(bell.rung(), 0);
+        sender.finish(Event::Aborted(Summary::default()));
+        assert_eq!(bell.rung(), 1);
+        for done in 1..4 {
+            assert_eq!(stream.poll_next(&mut context), Poll::Ready(Some(progress(done))));
+        }
+        assert!(stream.by_ref().last().is_some_and(|event| event.is_terminal()));
+        drop(stream);
+        assert_eq!(aborts.load(Ordering::Relaxed), 0);
+
+        // One that loses interest before the end is still heard.
+        let (sender, mut stream) = events(RequestId(2), on_abort);
+        stream.wake_at_end();
+        drop(stream);
+        assert_eq!(aborts.load(Ordering::Relaxed), 1);
+        drop(sender);
+    }
 }

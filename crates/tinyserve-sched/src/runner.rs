@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use tinyserve_kernels::{AttendStats, Backend, PageLists};
+use tinyserve_kernels::{AttendStats, Backend, PageLists, TopRow};
 use tinyserve_kv::{KvError, PagePool, PageTable, Prefix, PrefixStats};
 use tinyserve_model::{
     Activations, Batch, KvCache, Model, ModelError, RestoredSession, SessionToSave, StepOutput,
@@ -118,6 +118,12 @@ pub trait Runner: Send {
     /// # Panics
     /// When there is no such row.
     fn logits(&self, sequence: usize, row: usize) -> &[f32];
+
+    /// The likeliest tokens after sequence `sequence` in the last step, if it asked for those alone.
+    ///
+    /// # Panics
+    /// When there is no such sequence.
+    fn top(&self, sequence: usize) -> Option<TopRow<'_>>;
 
     /// What the last step read for sequence `sequence`.
     ///
@@ -257,6 +263,10 @@ impl<B: Backend> Runner for ModelRunner<B> {
     fn logits(&self, sequence: usize, row: usize) -> &[f32] {
         let rows = self.output.logits(sequence).nth(row);
         rows.expect("the scheduler asks for rows that it ordered")
+    }
+
+    fn top(&self, sequence: usize) -> Option<TopRow<'_>> {
+        self.output.top(sequence)
     }
 
     fn read(&self, sequence: usize) -> AttendStats {

@@ -165,6 +165,12 @@ impl<R: Runner> Scheduler<R> {
 
     /// Plans a step, runs it and hands its results out; tells whether there was one.
     pub fn step(&mut self) -> bool {
+        let stepped = self.run_planned();
+        self.running.iter_mut().for_each(|sequence| sequence.events.tell());
+        stepped
+    }
+
+    fn run_planned(&mut self) -> bool {
         self.expire_sessions();
         self.plan();
         let members: SmallVec<[usize; ON_STACK]> =

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use tinyserve_kernels::AttendStats;
+use tinyserve_kernels::{AttendStats, MOST_TOP_LOGITS};
 use tinyserve_kv::{Budget, PageTable};
 use tinyserve_model::Sampler;
 use tinyserve_plugins::RequestPlugins;
@@ -169,6 +169,19 @@ impl Sequence {
 
     pub(crate) fn generated(&self) -> &[u32] {
         &self.tokens[self.prompt_len..]
+    }
+
+    /// How many of the likeliest tokens its next draw is told about, if it needs no other logits.
+    pub(crate) fn decided_by(&self) -> Option<usize> {
+        let k = self.sampler.decided_by()?.max(self.top_logprobs);
+        let few = k <= MOST_TOP_LOGITS && self.banned_now().is_empty();
+        (few && self.plugins.is_idle()).then_some(k)
+    }
+
+    /// Tokens that must not be drawn next.
+    pub(crate) fn banned_now(&self) -> &[u32] {
+        let early = self.generated().len() < self.min_tokens;
+        if early { &self.banned } else { &[] }
     }
 
     /// Whether its next step computes the one token that was drawn last.

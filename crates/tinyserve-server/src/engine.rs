@@ -137,6 +137,11 @@ impl Choices {
         Ok(choices)
     }
 
+    /// Lets whoever awaits events sleep until a choice is complete.
+    pub(crate) fn wake_at_ends(&mut self) {
+        self.streams.iter_mut().flatten().for_each(|choice| choice.events.wake_at_end());
+    }
+
     /// Ends all choices.
     pub(crate) fn end(&mut self) {
         self.streams.clear();
@@ -242,6 +247,8 @@ fn detail(summary: &Summary) -> serde_json::Value {
             "bytes_read_ratio": kv.decode.bytes_ratio(),
             "recall": kv.decode.recall(),
             "reuse": kv.decode.reuse.share(),
+            "pruned_tokens": kv.pruned_tokens,
+            "pruned_bytes": kv.pruned_bytes,
         },
     })
 }

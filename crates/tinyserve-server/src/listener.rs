@@ -17,7 +17,8 @@ use tokio::sync::{Semaphore, watch};
 use crate::stream::{Patient, Stream};
 use crate::{ServerConfig, ServerError};
 
-/// Bytes of a request's line and headers together.
+/// Bytes of a request's line and headers together that are waited for: what comes in one piece with
+/// the last of them may be as much again.
 const MOST_HEADER_BYTES: usize = 64 << 10;
 /// Headers of a request.
 const MOST_HEADERS: usize = 100;

@@ -59,9 +59,11 @@ impl Server {
             }
             None => None,
         };
-        // The engine computes on threads of its own; two carry the bytes.
+        // The engine computes on threads of its own. One thread carries the bytes of a small
+        // machine: more would wake each other up at every step, at the cost of the engine.
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(2)
+            .worker_threads((processors / 8).clamp(1, 4))
             .thread_name("http")
             .enable_all()
             .build()?;
@@ -196,6 +198,7 @@ fn loaded(app: &App, model: TinyServe) -> Result<Ready, ServerError> {
         let model = Arc::clone(&model);
         move || EngineView {
             stats: model.engine().stats(),
+            plugins: model.plugins().stats(),
             page_size: sizes.page_size,
             page_bytes: sizes.bytes_per_page,
             cache_dtype: format,

@@ -1,9 +1,11 @@
 //! The memory of an engine, planned before its model is loaded.
 
+use tinyserve_kernels::Cpu;
+use tinyserve_kv::PageSummary;
 use tinyserve_model::{Checkpoint, LargestStep, MemoryPlan};
 use tinyserve_sched::MOST_SCORED_TOKENS;
 
-use crate::{TinyServeConfig, TinyServeError, memory};
+use crate::{AttentionMode, TinyServeConfig, TinyServeError, memory};
 
 /// Share of the available memory that an engine may take unless the settings say how much.
 const SHARE_OF_AVAILABLE: f64 = 0.8;
@@ -74,7 +76,12 @@ impl PlannedMemory {
         };
         let pages = pages.min(u32::MAX as usize);
         let wanted = MemoryPlan::new(checkpoint, weights, layout, step, pages);
-        let wanted = wanted.process_bytes(resident);
+        let policy = config.selection_policy();
+        let keeps = config.attention != AttentionMode::Dense
+            && config.cuda_devices().is_empty()
+            && Cpu::has_kernels(&policy);
+        let kept = policy.scorer.summary().filter(|_| keeps).map_or(0, PageSummary::boxes);
+        let wanted = wanted.process_bytes(resident).kept_boxes(kept);
         let target_bytes = match config.target_memory_gb {
             Some(gigabytes) => Some((gigabytes * 1e9) as u64),
             None => {

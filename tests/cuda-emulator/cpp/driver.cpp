@@ -1,11 +1,11 @@
 // A look-alike of libcuda over the emulator: enough of the driver's interface for cudarc.
 //
 // Work runs at once, in the calling thread; between begin and end of a capture it is recorded instead. Where
-// CUDA's rules are stricter than what would work here, as for captures, they are applied. A failed launch
-// leaves the context usable, unlike CUDA's, so that tests of one process stay apart.
+// CUDA's rules are stricter than what would work here, as for captures, they are applied. A kernel that fails
+// while it runs leaves the context usable, unlike CUDA's, so that tests of one process stay apart.
 //
 // The environment describes the device: CUDA_EMULATOR_DEVICES, _DRIVER (12000 is CUDA 12.0), _CAPABILITY
-// (90 is 9.0), _MEMORY (bytes), _SEED (order of threads and blocks), _FAIL (a kernel whose launches fail).
+// (90 is 9.0), _MEMORY (bytes), _SEED (order of threads and blocks), _FAIL (a kernel whose launches fail), _SKIP (one whose launches do nothing).
 #include <chrono>
 #include <functional>
 #include <mutex>
@@ -22,6 +22,7 @@ enum {
   NO_DEVICE = 100,
   INVALID_DEVICE = 101,
   NOT_FOUND = 500,
+  OUT_OF_RESOURCES = 701,
   LAUNCH_FAILED = 719,
   NOT_PERMITTED = 800,
   CAPTURE_UNSUPPORTED = 900
@@ -50,6 +51,7 @@ static size_t total_memory() { return size_t(setting("CUDA_EMULATOR_MEMORY", lon
 static uint64_t seed = uint64_t(setting("CUDA_EMULATOR_SEED", 0));
 // A kernel whose launches fail; none when empty.
 static std::string failing = getenv("CUDA_EMULATOR_FAIL") ? getenv("CUDA_EMULATOR_FAIL") : "";
+static const std::string skipped = getenv("CUDA_EMULATOR_SKIP") ? getenv("CUDA_EMULATOR_SKIP") : "";
 static std::recursive_mutex mu;
 static Stream null_stream;
 static int ctx_obj;
@@ -295,8 +297,11 @@ API cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, 
   if (!gx || !gy || !gz || !bx || !by || !bz)
     return INVALID;
   return submit(s, [=]() mutable -> CUresult {
+    // As a launch that takes too much: CUDA runs what comes after it.
     if (failing == k->name)
-      return LAUNCH_FAILED;
+      return OUT_OF_RESOURCES;
+    if (skipped == k->name)
+      return OK;
     std::vector<void*> p;
     for (auto& v : vals)
       p.push_back(v.data());
@@ -349,12 +354,13 @@ extern "C" __attribute__((visibility("default"))) void cuda_emulator_seed(uint64
 // Has launches of a kernel fail from now on; of none when the name is empty.
 extern "C" __attribute__((visibility("default"))) void cuda_emulator_fail(const char* name) { failing = name; }
 API cuGetErrorName(int e, const char** s) {
-  *s = e == LAUNCH_FAILED ? "CUDA_ERROR_LAUNCH_FAILED"
-       : e == INVALID     ? "CUDA_ERROR_INVALID_VALUE"
-       : e == OOM         ? "CUDA_ERROR_OUT_OF_MEMORY"
-       : e == NO_DEVICE   ? "CUDA_ERROR_NO_DEVICE"
-       : e == NOT_FOUND   ? "CUDA_ERROR_NOT_FOUND"
-                          : "CUDA_ERROR";
+  *s = e == LAUNCH_FAILED      ? "CUDA_ERROR_LAUNCH_FAILED"
+       : e == OUT_OF_RESOURCES ? "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"
+       : e == INVALID          ? "CUDA_ERROR_INVALID_VALUE"
+       : e == OOM              ? "CUDA_ERROR_OUT_OF_MEMORY"
+       : e == NO_DEVICE        ? "CUDA_ERROR_NO_DEVICE"
+       : e == NOT_FOUND        ? "CUDA_ERROR_NOT_FOUND"
+                               : "CUDA_ERROR";
   return OK;
 }
 API cuGetErrorString(int e, const char** s) { return cuGetErrorName(e, s); }

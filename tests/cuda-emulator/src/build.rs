@@ -29,6 +29,9 @@ impl std::error::Error for Unavailable {}
 /// What is compiled beside the kernels; the checker only for its build.
 const PARTS: [&str; 3] = ["fibers", "driver", "checker"];
 
+/// The folder beside libcuda.so that holds the look-alike of cuBLAS.
+pub(crate) const CUBLAS: &str = "cublas";
+
 /// One object file: its name, its source, and how it is compiled.
 struct Unit {
     name: String,
@@ -229,6 +232,15 @@ fn compile(build: Build, compiler: &Compiler, sources: &Sources, folder: &Path) 
     arguments.push(folder.join("libcuda.so").into());
     arguments.extend(units.iter().map(|unit| object(unit).into()));
     arguments.push("-ldl".into());
+    compiler.run(arguments);
+    // Apart, so that a process sees it only if it is told to.
+    let cublas = folder.join(CUBLAS);
+    fs::create_dir_all(&cublas).unwrap_or_else(|e| panic!("{}: {e}", cublas.display()));
+    let mut arguments: Vec<OsString> =
+        ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wl,-soname,libcublas.so", "-o"]
+            .map(OsString::from)
+            .to_vec();
+    arguments.extend([cublas.join("libcublas.so").into(), cpp.join("cublas.cpp").into()]);
     compiler.run(arguments);
 }
 

@@ -128,6 +128,52 @@ pub fn install(build: Build) -> Result<&'static Emulator, &'static Unavailable> 
     INSTALLED.get_or_init(|| load(build)).as_ref()
 }
 
+/// The look-alike of cuBLAS in this process.
+#[derive(Debug)]
+pub struct Cublas {
+    products: Symbol<unsafe extern "C" fn() -> u64>,
+    _library: Library,
+}
+
+impl Cublas {
+    /// Products that it has computed.
+    #[must_use]
+    pub fn products(&self) -> u64 {
+        // SAFETY: the function reads a number; the library is never unloaded.
+        unsafe { (self.products)() }
+    }
+}
+
+/// Makes this process find a cuBLAS that multiplies what lies in the emulator's memory.
+///
+/// # Errors
+/// When there is no C++ compiler.
+///
+/// # Panics
+/// When it cannot be loaded.
+pub fn install_cublas() -> Result<&'static Cublas, &'static Unavailable> {
+    static INSTALLED: OnceLock<Result<Cublas, Unavailable>> = OnceLock::new();
+    let load = || {
+        let path = cublas_folder(Build::Plain)?.join("libcublas.so");
+        // SAFETY: the library is ours, and has no constructors.
+        let library = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_LOCAL) };
+        let library = library.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        // SAFETY: the name and the type are those of cpp/cublas.cpp.
+        let products = unsafe { library.get(b"cublas_emulator_products\0") };
+        let products = products.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        Ok(Cublas { products, _library: library })
+    };
+    INSTALLED.get_or_init(load).as_ref()
+}
+
+/// The folder that holds the look-alike of cuBLAS, for the library path of another process.
+///
+/// # Errors
+/// When there is no C++ compiler.
+pub fn cublas_folder(build: Build) -> Result<PathBuf, Unavailable> {
+    Ok(folder(build)?.join(build::CUBLAS))
+}
+
 /// Says which orders of threads the emulator runs.
 const SEEDS_VARIABLE: &str = "TINYSERVE_TEST_CUDA_SEEDS";
 

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use tinyserve_cuda_emulator::ready;
 use tinyserve_kernels::{Attention, Backend, Cuda, CudaDevice, CudaError, KernelError};
-use tinyserve_kv::KvFormat;
+use tinyserve_kv::{KvFormat, PageTable};
 use tinyserve_model::{
     Activations, Batch, Checkpoint, KvCache, LogitRows, Model, ModelError, Observe, SequenceStep,
     StepOutput,
@@ -14,58 +14,115 @@ fn free() -> usize {
     CudaDevice::all().unwrap()[0].free
 }
 
+/// A model that computes one sequence after the other.
+struct Engine {
+    model: Model<Cuda>,
+    cache: KvCache<Cuda>,
+    activations: Activations<Cuda>,
+}
+
+impl Engine {
+    fn new(cuda: Cuda, format: KvFormat) -> Self {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../golden/llama-gqa");
+        let checkpoint = Checkpoint::open(&folder).unwrap();
+        let model = Model::load(cuda, &checkpoint, |_, _| {}).unwrap();
+        let layout = model.config().kv_layout(4, format).unwrap();
+        let cache = KvCache::new(model.backend(), layout, 64).unwrap();
+        let activations = Activations::new(&model);
+        Self { model, cache, activations }
+    }
+
+    fn step(&mut self, table: &mut PageTable, tokens: &[u32]) -> Result<Vec<f32>, ModelError> {
+        let mut output = StepOutput::default();
+        self.cache.extend(self.model.backend(), table, tokens.len())?;
+        let sequence = SequenceStep {
+            tokens,
+            table,
+            attention: Attention::Dense,
+            logits: LogitRows::Last,
+            observe: Observe::default(),
+        };
+        let batch = Batch { sequences: &[sequence], measure_recall: false, list_pages: false };
+        self.model.forward(&mut self.activations, &mut self.cache, &batch, &mut output)?;
+        Ok(output.logits(0).next().unwrap().to_vec())
+    }
+
+    /// Logits of a sequence of its own.
+    fn prompt(&mut self, tokens: &[u32]) -> Result<Vec<f32>, ModelError> {
+        let mut table = self.cache.new_table();
+        let logits = self.step(&mut table, tokens);
+        self.cache.release(table);
+        logits
+    }
+}
+
+/// One after the other: what one makes fail, or takes, is the whole process's.
 #[test]
-fn a_failed_launch_leaves_the_engine_usable_and_memory_comes_back() {
+fn failures_leave_the_engine_usable_and_memory_comes_back() {
     let Some(ready) = ready() else { return };
     // Only the emulator can be made to fail.
     let Some(emulator) = ready.emulator else { return };
     let before = free();
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../golden/llama-gqa");
-    let checkpoint = Checkpoint::open(&folder).unwrap();
-    // Launched one by one, a kernel that fails is named.
-    let cuda = Cuda::new(0).unwrap().use_graphs(false);
-    let model = Model::load(cuda, &checkpoint, |_, _| {}).unwrap();
     for format in [KvFormat::F16, KvFormat::Int8] {
-        let layout = model.config().kv_layout(4, format).unwrap();
-        let mut cache = KvCache::new(model.backend(), layout, 16).unwrap();
-        let mut activations = Activations::new(&model);
-        let mut step = |tokens: &[u32]| -> Result<Vec<f32>, ModelError> {
-            let mut output = StepOutput::default();
-            let mut table = cache.new_table();
-            cache.extend(model.backend(), &mut table, tokens.len())?;
-            let sequence = SequenceStep {
-                tokens,
-                table: &table,
-                attention: Attention::Dense,
-                logits: LogitRows::Last,
-                observe: Observe::default(),
-            };
-            let batch = Batch { sequences: &[sequence], measure_recall: false, list_pages: false };
-            let done = model.forward(&mut activations, &mut cache, &batch, &mut output);
-            cache.release(table);
-            done?;
-            Ok(output.logits(0).next().unwrap().to_vec())
-        };
+        // Launched one by one, a kernel that fails is named.
+        let mut engine = Engine::new(Cuda::new(0).unwrap().use_graphs(false), format);
         let tokens = [1, 5, 9, 2, 6];
-        let expected = step(&tokens).unwrap();
+        let expected = engine.prompt(&tokens).unwrap();
         for kernel in [c"norm_rms", c"rotary", c"activate"] {
             emulator.fail(kernel);
-            let error = step(&tokens).unwrap_err();
+            let error = engine.prompt(&tokens).unwrap_err();
             emulator.fail(c"");
-            let sentence = error.to_string();
-            let name = kernel.to_str().unwrap();
-            assert!(sentence.contains(&format!("kernel {name} failed")), "{sentence}");
-            assert_eq!(step(&tokens).unwrap(), expected, "{name}");
+            let (sentence, name) = (error.to_string(), kernel.to_str().unwrap());
+            assert!(sentence.contains(&format!("kernel {name} failed in a grid")), "{sentence}");
+            assert!(sentence.contains("with sizes ["), "{sentence}");
+            assert_eq!(engine.prompt(&tokens).unwrap(), expected, "{name}");
         }
     }
-    let layout = model.config().kv_layout(16, KvFormat::F16).unwrap();
+    assert_eq!(free(), before, "memory that was not given back");
+    a_step_that_is_replayed(emulator);
+    assert_eq!(free(), before, "memory that was not given back");
+    no_memory_for_a_pool_or_a_step();
+    assert_eq!(free(), before, "memory that was not given back");
+}
+
+fn a_step_that_is_replayed(emulator: &tinyserve_cuda_emulator::Emulator) {
+    let mut engine = Engine::new(Cuda::new(0).unwrap(), KvFormat::F16);
+    let mut table = engine.cache.new_table();
+    engine.step(&mut table, &[1, 5, 9, 2, 6]).unwrap();
+    let replays = |engine: &Engine| engine.model.backend().replayed_steps();
+    while replays(&engine) < 2 {
+        assert!(table.len() < 60, "no step came again");
+        engine.step(&mut table, &[7]).unwrap();
+    }
+    emulator.fail(c"rotary");
+    let sentence = engine.step(&mut table, &[7]).unwrap_err().to_string();
+    emulator.fail(c"");
+    assert!(sentence.contains("kernels, from embed_f32 to gemv_f32_"), "{sentence}");
+    assert!(sentence.contains("OUT_OF_RESOURCES"), "{sentence}");
+    engine.cache.release(table);
+    let mut other = Engine::new(Cuda::new(0).unwrap(), KvFormat::F16);
+    let tokens = [1, 5, 9, 2, 6];
+    assert_eq!(engine.prompt(&tokens).unwrap(), other.prompt(&tokens).unwrap());
+}
+
+fn no_memory_for_a_pool_or_a_step() {
+    let mut engine = Engine::new(Cuda::new(0).unwrap(), KvFormat::F16);
+    let layout = engine.model.config().kv_layout(16, KvFormat::F16).unwrap();
     let many = free() / layout.bytes_per_page() + 64;
-    match model.backend().allocate_pages(layout, many) {
+    match engine.model.backend().allocate_pages(layout, many) {
         Err(KernelError::Cuda(CudaError::OutOfMemory { what, asked, free })) => {
             assert!(what.contains(&many.to_string()) && asked > free, "{what}: {asked}, {free}");
         }
         other => panic!("{other:?}, expected no memory"),
     }
-    drop(model);
-    assert_eq!(free(), before, "memory that was not given back");
+    // Somebody else takes nearly all of it.
+    let few = (free() - (16 << 10)) / layout.bytes_per_page() / 64 * 64;
+    let taken = engine.model.backend().allocate_pages(layout, few).unwrap();
+    let tokens: Vec<u32> = (0..100).collect();
+    let sentence = engine.prompt(&tokens).unwrap_err().to_string();
+    let told = ["no memory for", "bytes asked for", "free; lower", "--kv-cache-dtype"];
+    assert!(told.iter().all(|words| sentence.contains(words)), "{sentence}");
+    drop(taken);
+    let logits = engine.prompt(&tokens).unwrap();
+    assert!(logits.iter().all(|x| x.is_finite()));
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use tinyserve_cuda_emulator::ready;
-use tinyserve_kernels::{Attention, Backend, Cpu, CpuOptions, Cuda};
+use tinyserve_kernels::{Attention, Backend, Cpu, CpuOptions, Cuda, TopLogits};
 use tinyserve_kv::{Budget, KvFormat, PageTable, SelectionPolicy};
 use tinyserve_model::{
     Activations, Batch, Checkpoint, KvCache, LogitRows, Model, Observe, SequenceStep, StepOutput,
@@ -69,19 +69,37 @@ impl<B: Backend> Runner<B> {
         tokens: &[u32],
         attention: Attention<'_>,
     ) -> Vec<f32> {
-        self.cache.extend(self.model.backend(), table, tokens.len()).unwrap();
-        let step = SequenceStep {
+        self.batch(std::slice::from_mut(table), &[tokens], attention, LogitRows::Last);
+        self.logits(0)
+    }
+
+    /// A step of several sequences, each with tokens of its own.
+    fn batch(
+        &mut self,
+        tables: &mut [PageTable],
+        tokens: &[&[u32]],
+        attention: Attention<'_>,
+        logits: LogitRows,
+    ) {
+        let Self { model, cache, activations, output } = self;
+        for (table, tokens) in tables.iter_mut().zip(tokens) {
+            cache.extend(model.backend(), table, tokens.len()).unwrap();
+        }
+        let observe = Observe::default();
+        let sequences = tables.iter().zip(tokens).map(|(table, tokens)| SequenceStep {
             tokens,
             table,
             attention,
-            logits: LogitRows::Last,
-            observe: Observe::default(),
-        };
-        let batch = Batch { sequences: &[step], measure_recall: false, list_pages: false };
-        let Self { model, cache, activations, output } = self;
+            logits,
+            observe,
+        });
+        let sequences: Vec<_> = sequences.collect();
+        let batch = Batch { sequences: &sequences, measure_recall: false, list_pages: false };
         model.forward(activations, cache, &batch, output).unwrap();
-        let logits = self.output.logits(0).next().unwrap();
-        logits.to_vec()
+    }
+
+    fn logits(&self, sequence: usize) -> Vec<f32> {
+        self.output.logits(sequence).next().unwrap().to_vec()
     }
 
     /// Logits of a prompt in chunks, then of `n` tokens after it, each the likeliest.
@@ -202,6 +220,88 @@ fn steps_that_come_again_are_replayed_and_change_nothing() {
         assert_eq!(none, 0);
         assert!(replayed >= 4, "{format}: {replayed} of 12 steps were replayed");
         assert_eq!(found, expected, "{format}");
+    }
+}
+
+/// A batch of three is launched as one of four: its steps are replayed from the start, and compute
+/// what they compute when they are launched one by one.
+#[test]
+fn batches_of_one_bucket_are_one_graph() {
+    if ready().is_none() {
+        return;
+    }
+    let (checkpoint, cases) = golden("llama-gqa");
+    let longest = cases.iter().max_by_key(|case| case.ids.len()).unwrap();
+    let policy = SelectionPolicy {
+        budget: Budget::Ratio(0.3),
+        min_context: 0,
+        dense_layers: 1,
+        ..SelectionPolicy::default()
+    };
+    // Long enough that pages are left out, and not so long that a step reaches another bucket.
+    let lengths = [66, 70, 68, 72];
+    for (format, fused) in [(KvFormat::F16, true), (KvFormat::Bf16, false)] {
+        let run = |graphs: bool| {
+            let cuda = Cuda::new(0).unwrap().use_graphs(graphs).use_fused_kernel(Some(fused));
+            let mut runner = Runner::new(cuda, &checkpoint, 8, format);
+            let mut tables = lengths.map(|_| runner.cache.new_table());
+            for (table, length) in tables.iter_mut().zip(lengths) {
+                runner.step(table, &longest.ids[..length], Attention::Dense);
+            }
+            let (mut all, mut captured) = (Vec::new(), Vec::new());
+            for sequences in [4, 3] {
+                for step in 0..4 {
+                    let next = [1, 2, 3, 4].map(|i| [i + step]);
+                    let next: Vec<&[u32]> = next.iter().map(<[u32; 1]>::as_slice).collect();
+                    let attention = Attention::Policy(&policy);
+                    let (tables, next) = (&mut tables[..sequences], &next[..sequences]);
+                    runner.batch(tables, next, attention, LogitRows::Last);
+                    all.extend((0..sequences).map(|sequence| runner.logits(sequence)));
+                }
+                let cuda = runner.model.backend();
+                captured.push((cuda.captured_steps(), cuda.replayed_steps()));
+            }
+            tables.into_iter().for_each(|table| runner.cache.release(table));
+            (all, captured)
+        };
+        let (expected, none) = run(false);
+        let (found, captured) = run(true);
+        assert_eq!(none, [(0, 0); 2]);
+        let [(of_four, replayed_four), (of_both, replayed)] = captured[..] else { unreachable!() };
+        assert!(of_four >= 1 && of_both == of_four, "{format}: {captured:?}");
+        assert_eq!(replayed, replayed_four + 4, "{format}: every step of three: {captured:?}");
+        assert_eq!(found, expected, "{format}");
+    }
+}
+
+/// The likeliest tokens that the device finds are those of its logits, and the first of them is what
+/// transformers chose.
+#[test]
+fn the_likeliest_tokens_are_found_on_the_device() {
+    if ready().is_none() {
+        return;
+    }
+    for name in ["gpt2-tiny", "llama-sharded-f16"] {
+        let (checkpoint, cases) = golden(name);
+        let case = cases.iter().max_by(|a, b| a.min_margin.total_cmp(&b.min_margin)).unwrap();
+        let mut runner = Runner::new(Cuda::new(0).unwrap(), &checkpoint, 16, KvFormat::F32);
+        let steps = TOKENS.min(case.greedy.len());
+        let (first, _, rest) = runner.greedy(&case.ids, usize::MAX, steps, Attention::Dense);
+        let mut tables = [runner.cache.new_table()];
+        let mut tokens = case.ids.clone();
+        for (logits, &greedy) in std::iter::once(&first).chain(&rest).zip(&case.greedy) {
+            runner.batch(&mut tables, &[&tokens], Attention::Dense, LogitRows::Top(5));
+            let mut expected = TopLogits::default();
+            expected.begin(5, logits.len());
+            expected.push_row(logits);
+            let (found, expected) = (runner.output.top(0).unwrap(), expected.row(0));
+            assert_eq!(found.tokens, expected.tokens, "{name}");
+            let error = (found.log_sum_exp - expected.log_sum_exp).abs();
+            assert!(error < 1e-6 * expected.log_sum_exp.abs().max(1.0), "{name}: {error:e}");
+            assert_eq!(runner.output.logits(0).len(), 0, "logits stay on the device");
+            tokens = vec![found.tokens[0].0];
+            assert_eq!(tokens, [greedy], "{name}");
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde_json::{Value, json};
 
-use super::{Args, exchange, get, quantiles};
+use super::{Args, Client, get, quantiles};
 use crate::clients::Served;
 
 /// Times that each way takes its turn.
@@ -21,7 +21,9 @@ const SCRAPES: usize = 1000;
 
 /// Runs the load in turns, and prints each turn's tokens per second and the ratios of the medians.
 pub(super) fn run(root: &Path, args: &Args) -> Result<()> {
-    let mut flags = vec![args.model.as_str()];
+    // As many pages as the benchmark has: the caches of the processor hold more of fewer.
+    let longest = (args.prompt_tokens + args.max_tokens).to_string();
+    let mut flags = vec![args.model.as_str(), "--max-sequence-length", &longest];
     flags.extend(args.serve.split_whitespace());
     let mut server = Served::start(root, &flags)?;
     let address = server.address.trim_start_matches("http://").to_owned();
@@ -81,12 +83,14 @@ fn through_http(address: &str, args: &Args, stream: bool, turn: usize) -> Result
     std::thread::scope(|scope| {
         for _ in 0..args.connections {
             scope.spawn(|| {
+                let mut client = Client::new(address);
                 loop {
                     let number = next.fetch_add(1, Ordering::Relaxed);
                     if number >= args.requests {
                         return;
                     }
-                    // Other prompts at every turn: what is cached is not computed.
+                    // Other prompts every time: what is cached is not computed.
+                    let turn = 2 * turn + usize::from(stream);
                     let mut rng = ChaCha8Rng::seed_from_u64((turn * args.requests + number) as u64);
                     let prompt: Vec<u32> =
                         (0..args.prompt_tokens).map(|_| 3 + rng.next_u32() % 250).collect();
@@ -95,7 +99,7 @@ fn through_http(address: &str, args: &Args, stream: bool, turn: usize) -> Result
                         "stream": stream, "temperature": 0,
                         "stream_options": stream.then(|| json!({"include_usage": true})),
                     });
-                    match exchange(address, &body, stream, None) {
+                    match client.complete(&body, stream, None) {
                         Ok(Some((200, _))) => {
                             tokens
                                 .fetch_add(args.prompt_tokens + args.max_tokens, Ordering::Relaxed);

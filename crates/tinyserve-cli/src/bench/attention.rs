@@ -10,8 +10,8 @@ use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use serde::Serialize;
 use tinyserve::kernels::{AttendStats, Attention, Cpu, CpuOptions, CpuPath, Cuda, DType};
-use tinyserve::kv::{Budget, SelectionPolicy};
-use tinyserve::{Device, KvCacheDtype, TinyServeError};
+use tinyserve::kv::{Budget, PageSummary, SelectionPolicy};
+use tinyserve::{Device, KvCacheDtype, ScorerName, TinyServeError};
 
 use super::device::Measurable;
 use super::latency::Format;
@@ -67,6 +67,10 @@ pub(crate) struct AttentionArgs {
         allow_negative_numbers = true
     )]
     ratios: Vec<f64>,
+    /// What pages are scored by: each with each share.
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',', default_value = "box",
+          value_parser = values::scorer)]
+    scorer: Vec<ScorerName>,
     /// Counted runs [default: 9, with --num-pages 100].
     #[arg(short, long, value_name = "N", value_parser = values::size)]
     repetitions: Option<usize>,
@@ -111,20 +115,24 @@ struct Row {
     /// Layers that a run goes through; times are of one.
     n_layers: usize,
     attention: &'static str,
+    scorer: Option<&'static str>,
     selection_ratio: Option<f64>,
+    /// Runs that are counted: fewer than asked for after Ctrl-C.
+    n_runs: usize,
     avg_attention_time_ms: f64,
     /// Tokens in the cache over the average time.
     throughput_tokens_per_ms: f64,
     avg_ns: f64,
     stddev_ns: f64,
     median_ns: f64,
-    /// Scoring boxes, turning scores into lists, and reading the pages: medians of runs of their
+    /// Scoring pages, turning scores into lists, and reading the pages: medians of runs of their
     /// own, in which the phases are timed.
     /// Only the CPU tells them apart.
     score_ns: Option<f64>,
     select_ns: Option<f64>,
     attend_ns: Option<f64>,
-    /// Bytes of keys, values and boxes that one layer keeps in memory.
+    /// Bytes of keys, values and boxes, and of what the scorer keeps beside them, that one layer
+    /// has in memory.
     bytes_resident: usize,
     /// Bytes of keys, values and boxes that one step reads.
     bytes_per_step: f64,
@@ -155,8 +163,11 @@ const SPLIT_RUNS: usize = 5;
 pub(crate) fn attention(args: &AttentionArgs) -> Result<()> {
     check(args)?;
     let mut modes = vec![None];
-    for &ratio in &args.ratios {
+    for (scorer, &ratio) in
+        args.scorer.iter().flat_map(|name| args.ratios.iter().map(move |ratio| (name, ratio)))
+    {
         let policy = SelectionPolicy {
+            scorer: scorer.0,
             budget: Budget::Ratio(ratio),
             dense_layers: 0,
             min_context: 0,
@@ -175,12 +186,12 @@ pub(crate) fn attention(args: &AttentionArgs) -> Result<()> {
         rows.extend(match args.device {
             Device::Cuda(number) => {
                 let cuda = Cuda::new(number).map_err(TinyServeError::from)?;
-                measure(cuda, args, setup, &modes, &mut bandwidth)?
+                measure(cuda, (args, &interrupt), setup, &modes, &mut bandwidth)?
             }
             Device::Auto | Device::Cpu => {
                 let options = CpuOptions { threads: args.threads, path: args.cpu };
                 let cpu = Cpu::new(options).map_err(TinyServeError::from)?;
-                measure(cpu, args, setup, &modes, &mut bandwidth)?
+                measure(cpu, (args, &interrupt), setup, &modes, &mut bandwidth)?
             }
         });
         if interrupt.pressed() {
@@ -274,10 +285,11 @@ fn runs(args: &AttentionArgs) -> (usize, usize) {
     (args.warm_ups.unwrap_or(warm_ups), args.repetitions.unwrap_or(repetitions))
 }
 
-/// Dense attention and each policy over one cache, in turns.
+/// Dense attention and each policy over one cache, in turns; after Ctrl-C as often as until then,
+/// but once.
 fn measure<B: Measurable>(
     backend: B,
-    args: &AttentionArgs,
+    (args, interrupt): (&AttentionArgs, &Interrupt),
     setup: Setup,
     modes: &[Option<SelectionPolicy>],
     bandwidth: &mut Option<f64>,
@@ -288,6 +300,9 @@ fn measure<B: Measurable>(
     let mut stats = vec![AttendStats::default(); modes.len()];
     let (warm_ups, repetitions) = runs(args);
     for run in 0..warm_ups + repetitions {
+        if run > warm_ups && interrupt.pressed() {
+            break;
+        }
         for (i, mode) in modes.iter().enumerate() {
             let (seconds, of_run) =
                 bench.run(mode.as_ref().map_or(Attention::Dense, Attention::Policy))?;
@@ -298,10 +313,19 @@ fn measure<B: Measurable>(
         }
     }
     let layers = bench.layers.len();
-    let resident = bench.layout.bytes_per_page() * bench.page_count();
+    let resident = |mode: &Option<SelectionPolicy>| {
+        let kept = mode.filter(|policy| path.is_some() && Cpu::has_kernels(policy));
+        let kept = kept.and_then(|policy| policy.scorer.summary()).map_or(0, PageSummary::boxes);
+        let page = bench.layout.bytes_per_page() + kept * bench.layout.box_bytes_per_page();
+        page * bench.page_count()
+    };
+    let residents: Vec<_> = modes.iter().map(resident).collect();
     bench.backend.time_selection(true);
     let mut splits = vec![[const { Vec::new() }; 3]; modes.len()];
-    for _ in 0..repetitions.min(SPLIT_RUNS) {
+    for run in 0..repetitions.min(SPLIT_RUNS) {
+        if run > 0 && interrupt.pressed() {
+            break;
+        }
         for (mode, split) in modes.iter().zip(&mut splits) {
             bench.backend.take_selection_times();
             let attention = mode.as_ref().map_or(Attention::Dense, Attention::Policy);
@@ -347,7 +371,9 @@ fn measure<B: Measurable>(
             cpu_path: path,
             n_layers: layers,
             attention: if ratio.is_some() { "sparse" } else { "dense" },
+            scorer: mode.as_ref().map(|policy| policy.scorer.name()),
             selection_ratio: ratio,
+            n_runs: samples.len(),
             avg_attention_time_ms: mean(samples) / 1e6,
             throughput_tokens_per_ms: 1e6 * setup.tokens as f64 / mean(samples),
             avg_ns: mean(samples),
@@ -356,7 +382,7 @@ fn measure<B: Measurable>(
             score_ns: score,
             select_ns: select,
             attend_ns: attend,
-            bytes_resident: resident,
+            bytes_resident: residents[i],
             bytes_per_step: bytes,
             gb_s: bytes / time,
             read_bandwidth_gb_s: bandwidth / 1e9,

@@ -6,16 +6,16 @@ use std::time::Duration;
 use anyhow::{Result, anyhow};
 use clap::Args;
 use serde::Serialize;
+use tinyserve::TinyServeError;
 use tinyserve::model::SamplingParams;
 use tinyserve::sched::{Engine, Event, Request, Summary};
-use tinyserve::{AttentionMode, TinyServeError};
 
 use super::latency::Format;
 use super::report::table;
 use super::runner::RandomTokens;
 use super::source::{ShapeArgs, Source};
 use super::statistics::median;
-use crate::args::{self, ForwardArgs, MemoryArgs, SelectionArgs, Sources};
+use crate::args::{EngineArgs, Sources};
 use crate::exit::out_of_range;
 use crate::units::{as_milliseconds, milliseconds};
 use crate::{output, values};
@@ -43,15 +43,7 @@ pub(crate) struct ConversationArgs {
     #[arg(short, long, value_name = "FORMAT", default_value = "md")]
     output: Format,
     #[command(flatten)]
-    forward: ForwardArgs,
-    /// When decode steps select pages.
-    #[arg(long, value_name = "MODE", env = "TINYSERVE_ATTENTION", help_heading = args::SELECTION,
-          value_parser = args::attention_mode())]
-    attention: Option<AttentionMode>,
-    #[command(flatten)]
-    selection: SelectionArgs,
-    #[command(flatten)]
-    memory: MemoryArgs,
+    engine: EngineArgs,
 }
 
 /// One turn.
@@ -70,7 +62,7 @@ struct Row {
 
 /// Measures and prints.
 pub(crate) fn conversation(args: &ConversationArgs, sources: Sources) -> Result<()> {
-    let mut config = args.forward.selecting(&args.selection, args.attention, sources)?;
+    let mut config = args.engine.config(sources)?;
     for (flag, value) in [
         ("--turns", args.turns),
         ("--n-prompt (-p)", args.n_prompt),
@@ -82,7 +74,6 @@ pub(crate) fn conversation(args: &ConversationArgs, sources: Sources) -> Result<
             return Err(out_of_range(flag, 0, "at least 1"));
         }
     }
-    args.memory.apply(&mut config);
     // One request at a time, beside the pages that the session keeps.
     config.max_num_seqs = 2;
     let source = Source::open(&args.shape, &config)?;
@@ -96,7 +87,7 @@ pub(crate) fn conversation(args: &ConversationArgs, sources: Sources) -> Result<
     let model = source.name(&config);
     config.max_sequence_length = Some(longest);
     let checkpoint = source.checkpoint(&config, (config.max_num_seqs, longest))?;
-    let engine = args.forward.device.load_open(config, checkpoint)?;
+    let engine = args.engine.forward.device.load_open(config, checkpoint)?;
     let engine = engine.engine();
     let mut tokens = RandomTokens::new(engine.limits().vocab);
     // The first conversation warms up.

@@ -6,15 +6,12 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
-use tinyserve::AttentionMode;
 
 use super::load::{Arrival, Figures, replay};
 use super::runner::RandomTokens;
 use super::source::{ShapeArgs, Source};
 use super::trace::{self, BLOCK, TraceRow};
-use crate::args::{
-    self, AdaptiveArgs, ForwardArgs, MemoryArgs, QueueArgs, ScheduleArgs, SelectionArgs, Sources,
-};
+use crate::args::{AdaptiveArgs, EngineArgs, QueueArgs, ScheduleArgs, Sources};
 use crate::exit::out_of_range;
 use crate::progress::Progress;
 use crate::{memory, output, values};
@@ -57,21 +54,13 @@ pub(crate) struct ServeArgs {
     #[command(flatten)]
     shape: ShapeArgs,
     #[command(flatten)]
-    forward: ForwardArgs,
-    /// When decode steps select pages.
-    #[arg(long, value_name = "MODE", env = "TINYSERVE_ATTENTION", help_heading = args::SELECTION,
-          value_parser = args::attention_mode())]
-    attention: Option<AttentionMode>,
-    #[command(flatten)]
-    selection: SelectionArgs,
+    engine: EngineArgs,
     #[command(flatten)]
     adaptive: AdaptiveArgs,
     #[command(flatten)]
     schedule: ScheduleArgs,
     #[command(flatten)]
     queue: QueueArgs,
-    #[command(flatten)]
-    memory: MemoryArgs,
 }
 
 /// The figures of a load, and what it left behind.
@@ -88,10 +77,9 @@ struct Report {
 
 /// Measures and prints.
 pub(crate) fn serve(args: &ServeArgs, sources: Sources) -> Result<()> {
-    let mut config = args.forward.selecting(&args.selection, args.attention, sources)?;
+    let mut config = args.engine.config(sources)?;
     args.schedule.apply(&mut config);
     args.queue.apply(&mut config);
-    args.memory.apply(&mut config);
     args.adaptive.apply(&mut config)?;
     config.check()?;
     for (flag, factor) in [("--time-scale", args.time_scale), ("--length-scale", args.length_scale)]
@@ -131,7 +119,7 @@ pub(crate) fn serve(args: &ServeArgs, sources: Sources) -> Result<()> {
     let cut = rows.iter().filter(|row| row.prompt + row.tokens > longest).count();
     config.max_sequence_length = Some(longest);
     let checkpoint = source.checkpoint(&config, (1, longest))?;
-    let engine = args.forward.device.load_open(config, checkpoint)?;
+    let engine = args.engine.forward.device.load_open(config, checkpoint)?;
     let mut tokens = Prompts::new(engine.engine().limits().vocab);
     let mut arrivals: Vec<_> = rows.iter().map(|row| tokens.arrival(row, longest)).collect();
     leave(&mut arrivals, args.abort_share);

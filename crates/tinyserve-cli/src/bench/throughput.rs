@@ -6,7 +6,6 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
-use tinyserve::AttentionMode;
 
 use super::latency::{Format, Mode};
 use super::load::{Arrival, Figures, Load, replay};
@@ -14,7 +13,7 @@ use super::report::table;
 use super::runner::RandomTokens;
 use super::source::{ShapeArgs, Source};
 use super::statistics::deviation;
-use crate::args::{self, ForwardArgs, MemoryArgs, SelectionArgs, Sources};
+use crate::args::{EngineArgs, Sources};
 use crate::exit::out_of_range;
 use crate::{memory, output, values};
 
@@ -40,15 +39,7 @@ pub(crate) struct ThroughputArgs {
     #[arg(short, long, value_name = "FORMAT", default_value = "md")]
     output: Format,
     #[command(flatten)]
-    forward: ForwardArgs,
-    /// When decode steps select pages.
-    #[arg(long, value_name = "MODE", env = "TINYSERVE_ATTENTION", help_heading = args::SELECTION,
-          value_parser = args::attention_mode())]
-    attention: Option<AttentionMode>,
-    #[command(flatten)]
-    selection: SelectionArgs,
-    #[command(flatten)]
-    memory: MemoryArgs,
+    engine: EngineArgs,
 }
 
 /// A batch size and its figures.
@@ -76,7 +67,7 @@ struct Row {
 
 /// Measures and prints.
 pub(crate) fn throughput(args: &ThroughputArgs, sources: Sources) -> Result<()> {
-    let mut config = args.forward.selecting(&args.selection, args.attention, sources)?;
+    let mut config = args.engine.config(sources)?;
     for (flag, least) in [
         ("--repetitions", args.repetitions),
         ("--n-prompt (-p)", args.n_prompt),
@@ -98,12 +89,11 @@ pub(crate) fn throughput(args: &ThroughputArgs, sources: Sources) -> Result<()> 
     config.max_sequence_length = Some(longest);
     // Every prompt is new: what is kept of old ones would only be in the way.
     config.enable_prefix_caching = false;
-    args.memory.apply(&mut config);
     config.check()?;
     let model = source.name(&config);
     let checkpoint = source.checkpoint(&config, (sequences, longest))?;
     let stored = checkpoint.dtype();
-    let engine = args.forward.device.load_open(config, checkpoint)?;
+    let engine = args.engine.forward.device.load_open(config, checkpoint)?;
     let config = engine.config();
     let mut tokens = RandomTokens::new(engine.engine().limits().vocab);
     let mut rows = Vec::new();

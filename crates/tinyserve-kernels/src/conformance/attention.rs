@@ -166,8 +166,8 @@ fn cases(formats: &[KvFormat]) -> Result<Vec<Case>, KernelError> {
                 }
                 cases.push(case(&[(100, 1)], Reads::Chosen(policy), 0));
                 // What some backends have kernels for, and others ask the host.
-                let scorer = ["mean-std", "cuboid-mean"][usize::from((i + j) % 4 == 3)];
-                let scorer = Scorer::named(scorer)?;
+                let scorers = ["mean-std", "two-boxes", "mean-std", "cuboid-mean"];
+                let scorer = Scorer::named(scorers[(i + j) % 4])?;
                 let group_reduce =
                     if (i + j) % 4 == 2 { GroupReduce::SoftmaxVote } else { GroupReduce::Max };
                 let budget = Budget::Ratio(0.3);

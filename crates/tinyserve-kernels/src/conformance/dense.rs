@@ -5,7 +5,7 @@ use super::{CaseOutcome, max_error, values};
 use crate::{
     ActivateArgs, Activation, Backend, Cpu, DType, EmbedArgs, Heads, KernelError, LinearArgs,
     LinearPart, LinearSpec, MatrixLayout, NormArgs, NormKind, RotaryAnglesArgs, RotaryArgs, Store,
-    WeightFormat,
+    TopLogits, TopLogitsArgs, WeightFormat,
 };
 
 const ROWS: [usize; 6] = [1, 2, 3, 4, 7, 17];
@@ -123,6 +123,21 @@ pub(super) fn run<B: Backend>(
         let (found, expected) = (gather(backend, columns), gather(reference, columns));
         check("gather_rows", case, 0.0, found, expected);
     }
+    // One slice of a device's, several, and a last one that has fewer tokens than are asked for.
+    for (vocab, k) in [(1, 1), (5, 128), (300, 1), (300, 7), (8192 + 3, 40), (20_000, 128)] {
+        for few in [true, false] {
+            let case = format!("{k} of [3, {vocab}]{}", if few { ", few different" } else { "" });
+            let found = top_logits(backend, (vocab, k), few);
+            let expected = top_logits(reference, (vocab, k), few);
+            check("top_logits", case.clone(), 0.0, found.0, expected.0);
+            check("top_logits", format!("{case}: ln Σ exp"), SUMS, found.1, expected.1);
+        }
+    }
+    for broken in [f32::NAN, f32::INFINITY] {
+        let case = format!("{broken} is no logit");
+        let unknown = log_sum_exp_of(backend, broken).is_nan();
+        check("top_logits", case, 0.0, vec![f32::from(u8::from(unknown))], vec![1.0]);
+    }
     Ok(())
 }
 
@@ -238,6 +253,34 @@ fn activate<B: Backend>(
     let (x, mut out) = (upload(backend, &x, columns), backend.tensor(width));
     backend.activate(ActivateArgs { activation, gated, x: &x, out: &mut out });
     values(backend, &out)
+}
+
+/// Tokens, then logits, of each row; and `ln Σ exp` of each.
+fn top_logits<B: Backend>(
+    backend: &B,
+    (vocab, k): (usize, usize),
+    few: bool,
+) -> (Vec<f32>, Vec<f32>) {
+    let mut numbers = Numbers::new(7).take(4 * vocab);
+    // Scores of a few kinds only: every choice is among equals, -0 and 0 included.
+    numbers.iter_mut().for_each(|x| *x = if few { (*x * 2.0).round() } else { 20.0 * *x });
+    let logits = upload(backend, &numbers, vocab);
+    let mut top = TopLogits::default();
+    backend.top_logits(TopLogitsArgs { logits: &logits, rows: &[3, 0, 2], k, out: &mut top });
+    let rows = || (0..top.rows()).map(|row| top.row(row));
+    // Token ids are far below what an f32 holds exactly.
+    let tokens = rows().flat_map(|row| row.tokens).flat_map(|&(id, logit)| [id as f32, logit]);
+    (tokens.collect(), rows().map(|row| row.log_sum_exp as f32).collect())
+}
+
+/// `ln Σ exp` of logits of which one is `broken`.
+fn log_sum_exp_of<B: Backend>(backend: &B, broken: f32) -> f64 {
+    let mut numbers = Numbers::new(8).take(300);
+    numbers[270] = broken;
+    let logits = upload(backend, &numbers, 300);
+    let mut top = TopLogits::default();
+    backend.top_logits(TopLogitsArgs { logits: &logits, rows: &[0], k: 2, out: &mut top });
+    top.row(0).log_sum_exp
 }
 
 fn gather<B: Backend>(backend: &B, columns: usize) -> Vec<f32> {

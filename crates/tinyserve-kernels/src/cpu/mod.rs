@@ -23,7 +23,7 @@ mod turned;
 use std::sync::Mutex;
 
 use tinyserve_kv::{
-    HostPages, KvFormat, KvLayout, NewToken, PageCopy, PageId, PagePool, TokenMove,
+    HostPages, KvFormat, KvLayout, NewToken, PageCopy, PageId, PagePool, SelectionPolicy, TokenMove,
 };
 
 pub use clock::SelectionTimes;
@@ -38,7 +38,7 @@ use crate::reference;
 use crate::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
     KernelError, LinearArgs, LinearImage, LinearSpec, MatrixLayout, NormArgs, RotaryAnglesArgs,
-    RotaryArgs, Store,
+    RotaryArgs, Store, TopLogitsArgs,
 };
 use activate::Activate;
 use clock::Clock;
@@ -130,6 +130,13 @@ impl Cpu {
             quantised: Mutex::default(),
             clock: Clock::default(),
         }
+    }
+
+    /// Whether there are kernels that choose as `policy` says; other policies are asked on the
+    /// thread that reads the pages, with the keys, which is slow.
+    #[must_use]
+    pub fn has_kernels(policy: &SelectionPolicy) -> bool {
+        select::has_kernels(policy)
     }
 
     /// Threads that operations are split over.
@@ -431,6 +438,15 @@ impl Backend for Cpu {
         assert_eq!(out.columns(), columns, "width of gathered rows");
         for (&row, out) in rows.iter().zip(out.values_mut().chunks_exact_mut(columns)) {
             out.copy_from_slice(&x.values()[row as usize * columns..][..columns]);
+        }
+    }
+
+    fn top_logits(&self, args: TopLogitsArgs<'_, Self>) {
+        let TopLogitsArgs { logits, rows, k, out } = args;
+        let vocab = logits.columns();
+        out.begin(k, vocab);
+        for &row in rows {
+            out.push_row(&logits.values()[row as usize * vocab..][..vocab]);
         }
     }
 

@@ -1,4 +1,4 @@
-//! Choosing pages: scores from the boxes, a budget, a list.
+//! Choosing pages: scores from boxes, a budget, a list.
 
 mod best;
 mod score;
@@ -6,13 +6,15 @@ mod score;
 use std::marker::PhantomData;
 
 use tinyserve_kv::{
-    HostKeys, KvElement, PageId, PageSelector, SelectFields, SelectInput, select_pages,
+    HostKeys, KvElement, PageId, PageSelector, Scorer, SelectFields, SelectInput, SelectionPolicy,
 };
 
 use super::attend::Context;
 use super::path::CpuPath;
 use super::simd::{Element, dispatch};
 use crate::{Attention, KernelError};
+
+use score::{Boxes, Scores};
 
 /// Buffers that choosing reuses.
 #[derive(Debug, Default)]
@@ -33,6 +35,12 @@ pub(super) enum Chosen {
     Listed,
 }
 
+/// Whether there are kernels that choose as `policy` says: from boxes of some kind.
+pub(super) fn has_kernels(policy: &SelectionPolicy) -> bool {
+    let boxes = policy.scorer == Scorer::BOX || policy.scorer.summary().is_some();
+    boxes && policy.ranks_by_maximum()
+}
+
 /// Fills `list` with the pages that one KV head of one row reads.
 ///
 /// `queries` is `[group, head_dim]`.
@@ -47,43 +55,37 @@ pub(super) fn choose<E: KvElement + Element>(
     list.clear();
     match attention {
         Attention::Dense => Ok(Chosen::Everything),
-        Attention::Policy(policy) if policy.has_kernels() => {
+        Attention::Policy(policy) => {
             let size = context.pages.layout().page_size();
             let Some(budget) = policy.page_budget(context.layer, tokens, size) else {
                 return Ok(Chosen::Everything);
             };
+            if context.path == CpuPath::Scalar || !has_kernels(policy) {
+                return on_host(context, policy, (kv_head, table, tokens), queries, choice, list);
+            }
             choice.scores.resize(table.len(), 0.0);
-            let scores = choice.scores.as_mut_slice();
-            let (sink, recent) = (policy.sink_pages, policy.recent_pages);
-            if context.path == CpuPath::Scalar {
-                context.pages.boxes_f32(context.layer, table, kv_head, &mut choice.boxes);
-                let boxes = choice.boxes.chunks_exact(2 * context.heads.head_dim);
-                for (score, corners) in scores.iter_mut().zip(boxes) {
-                    let (min, max) = corners.split_at(context.heads.head_dim);
-                    *score = policy.score(queries.chunks_exact(context.heads.head_dim), min, max);
-                }
-                select_pages(scores, budget, sink, recent, list);
+            let start = context.clock.start();
+            let mut score = |boxes: Boxes<'_, E>| {
+                let scores = choice.scores.as_mut_slice();
+                let head_dim = context.heads.head_dim;
+                dispatch(context.path, Scores { boxes, table, head_dim, queries, scores });
+            };
+            if policy.scorer == Scorer::BOX {
+                score(Boxes::OfKeys(context, kv_head, PhantomData));
             } else {
-                let element = PhantomData::<E>;
-                let score = score::Scores { context, table, kv_head, queries, scores, element };
-                let start = context.clock.start();
-                dispatch(context.path, score);
-                context.clock.scored(start);
-                let best = best::Best { scores: &choice.scores, budget, sink, recent, list };
-                let start = context.clock.start();
-                dispatch(context.path, best);
-                context.clock.listed(start);
+                let Context { pages, layer, .. } = *context;
+                let keys = HostKeys { pages, layer, kv_head, table, tokens };
+                pages.with_summaries::<E, ()>(policy.scorer, keys, |kept| {
+                    score(Boxes::Kept(kept));
+                })?;
             }
+            context.clock.scored(start);
+            let (sink, recent) = (policy.sink_pages, policy.recent_pages);
+            let best = best::Best { scores: &choice.scores, budget, sink, recent, list };
+            let start = context.clock.start();
+            dispatch(context.path, best);
+            context.clock.listed(start);
             Ok(Chosen::Listed)
-        }
-        Attention::Policy(policy) => {
-            let size = context.pages.layout().page_size();
-            match policy.page_budget(context.layer, tokens, size) {
-                Some(_) => {
-                    on_host(context, policy, (kv_head, table, tokens), queries, choice, list)
-                }
-                None => Ok(Chosen::Everything),
-            }
         }
         Attention::Custom(selector) => {
             on_host(context, selector, (kv_head, table, tokens), queries, choice, list)

@@ -3,6 +3,7 @@
 use tinyserve_kv::{PageCopy, PageId, Slot, TokenMove};
 
 use super::Cuda;
+use super::bucket::{bucket, filled};
 use super::error::CudaError;
 use super::launch::{Arg, Launcher, Shape};
 use super::memory::Upload;
@@ -32,7 +33,7 @@ struct Plan {
     offsets: Vec<u32>,
     /// Rows, those of one page side by side and in order.
     order: Vec<u32>,
-    /// Where each page's rows begin in `order`, and their end.
+    /// Where each page's rows begin in `order`, and their end, up to a bucket of pages.
     starts: Vec<u32>,
 }
 
@@ -52,7 +53,8 @@ impl Plan {
             .filter(|&i| i == 0 || page(order[i]) != page(order[i - 1]))
             .map(|i| i as u32)
             .collect();
-        starts.push(slots.len() as u32);
+        let runs = bucket(starts.len());
+        starts.resize(runs + 1, slots.len() as u32);
         Self {
             pages: slots.iter().map(|slot| slot.page.index() as u32).collect(),
             offsets: slots.iter().map(|slot| slot.offset as u32).collect(),
@@ -114,6 +116,8 @@ pub(super) fn append_kv(
         };
     };
     let open_slots: Vec<u32> = plan.runs(slots).map(|slot| pages.open_slot(slot.page)).collect();
+    // Nobody looks up the slot of a run of no rows.
+    let open_slots = filled(&open_slots, u32::MAX);
     args[1] = pages.layer_open(layer);
     args.push(scratch.open_slots.send(device, &open_slots)?);
     args.push(pages.heads());

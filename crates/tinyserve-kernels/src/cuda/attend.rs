@@ -17,7 +17,7 @@ use super::memory::{Buffer, Upload, grown};
 use super::pages::CudaPages;
 use super::{Cuda, CudaTensor};
 use crate::{AttendArgs, AttendStats, Heads, KernelError};
-pub use fused::FusedLimits;
+pub use fused::{FusedRow, FusedTable};
 use kernels::{ATTEND_1, ATTEND_4, ATTEND_8, ATTEND_ANY, FUSED_1, FUSED_4, FUSED_8, SCORE_MOMENTS};
 use observe::measure;
 use plan::{Layout, MOST_QUERIES, Scored, TilePlan, TileRecord, part_pages};
@@ -124,7 +124,7 @@ pub(super) fn attend(cuda: &Cuda, args: AttendArgs<'_, Cuda>) -> Result<AttendSt
         Arg::Pointer(0)
     };
     call.fused(scratch, &plan, placed, (out.arg(), states))?;
-    if plan.fused.len() < tiles.len() {
+    if plan.attends {
         call.attend(&mut scratch.parts, &plan, placed, (out.arg(), states))?;
     }
     if recall {
@@ -275,8 +275,8 @@ impl Call<'_> {
                 pages,
                 placed.tables,
                 placed.records,
-                offset(selecting, size_of::<u32>() * first),
-                offset(scores, size_of::<f32>() * first * heads.kv_heads * plan.most_pages),
+                selecting.offset(size_of::<u32>() * first),
+                scores.offset(size_of::<f32>() * first * heads.kv_heads * plan.most_pages),
                 self.pages.shape(),
                 Arg::count(heads.group()),
                 Arg::count(heads.qkv_width()),
@@ -366,12 +366,5 @@ impl Call<'_> {
         let boxes = self.pages.layer_boxes(self.layer);
         let args = [boxes, self.pages.layer_open(self.layer), self.pages.heads()];
         args.into_iter().filter(move |_| quantised)
-    }
-}
-
-fn offset(pointer: Arg, bytes: usize) -> Arg {
-    match pointer {
-        Arg::Pointer(address) => Arg::Pointer(address + bytes as u64),
-        other => other,
     }
 }

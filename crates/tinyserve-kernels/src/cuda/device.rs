@@ -106,13 +106,36 @@ pub(super) fn driver_error(what: &'static str) -> impl Fn(DriverError) -> CudaEr
     move |error| CudaError::Driver { what, message: message(error) }
 }
 
-/// What the driver says, in one line.
+/// What the driver says, in one line, and what to do where nothing can run any more.
 pub(super) fn message(error: DriverError) -> String {
-    match (error.error_name(), error.error_string()) {
+    let said = match (error.error_name(), error.error_string()) {
         (Ok(name), Ok(text)) if name != text => {
             format!("{} ({})", text.to_string_lossy(), name.to_string_lossy())
         }
         (Ok(name), _) => name.to_string_lossy().into_owned(),
         _ => format!("{:?}", error.0),
+    };
+    if loses_the_device(error.0) {
+        format!("{said}; this process cannot use the device any more, start it again")
+    } else {
+        said
     }
+}
+
+/// Whether CUDA answers every later call of the process with the same error, as its manual says.
+fn loses_the_device(code: sys::CUresult) -> bool {
+    use sys::CUresult as Code;
+    matches!(
+        code,
+        Code::CUDA_ERROR_ECC_UNCORRECTABLE
+            | Code::CUDA_ERROR_ILLEGAL_ADDRESS
+            | Code::CUDA_ERROR_LAUNCH_TIMEOUT
+            | Code::CUDA_ERROR_ASSERT
+            | Code::CUDA_ERROR_HARDWARE_STACK_ERROR
+            | Code::CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | Code::CUDA_ERROR_MISALIGNED_ADDRESS
+            | Code::CUDA_ERROR_INVALID_ADDRESS_SPACE
+            | Code::CUDA_ERROR_INVALID_PC
+            | Code::CUDA_ERROR_LAUNCH_FAILED
+    )
 }

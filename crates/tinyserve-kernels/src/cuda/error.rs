@@ -47,6 +47,12 @@ pub enum CudaError {
         /// Major and minor number.
         capability: (i32, i32),
     },
+    /// There is no cuBLAS.
+    #[error(
+        "cuBLAS was not found: our own kernels multiply prompts; for cuBLAS, put libcublas.so of CUDA 12 \
+         where the system looks for libraries"
+    )]
+    NoCublas,
     /// The device has no memory left.
     #[error(
         "cuda: no memory for {what}: {asked} bytes asked for, {free} free; lower \
@@ -61,7 +67,10 @@ pub enum CudaError {
         free: usize,
     },
     /// A kernel did not run.
-    #[error("cuda: kernel {kernel} failed in a grid of {grid:?} blocks of {block:?}: {message}")]
+    #[error(
+        "cuda: kernel {kernel} failed in a grid of {grid:?} blocks of {block:?}, with sizes {sizes:?}: \
+         {message}"
+    )]
     Launch {
         /// The kernel.
         kernel: String,
@@ -69,6 +78,20 @@ pub enum CudaError {
         grid: (u32, u32, u32),
         /// Threads of a block.
         block: (u32, u32, u32),
+        /// The whole numbers among its arguments, in the order of its source.
+        sizes: Vec<i32>,
+        /// What the driver says.
+        message: String,
+    },
+    /// A step that is replayed as a graph did not run; the driver does not say which kernel failed.
+    #[error("cuda: a step of {launches} kernels, from {first} to {last}, failed: {message}")]
+    Step {
+        /// Launches of the step.
+        launches: usize,
+        /// The first kernel.
+        first: String,
+        /// The last one.
+        last: String,
         /// What the driver says.
         message: String,
     },

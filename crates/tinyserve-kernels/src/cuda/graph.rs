@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaGraph, CudaStream, sys};
 
-use super::device::driver_error;
+use super::device::{driver_error, message};
 use super::error::CudaError;
 use super::queue::Queue;
 
@@ -18,13 +18,14 @@ const MOST_SEEN: usize = 64;
 
 /// Steps that were captured, and those that were seen once.
 ///
-/// A step is its launches: kernels, their grids, and every argument. So one for each batch size and
-/// bucket of lengths, as long as no buffer moves.
+/// A step is its launches: kernels, their grids, and every argument. So one for each bucket of batch
+/// sizes and of lengths, as long as no buffer moves.
 #[derive(Debug, Default)]
 pub(super) struct Graphs {
     captured: Vec<(Queue, Graph)>,
     seen: Vec<Queue>,
     replays: u64,
+    captures: u64,
 }
 
 /// What to do with a step.
@@ -57,6 +58,11 @@ impl Graphs {
         self.replays
     }
 
+    /// Steps that were captured.
+    pub(super) fn captures(&self) -> u64 {
+        self.captures
+    }
+
     /// What to do with `step`, which counts as seen from now on.
     pub(super) fn find(&mut self, step: &Queue) -> Step {
         if step.len() < LEAST {
@@ -81,6 +87,7 @@ impl Graphs {
         if self.captured.len() == MOST_GRAPHS {
             self.captured.remove(0);
         }
+        self.captures += 1;
         self.captured.push((step.clone(), Graph(graph)));
         self.captured.len() - 1
     }
@@ -88,7 +95,17 @@ impl Graphs {
     /// Launches a graph.
     pub(super) fn replay(&mut self, number: usize) -> Result<(), CudaError> {
         self.replays += 1;
-        self.captured[number].1.0.launch().map_err(driver_error("replaying a step's graph"))
+        let (step, graph) = &self.captured[number];
+        graph.0.launch().map_err(|error| {
+            let name = |kernel: Option<&'static str>| kernel.unwrap_or_default().to_owned();
+            let mut kernels = step.iter().map(|(kernel, ..)| kernel);
+            CudaError::Step {
+                launches: step.len(),
+                first: name(kernels.next()),
+                last: name(kernels.last()),
+                message: message(error),
+            }
+        })
     }
 }
 

@@ -50,6 +50,8 @@ const MODULES: &[(&str, &str)] = modules!(
     "score_pages",
     "seal_pages",
     "select_pages",
+    "split_rows",
+    "top_logits",
 );
 
 /// An argument of a kernel.
@@ -70,6 +72,31 @@ impl Arg {
     pub(super) fn count(n: usize) -> Self {
         // What does not fit was refused when memory was asked for.
         Self::Whole(i32::try_from(n).unwrap_or(i32::MAX))
+    }
+
+    /// The address `bytes` behind it.
+    pub(super) fn offset(self, bytes: usize) -> Self {
+        match self {
+            Self::Pointer(address) => Self::Pointer(address + bytes as u64),
+            other => other,
+        }
+    }
+
+    /// The address that it is.
+    pub(super) fn address(self) -> u64 {
+        match self {
+            Self::Pointer(address) => address,
+            _ => 0,
+        }
+    }
+
+    /// The whole numbers that it is.
+    fn sizes(&self) -> &[i32] {
+        match self {
+            Self::Pointer(_) | Self::Number(_) => &[],
+            Self::Whole(whole) => std::slice::from_ref(whole),
+            Self::Shape(shape) => shape,
+        }
     }
 
     /// A flag, as kernels take it.
@@ -158,6 +185,11 @@ impl Stream {
         self.waiting().graphs.replays()
     }
 
+    /// Steps that were captured as graphs.
+    pub(super) fn captures(&self) -> u64 {
+        self.waiting().graphs.captures()
+    }
+
     /// Launches what waits: as a graph, if the same launches came before.
     pub(super) fn flush(&self) -> Result<(), CudaError> {
         let mut waiting = self.waiting();
@@ -241,6 +273,7 @@ impl Stream {
             kernel: kernel.to_owned(),
             grid,
             block,
+            sizes: args.iter().flat_map(Arg::sizes).copied().collect(),
             message: message(error),
         };
         let function = self.kernel(kernel)?;

@@ -3,6 +3,8 @@
 use std::sync::OnceLock;
 
 use super::Cuda;
+use super::bucket::{MOST_ROWS, filled};
+use super::cublas::{Products, Target};
 use super::error::CudaError;
 use super::launch::{Arg, Launcher, Shape};
 use super::memory::{Buffer, Staging, Upload, grown};
@@ -18,13 +20,14 @@ const GEMV_OUTPUTS: usize = 8;
 /// Rows and outputs of a block of the products of many rows.
 const GEMM_TILE: usize = 64;
 /// Rows from which on weights go through shared memory: below, most of a tile would be empty.
-const GEMM_ROWS: usize = 24;
+const GEMM_ROWS: usize = 32;
 /// Outputs of a block of the products over quantised weights.
 const QUANTISED_OUTPUTS: usize = 16;
 
-/// Quantised input rows.
+/// Quantised input rows, and what cuBLAS needs.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
+    pub(super) products: Products,
     codes: Option<Buffer>,
     scales: Option<Buffer>,
     sums: Option<Buffer>,
@@ -124,12 +127,20 @@ pub(super) fn linear(
     let LinearArgs { x, linear, store, out } = args;
     assert_eq!(x.columns(), linear.inputs, "input width of a linear layer");
     assert_eq!(out.columns(), linear.outputs, "output width of a linear layer");
-    let (rows, inputs, add) = (x.rows(), linear.inputs, store == Store::Add);
-    out.resize(device, rows)?;
+    let (rows, inputs, add) = (x.bucket(), linear.inputs, store == Store::Add);
+    out.resize(device, x.rows())?;
     match &linear.weights {
         CudaWeights::Stored(parts) => {
             let mut column = 0;
+            // A step that may come again is launched whole, and cuBLAS launches for itself.
+            let by_cublas = rows > MOST_ROWS && scratch.products.are_there(device);
             for part in parts {
+                if by_cublas {
+                    let to = Target { out: &*out, column, add };
+                    scratch.products.multiply(device, x, part, to)?;
+                    column += part.outputs;
+                    continue;
+                }
                 let (kernel, shape) = stored_kernel(part, inputs, rows);
                 let args = [
                     part.weight.arg(),
@@ -237,8 +248,8 @@ pub(super) fn embed(
     assert!(ids.iter().all(|&id| (id as usize) < table.outputs), "a row of the table");
     out.resize(device, ids.len())?;
     let (hidden, add) = (table.inputs, store == Store::Add);
-    let ids_arg = uploaded.send(device, ids)?;
-    let shape = Cuda::pointwise(ids.len(), hidden);
+    let ids_arg = uploaded.send(device, &filled(ids, 0))?;
+    let shape = Cuda::pointwise(out.bucket(), hidden);
     match &table.weights {
         CudaWeights::Stored(parts) => {
             let [part] = parts.as_slice() else {

@@ -31,6 +31,13 @@ impl Cuda {
         self.launcher.replays()
     }
 
+    /// Steps that were captured as graphs: one for each bucket of batch sizes and lengths that came
+    /// more than once.
+    #[must_use]
+    pub fn captured_steps(&self) -> u64 {
+        self.launcher.captures()
+    }
+
     /// The page lists of the last call of attention: those of each row that selects, in the order of
     /// rows and KV heads. It waits for them.
     ///

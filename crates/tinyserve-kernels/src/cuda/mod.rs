@@ -7,6 +7,8 @@
 
 mod append;
 mod attend;
+mod bucket;
+mod cublas;
 mod device;
 mod error;
 mod graph;
@@ -18,12 +20,13 @@ mod open;
 mod pages;
 mod queue;
 mod tensor;
+mod top_logits;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tinyserve_kv::{KvFormat, KvLayout, PageCopy, PageId, PagePool, SelectionPolicy, TokenMove};
 
-pub use attend::FusedLimits;
+pub use attend::{FusedRow, FusedTable};
 pub use device::CudaDevice;
 pub use error::{CudaError, CudaVersion};
 pub use pages::CudaPages;
@@ -32,16 +35,23 @@ pub use tensor::{CudaLinear, CudaTensor, CudaVector};
 use crate::{
     ActivateArgs, Activation, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs,
     HostTensor, KernelError, LinearArgs, LinearSpec, NormArgs, NormKind, RotaryAnglesArgs,
-    RotaryArgs, Store,
+    RotaryArgs, Store, TopLogitsArgs,
 };
+use bucket::{MOST_ROWS, filled};
 use launch::{Arg, Launcher, Shape};
 use memory::{Buffer, Staging, Upload};
 
 /// Threads of a block of a pointwise kernel.
 const POINTWISE: u32 = 256;
 
-/// Rows of a step up to which its launches are kept back, to be replayed if they come again.
-const MOST_GRAPH_ROWS: usize = 64;
+/// The version of the cuBLAS that multiplies prompts.
+///
+/// # Errors
+/// When there is none: our own kernels multiply then.
+pub fn cublas_version() -> Result<String, CudaError> {
+    let [major, minor, patch] = cublas::version()?;
+    Ok(format!("{major}.{minor}.{patch}"))
+}
 
 /// The CUDA backend on one device.
 #[derive(Debug)]
@@ -68,6 +78,7 @@ struct State {
     /// For calls that read everything, and for those in which some select.
     attend: [attend::Scratch; 2],
     linear: linear::Scratch,
+    top_logits: top_logits::Scratch,
 }
 
 impl Cuda {
@@ -86,7 +97,7 @@ impl Cuda {
     }
 
     /// Whether decode steps score, select and attend in one launch where there is a kernel for it;
-    /// `None` decides by size, as [`FusedLimits`] says.
+    /// `None` decides by shape, as [`FusedTable`] says.
     #[must_use]
     pub fn use_fused_kernel(mut self, fused: Option<bool>) -> Self {
         self.use_fused = fused;
@@ -97,6 +108,13 @@ impl Cuda {
     #[must_use]
     pub fn use_graphs(mut self, graphs: bool) -> Self {
         self.use_graphs = graphs;
+        self
+    }
+
+    /// Whether cuBLAS multiplies prompts where it is installed; it does unless it is said.
+    #[must_use]
+    pub fn use_cublas(self, cublas: bool) -> Self {
+        self.state().linear.products.unused = !cublas;
         self
     }
 
@@ -118,7 +136,8 @@ impl Cuda {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs an operation, unless an earlier one failed; its failure is kept.
+    /// Runs an operation, unless an earlier one failed; its failure is kept. What is asserted about
+    /// rows belongs inside: a tensor that was to be written by one that failed has none.
     fn run(&self, operation: impl FnOnce(&mut State) -> Result<(), CudaError>) {
         let mut state = self.state();
         if state.failure.is_none()
@@ -203,7 +222,7 @@ impl Backend for Cuda {
     fn embed(&self, args: EmbedArgs<'_, Self>) {
         self.run(|state| {
             // A step begins here; long prompts do not come again.
-            self.launcher.keep_back(self.use_graphs && args.ids.len() <= MOST_GRAPH_ROWS)?;
+            self.launcher.keep_back(self.use_graphs && args.ids.len() <= MOST_ROWS)?;
             // Positions are looked up behind tokens, in the same step.
             let ids = match args.store {
                 Store::Overwrite => &mut state.ids,
@@ -233,8 +252,8 @@ impl Backend for Cuda {
                 Arg::count(columns),
                 Arg::Number(epsilon),
             ];
-            // SAFETY: `x` and `out` have `rows` rows of `columns`, as both vectors have.
-            unsafe { self.launcher.launch(kernel, Shape::new((rows, 1, 1), 256), &args) }
+            // SAFETY: `x` and `out` have room for these rows of `columns`, as both vectors have.
+            unsafe { self.launcher.launch(kernel, Shape::new((x.bucket(), 1, 1), 256), &args) }
         });
     }
 
@@ -249,12 +268,12 @@ impl Backend for Cuda {
         self.run(|state| {
             out.resize(&self.launcher, positions.len())?;
             let args = [
-                state.positions.send(&self.launcher, positions)?,
+                state.positions.send(&self.launcher, &filled(positions, 0))?,
                 state.frequencies.send(&self.launcher, inverse_frequencies)?,
                 out.arg(),
                 Arg::count(half),
             ];
-            let shape = Shape::new((positions.len(), 1, 1), 128);
+            let shape = Shape::new((out.bucket(), 1, 1), 128);
             // SAFETY: `out` has a row of twice as many columns as frequencies for each position.
             unsafe { self.launcher.launch("rotary_angles", shape, &args) }
         });
@@ -264,15 +283,15 @@ impl Backend for Cuda {
         let RotaryArgs { angles, heads, qkv } = args;
         assert_eq!(angles.columns(), heads.head_dim, "width of the angles");
         assert_eq!(qkv.columns(), heads.qkv_width(), "width of queries, keys and values");
-        assert_eq!(angles.rows(), qkv.rows(), "rows of the angles");
         self.run(|_| {
+            assert_eq!(angles.rows(), qkv.rows(), "rows of the angles");
             let args = [
                 angles.arg(),
                 qkv.arg(),
                 Arg::count(heads.head_dim),
                 Arg::count(heads.qkv_width()),
             ];
-            let shape = Shape::new((qkv.rows(), heads.q_heads + heads.kv_heads, 1), 64);
+            let shape = Shape::new((qkv.bucket(), heads.q_heads + heads.kv_heads, 1), 64);
             // SAFETY: queries and keys are the first heads of each row, and `angles` has as many.
             unsafe { self.launcher.launch("rotary", shape, &args) }
         });
@@ -303,22 +322,27 @@ impl Backend for Cuda {
             };
             let args =
                 [x.arg(), out.arg(), Arg::Whole(number), Arg::flag(gated), Arg::count(width)];
-            // SAFETY: `x` has `rows` rows of `width`, or twice that, and `out` as many of `width`.
-            unsafe { self.launcher.launch("activate", Self::pointwise(rows, width), &args) }
+            let shape = Self::pointwise(out.bucket(), width);
+            // SAFETY: `x` has room for these rows of `width`, or twice that, and so has `out`.
+            unsafe { self.launcher.launch("activate", shape, &args) }
         });
     }
 
     fn gather_rows(&self, x: &CudaTensor, rows: &[u32], out: &mut CudaTensor) {
         assert_eq!(out.columns(), x.columns(), "width of gathered rows");
-        assert!(rows.iter().all(|&row| (row as usize) < x.rows()), "rows to gather");
         self.run(|state| {
+            assert!(rows.iter().all(|&row| (row as usize) < x.rows()), "rows to gather");
             out.resize(&self.launcher, rows.len())?;
-            let indices = state.rows.send(&self.launcher, rows)?;
+            let indices = state.rows.send(&self.launcher, &filled(rows, 0))?;
             let args = [x.arg(), indices, out.arg(), Arg::count(x.columns())];
-            let shape = Self::pointwise(rows.len(), x.columns());
-            // SAFETY: every index is a row of `x`, and `out` has a row for each.
+            let shape = Self::pointwise(out.bucket(), x.columns());
+            // SAFETY: every index is a row of `x`, and `out` has room for a row for each.
             unsafe { self.launcher.launch("gather_rows", shape, &args) }
         });
+    }
+
+    fn top_logits(&self, args: TopLogitsArgs<'_, Self>) {
+        self.run(|state| top_logits::top_logits(&self.launcher, &mut state.top_logits, args));
     }
 
     fn download(&self, x: &CudaTensor, out: &mut Vec<f32>) {

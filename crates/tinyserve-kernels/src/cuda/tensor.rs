@@ -1,5 +1,6 @@
 //! Activations, vectors and matrices in device memory.
 
+use super::bucket::bucket;
 use super::error::CudaError;
 use super::launch::{Arg, Launcher};
 use super::memory::Buffer;
@@ -33,9 +34,16 @@ impl CudaTensor {
 
     /// Makes it `rows` long; what it holds is then not defined, unless it was that long.
     pub(super) fn resize(&mut self, device: &Launcher, rows: usize) -> Result<(), CudaError> {
-        super::memory::grown(&mut self.values, device, 4 * rows * self.columns, "activations")?;
+        let bytes = 4 * bucket(rows) * self.columns;
+        super::memory::grown(&mut self.values, device, bytes, "activations")?;
         self.rows = rows;
         Ok(())
+    }
+
+    /// Rows that launches are made for. There is memory for them; those behind [`Self::rows`] may
+    /// hold anything.
+    pub(super) fn bucket(&self) -> usize {
+        bucket(self.rows)
     }
 
     /// Its address; null before it has rows.

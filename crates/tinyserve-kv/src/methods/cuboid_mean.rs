@@ -8,7 +8,8 @@
 //! Where all tokens are spread out it is tighter than the box.
 //! Source: ArkVale (Chen et al., NeurIPS 2024), which found it the best of its page digests.
 
-use super::{PageScorer, for_each_page, score_spread};
+use super::PageScorer;
+use super::summary::{self, PageSummary, around, bounds};
 use crate::SelectInput;
 
 /// See the module.
@@ -25,18 +26,26 @@ impl PageScorer for CuboidMean {
     }
 
     fn score(&self, input: &SelectInput<'_>, _budget: usize, scores: &mut [f32]) {
-        let dim = input.head_dim();
-        let (mut centre, mut spread) = (vec![0.0; dim], vec![0.0; dim]);
-        for_each_page(input, |page, keys| {
-            let corners = input.min(page).iter().zip(input.max(page));
-            centre.iter_mut().zip(corners).for_each(|(c, (&lo, &hi))| *c = 0.5 * lo + 0.5 * hi);
-            spread.fill(0.0);
-            let tokens = input.page_tokens(page) as f32;
-            for key in keys.chunks_exact(dim) {
-                let pairs = key.iter().zip(&centre);
-                spread.iter_mut().zip(pairs).for_each(|(s, (&k, &c))| *s += (k - c).abs() / tokens);
-            }
-            score_spread(input, page, (&centre, &spread), scores);
-        });
+        summary::score(self, input, scores);
+    }
+
+    fn summary(&self) -> Option<&dyn PageSummary> {
+        Some(self)
+    }
+}
+
+impl PageSummary for CuboidMean {
+    fn summarise(&self, keys: &[f32], _page_size: usize, corners: &mut [f32]) {
+        let dim = corners.len() / 2;
+        let (mut centre, mut high) = (vec![0.0; dim], vec![0.0; dim]);
+        bounds(keys, &mut centre, &mut high);
+        centre.iter_mut().zip(&high).for_each(|(c, &hi)| *c = 0.5 * *c + 0.5 * hi);
+        let (mut spread, tokens) = (high, (keys.len() / dim) as f32);
+        spread.fill(0.0);
+        for key in keys.chunks_exact(dim) {
+            let pairs = key.iter().zip(&centre);
+            spread.iter_mut().zip(pairs).for_each(|(s, (&k, &c))| *s += (k - c).abs() / tokens);
+        }
+        around(&centre, &spread, corners);
     }
 }

@@ -7,7 +7,8 @@
 //! Sources: the estimate of a page's mass from its first two moments (Tactic, arXiv 2502.12216);
 //! the linear form, which costs what a box costs, is ours.
 
-use super::{PageScorer, for_each_page, score_spread};
+use super::PageScorer;
+use super::summary::{self, PageSummary, around};
 use crate::SelectInput;
 
 /// See the module.
@@ -24,12 +25,20 @@ impl PageScorer for MeanStd {
     }
 
     fn score(&self, input: &SelectInput<'_>, _budget: usize, scores: &mut [f32]) {
+        summary::score(self, input, scores);
+    }
+
+    fn summary(&self) -> Option<&dyn PageSummary> {
+        Some(self)
+    }
+}
+
+impl PageSummary for MeanStd {
+    fn summarise(&self, keys: &[f32], _page_size: usize, corners: &mut [f32]) {
         let mut moments = Moments::default();
-        for_each_page(input, |page, keys| {
-            moments.of(keys, input.head_dim());
-            moments.variance.iter_mut().for_each(|v| *v = v.sqrt());
-            score_spread(input, page, (&moments.mean, &moments.variance), scores);
-        });
+        moments.of(keys, corners.len() / 2);
+        moments.variance.iter_mut().for_each(|v| *v = v.sqrt());
+        around(&moments.mean, &moments.variance, corners);
     }
 }
 

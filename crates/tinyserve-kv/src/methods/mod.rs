@@ -14,6 +14,7 @@ mod oracle_mass;
 mod random;
 mod snapkv;
 mod streaming;
+mod summary;
 mod two_boxes;
 mod two_stage;
 
@@ -26,6 +27,7 @@ pub use boxes::score_box;
 pub(crate) use mean_std::Moments;
 pub use observe::{AttentionObserver, HeadAttention, PromptAttention, attention_weights};
 pub(crate) use oracle_mass::log_sum_exp;
+pub use summary::PageSummary;
 
 /// Every method by name.
 pub static METHODS: &[Method] = &[
@@ -116,6 +118,12 @@ pub trait PageScorer: Send + Sync + fmt::Debug {
     /// `q·k`. `budget` pages will be read.
     fn score(&self, input: &SelectInput<'_>, budget: usize, scores: &mut [f32]);
 
+    /// What is kept of a full page, if that is all that its score takes: backends then score with
+    /// kernels, and without the keys.
+    fn summary(&self) -> Option<&dyn PageSummary> {
+        None
+    }
+
     /// Bytes that a kernel would read to score all pages for one KV head, from summaries that lie
     /// ready: two vectors for each page unless the method says otherwise.
     fn bytes_read(&self, cost: &ScoreCost) -> usize {
@@ -191,6 +199,12 @@ impl Scorer {
         self.0.score(input, budget, scores);
     }
 
+    /// As [`PageScorer::summary`].
+    #[must_use]
+    pub fn summary(self) -> Option<&'static dyn PageSummary> {
+        self.0.summary()
+    }
+
     /// As [`PageScorer::bytes_read`].
     #[must_use]
     pub fn bytes_read(self, cost: &ScoreCost) -> usize {
@@ -230,18 +244,4 @@ fn for_each_page(input: &SelectInput<'_>, mut each: impl FnMut(usize, &[f32])) {
 /// `Σ_d a_d·b_d`.
 fn dot(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(&a, &b)| a * b).sum()
-}
-
-/// Scores `q·centre + Σ_d |q_d|·spread_d` for all queries of one page.
-fn score_spread(
-    input: &SelectInput<'_>,
-    page: usize,
-    (centre, spread): (&[f32], &[f32]),
-    scores: &mut [f32],
-) {
-    let pages = input.page_count();
-    for (i, query) in input.queries().enumerate() {
-        let terms = query.iter().zip(centre.iter().zip(spread));
-        scores[i * pages + page] = terms.map(|(&q, (&c, &s))| q * c + q.abs() * s).sum();
-    }
 }

@@ -7,8 +7,8 @@
 //! whole pages, whose size suits the memory, while scores see pages half as long.
 //! Source: LServe (Yang et al., MLSys 2025), whose pages have logical pages inside.
 
-use super::boxes::score_box;
-use super::{PageScorer, ScoreCost, for_each_page};
+use super::summary::{self, PageSummary, bounds};
+use super::{PageScorer, ScoreCost};
 use crate::SelectInput;
 
 /// See the module.
@@ -25,34 +25,31 @@ impl PageScorer for TwoBoxes {
     }
 
     fn score(&self, input: &SelectInput<'_>, _budget: usize, scores: &mut [f32]) {
-        let (dim, pages) = (input.head_dim(), input.page_count());
-        let (mut min, mut max) = (vec![0.0; dim], vec![0.0; dim]);
-        scores.fill(f32::NEG_INFINITY);
-        for_each_page(input, |page, keys| {
-            // A page of one token has one half.
-            let half = input.page_size().div_ceil(2) * dim;
-            for keys in keys.chunks(half) {
-                min.copy_from_slice(&keys[..dim]);
-                max.copy_from_slice(&keys[..dim]);
-                for key in keys.chunks_exact(dim) {
-                    for ((min, max), &k) in min.iter_mut().zip(&mut max).zip(key) {
-                        // A NaN key bounds nothing, and stays.
-                        *min = if k < *min || k.is_nan() { k } else { *min };
-                        *max = if k > *max || k.is_nan() { k } else { *max };
-                    }
-                }
-                for (i, query) in input.queries().enumerate() {
-                    let (score, best) =
-                        (score_box(query, &min, &max), &mut scores[i * pages + page]);
-                    if score > *best || score.is_nan() {
-                        *best = score;
-                    }
-                }
-            }
-        });
+        summary::score(self, input, scores);
     }
 
     fn bytes_read(&self, cost: &ScoreCost) -> usize {
         4 * cost.pages * cost.vector_bytes
+    }
+
+    fn summary(&self) -> Option<&dyn PageSummary> {
+        Some(self)
+    }
+}
+
+impl PageSummary for TwoBoxes {
+    fn boxes(&self) -> usize {
+        2
+    }
+
+    fn summarise(&self, keys: &[f32], page_size: usize, corners: &mut [f32]) {
+        let dim = corners.len() / 4;
+        // What ends in its first half has that half twice.
+        let (first, second) = keys.split_at(keys.len().min(page_size.div_ceil(2) * dim));
+        let halves = [first, if second.is_empty() { first } else { second }];
+        for (keys, corners) in halves.into_iter().zip(corners.chunks_exact_mut(2 * dim)) {
+            let (min, max) = corners.split_at_mut(dim);
+            bounds(keys, min, max);
+        }
     }
 }

@@ -3,8 +3,9 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
+use tinyserve_kernels::TopRow;
 use tinyserve_kv::Prefix;
-use tinyserve_model::{SampleContext, logprob, top_logprobs};
+use tinyserve_model::{SampleContext, logprob, top_logprobs, top_logprobs_of};
 
 use super::{Scheduler, hooks, model_failure, panicked, tokenizer_failure};
 use crate::metrics::{Metrics, count};
@@ -36,6 +37,15 @@ impl<R: Runner> Scheduler<R> {
         };
         self.running[index].end_with(End::Failed(failure));
     }
+}
+
+/// What a token is drawn from.
+#[derive(Debug, Clone, Copy)]
+enum Logits<'a> {
+    /// Every logit, `[vocab]`.
+    All(&'a [f32]),
+    /// The likeliest tokens, which decide the draw.
+    Top(TopRow<'a>),
 }
 
 impl Sequence {
@@ -74,8 +84,10 @@ impl Sequence {
             self.end_with(End::Finished(FinishReason::Length, None));
             return Ok(());
         }
-        if self.plugins.is_idle() {
-            self.draw(runner.logits(row, last_row))?;
+        if let Some(top) = runner.top(row) {
+            self.draw(Logits::Top(top))?;
+        } else if self.plugins.is_idle() {
+            self.draw(Logits::All(runner.logits(row, last_row)))?;
         } else {
             edited.clear();
             edited.extend_from_slice(runner.logits(row, last_row));
@@ -83,7 +95,7 @@ impl Sequence {
             if self.end.is_some() {
                 return Ok(());
             }
-            self.draw(edited)?;
+            self.draw(Logits::All(edited))?;
         }
         self.note_token(now, metrics);
         Ok(())
@@ -109,14 +121,20 @@ impl Sequence {
     }
 
     /// Draws the next token, tells it, and ends the sequence where it ends.
-    fn draw(&mut self, logits: &[f32]) -> Result<(), Failure> {
+    fn draw(&mut self, logits: Logits<'_>) -> Result<(), Failure> {
         let early = self.generated().len() < self.min_tokens;
         let (prompt, generated) = self.tokens.split_at(self.prompt_len);
         let banned: &[u32] = if early { &self.banned } else { &[] };
         let context = SampleContext { prompt, generated, banned };
-        let drawn =
-            self.sampler.sample_after(logits, context).map_err(|error| model_failure(&error))?;
-        let top_logprobs = top(logits, self.top_logprobs);
+        let (drawn, top_logprobs) = match logits {
+            Logits::All(logits) => {
+                (self.sampler.sample_after(logits, context), top(logits, self.top_logprobs))
+            }
+            Logits::Top(likeliest) => {
+                (self.sampler.sample_top(likeliest), top_logprobs_of(likeliest, self.top_logprobs))
+            }
+        };
+        let drawn = drawn.map_err(|error| model_failure(&error))?;
         self.tokens.push(drawn.id);
         let generated = self.generated().len();
         let mut stop = self.is_stop_token(drawn.id);

@@ -116,6 +116,7 @@ impl<R: Runner> Scheduler<R> {
         let mut sequence = self.running.remove(index);
         let planned = sequence.planned;
         self.runner.release(sequence.begin_again());
+        sequence.events.tell();
         count(&self.metrics.preemptions, 1);
         insert(&mut self.waiting, sequence);
         planned

@@ -111,7 +111,7 @@ fn step(sequence: &Sequence) -> SequenceStep<'_> {
     let logits = if in_prompt && sequence.prompt_logprobs.is_some() {
         LogitRows::All
     } else if end == sequence.tokens.len() {
-        LogitRows::Last
+        sequence.decided_by().map_or(LogitRows::Last, LogitRows::Top)
     } else {
         LogitRows::None
     };

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use tinyserve_kernels::{AttendStats, Attention};
+use tinyserve_kernels::{AttendStats, Attention, TopLogits, TopRow};
 use tinyserve_kv::{
     EvictionCause, EvictionPolicy, KvError, KvFormat, KvLayout, KvShape, PagePool, PageTable,
     Prefix, PrefixIndex, PrefixOptions, PrefixStats, TokenMove,
@@ -29,6 +29,8 @@ pub(crate) struct Toy {
     pages: Vec<Vec<u32>>,
     /// Rows of logits, sequence by sequence.
     logits: Vec<Vec<Vec<f32>>>,
+    /// What the sequences that ask for no more are told instead.
+    tops: Vec<Option<TopLogits>>,
     /// Extending dies, outside of what a step may, after so many times.
     pub(crate) dies_at: Option<usize>,
     /// What a step takes, and what it takes more for each page that it reads, on a clock.
@@ -55,6 +57,7 @@ impl Toy {
             page_size,
             pages: vec![vec![u32::MAX; page_size]; pages],
             logits: Vec::new(),
+            tops: Vec::new(),
             dies_at: None,
             takes: None,
             largest_step: 0,
@@ -175,6 +178,7 @@ impl Runner for Toy {
             clock.advance(*fixed + *page * pages as u32);
         }
         self.logits.clear();
+        self.tops.clear();
         for step in batch.sequences {
             assert!(!step.tokens.contains(&PANICS), "{PANIC}");
             if step.tokens.contains(&FAILS) {
@@ -193,7 +197,7 @@ impl Runner for Toy {
                 .collect();
             let rows = match step.logits {
                 LogitRows::None => all.len()..all.len(),
-                LogitRows::Last => all.len() - 1..all.len(),
+                LogitRows::Last | LogitRows::Top(_) => all.len() - 1..all.len(),
                 LogitRows::All => first..all.len(),
             };
             let rows = rows.map(|row| {
@@ -203,13 +207,28 @@ impl Runner for Toy {
                 logits[next(&all[..=row]) as usize] = 3.0;
                 logits
             });
-            self.logits.push(rows.collect());
+            let mut rows: Vec<Vec<f32>> = rows.collect();
+            self.tops.push(match step.logits {
+                LogitRows::Top(k) => {
+                    let mut top = TopLogits::default();
+                    top.begin(k, VOCAB);
+                    // Whoever asked for these has no logits.
+                    rows.drain(..).for_each(|logits| top.push_row(&logits));
+                    Some(top)
+                }
+                _ => None,
+            });
+            self.logits.push(rows);
         }
         Ok(())
     }
 
     fn logits(&self, sequence: usize, row: usize) -> &[f32] {
         &self.logits[sequence][row]
+    }
+
+    fn top(&self, sequence: usize) -> Option<TopRow<'_>> {
+        self.tops[sequence].as_ref().map(|top| top.row(0))
     }
 
     fn read(&self, _: usize) -> AttendStats {

@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
+use tinyserve::plugins::PluginStats;
 use tinyserve::sched::{Histogram, Stats};
 
 use super::buckets;
@@ -17,6 +18,7 @@ pub(crate) struct Source(pub(crate) OnceLock<Box<dyn Fn() -> EngineView + Send +
 /// One look at an engine.
 pub(crate) struct EngineView {
     pub(crate) stats: Stats,
+    pub(crate) plugins: Vec<PluginStats>,
     pub(crate) page_size: usize,
     pub(crate) page_bytes: usize,
     pub(crate) cache_dtype: &'static str,
@@ -144,7 +146,8 @@ impl Page<'_> {
         ] {
             self.histogram(name, help, histogram, bounds)?;
         }
-        self.own(stats)
+        self.own(stats)?;
+        self.plugins(&view.plugins)
     }
 
     /// What only this engine knows.
@@ -212,6 +215,35 @@ impl Page<'_> {
             "Times that the selection budget was moved to keep to a latency",
             stats.budget_moves,
         )?;
+        Ok(())
+    }
+
+    /// What each plugin did.
+    fn plugins(&mut self, plugins: &[PluginStats]) -> Result<(), Error> {
+        let of_each = |count: fn(&PluginStats) -> u64| {
+            let series =
+                |plugin: &PluginStats| (vec![("plugin", plugin.name.clone())], count(plugin));
+            plugins.iter().map(series).collect::<Vec<_>>()
+        };
+        for (name, help, series) in [
+            (
+                "tinyserve:early_exits",
+                "Requests that a plugin stopped",
+                of_each(|plugin| plugin.early_exit_count),
+            ),
+            (
+                "tinyserve:pruned_tokens",
+                "Tokens that a plugin had removed from the cache",
+                of_each(|plugin| plugin.pruned_tokens),
+            ),
+            (
+                "tinyserve:plugin_errors",
+                "Hooks of a plugin that failed",
+                of_each(|plugin| plugin.errors),
+            ),
+        ] {
+            self.labelled((name, help, MetricType::Counter), &series)?;
+        }
         Ok(())
     }
 

@@ -1,12 +1,13 @@
 //! An answer as a stream of server-sent events.
 
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::sync::LazyLock;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_core::Stream;
-use tokio::time::{Interval, MissedTickBehavior, interval};
+use tokio::time::{Instant, Interval, MissedTickBehavior, Sleep, interval, sleep};
 
 use super::{ChoiceEvent, Output};
 use crate::engine::Choices;
@@ -15,6 +16,17 @@ use crate::request::StreamSettings;
 
 /// Bytes after which what is there is sent before more is written.
 const FULL: usize = 64 << 10;
+/// How long at most what follows a token waits for company. A small model draws several tokens meanwhile:
+/// they leave in one write and wake their reader once, which costs as much as one token does.
+const PAUSE: Duration = Duration::from_millis(4);
+
+/// When the pause that begins at `now` ends: for all streams at once, so that their thread wakes up
+/// once for all of them.
+fn end_of_pause(now: Instant) -> Instant {
+    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+    let into = now.duration_since(*START).as_nanos() % PAUSE.as_nanos();
+    now + PAUSE - Duration::from_nanos(into as u64)
+}
 
 /// Turns the events of a request's choices into the text of a stream.
 ///
@@ -26,6 +38,9 @@ pub(crate) struct EventStream<O> {
     begun: bool,
     done: bool,
     keep_alive: Interval,
+    pause: Pin<Box<Sleep>>,
+    /// Whether `pause` runs. Nobody wakes the stream meanwhile but the timer.
+    pausing: bool,
 }
 
 impl<O: Output> EventStream<O> {
@@ -40,7 +55,17 @@ impl<O: Output> EventStream<O> {
         keep_alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
         // The first tick comes at once.
         keep_alive.reset();
-        Self { output, choices, settings, begun: false, done: false, keep_alive }
+        let pause = Box::pin(sleep(PAUSE));
+        Self {
+            output,
+            choices,
+            settings,
+            begun: false,
+            done: false,
+            keep_alive,
+            pause,
+            pausing: false,
+        }
     }
 
     /// Writes what `event` leads to.
@@ -78,13 +103,21 @@ impl<O: Output> Stream for EventStream<O> {
         if this.done {
             return Poll::Ready(None);
         }
+        if this.pausing {
+            ready!(this.pause.as_mut().poll(cx));
+            this.pausing = false;
+        }
         let mut out = String::new();
         if !std::mem::replace(&mut this.begun, true) {
             this.output.begin(&mut out);
         }
+        let mut told = false;
         while !this.done && out.len() < FULL {
             match this.choices.poll_next(cx) {
-                Poll::Ready(Some((index, event))) => this.take(index, event, &mut out),
+                Poll::Ready(Some((index, event))) => {
+                    told = true;
+                    this.take(index, event, &mut out);
+                }
                 Poll::Ready(None) => {
                     if this.settings.include_usage {
                         this.output.usage_chunk(&mut out);
@@ -101,7 +134,28 @@ impl<O: Output> Stream for EventStream<O> {
             out.push_str(": ping\n\n");
         } else {
             this.keep_alive.reset();
+            if told && !this.done {
+                this.pause.as_mut().reset(end_of_pause(Instant::now()));
+                this.pausing = true;
+            }
         }
         Poll::Ready(Some(Ok(out.into())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_end_together() {
+        // The first one is the beginning of time.
+        end_of_pause(Instant::now());
+        let now = Instant::now();
+        let end = end_of_pause(now);
+        assert!(end > now && end <= now + PAUSE);
+        let short = (end - now) / 2;
+        assert_eq!(end_of_pause(now + short), end);
+        assert_eq!(end_of_pause(end), end + PAUSE);
     }
 }

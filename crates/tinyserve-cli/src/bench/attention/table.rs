@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use tinyserve::kv::Scorer;
 use tinyserve_lab::Line;
 
 use super::Row;
@@ -26,9 +27,10 @@ pub(super) fn markdown(rows: &[Row]) -> String {
         .to_owned();
     for row in rows {
         let ratio = row.selection_ratio.map_or(String::new(), |ratio| format!(" {ratio}"));
+        let scorer = scorer(row).map_or(String::new(), |name| format!(" {name}"));
         let _ = writeln!(
             text,
-            "| {}/{} | {} | {} | {} | {} | {} | {} | {}{ratio} | {:.1} ± {:.1} \
+            "| {}/{} | {} | {} | {} | {} | {} | {} | {}{scorer}{ratio} | {:.1} ± {:.1} \
              | {} | {:.0} | {:.1} | {} | {} | {:.2} | {:.2} |",
             row.q_heads,
             row.kv_heads,
@@ -55,11 +57,17 @@ pub(super) fn markdown(rows: &[Row]) -> String {
     text
 }
 
+/// What its pages are scored by, unless by their boxes.
+fn scorer(row: &Row) -> Option<&'static str> {
+    row.scorer.filter(|&name| name != Scorer::BOX.name())
+}
+
 /// What a line of the picture and a crossover are of.
 fn series(row: &Row) -> String {
+    let scorer = scorer(row).map_or(String::new(), |name| format!("{name}, "));
     let ratio = row.selection_ratio.map_or(String::new(), |ratio| format!("ratio {ratio}, "));
     format!(
-        "{ratio}pages of {}, {}, {}/{} heads",
+        "{scorer}{ratio}pages of {}, {}, {}/{} heads",
         row.page_size, row.kv_cache_dtype, row.q_heads, row.kv_heads
     )
 }

@@ -1,6 +1,6 @@
 //! What a unit reads, counted.
 
-use tinyserve_kv::ScoreCost;
+use tinyserve_kv::{ScoreCost, Scorer};
 
 use super::tile::PageList;
 use super::{Context, Unit};
@@ -41,7 +41,11 @@ impl Context<'_> {
             // Of a query alone, a kernel reads one of the two corners in each channel.
             let scored = match self.sequences[unit.sequence].attention {
                 _ if chosen == Chosen::Everything => 0,
-                Attention::Policy(policy) if policy.has_kernels() && self.heads.group() == 1 => {
+                Attention::Policy(policy)
+                    if policy.scorer == Scorer::BOX
+                        && policy.ranks_by_maximum()
+                        && self.heads.group() == 1 =>
+                {
                     pages * box_bytes / 2
                 }
                 Attention::Policy(policy) => policy.scorer.bytes_read(&cost),

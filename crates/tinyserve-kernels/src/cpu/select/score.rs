@@ -1,23 +1,44 @@
-//! Scores of pages from their boxes, many pages side by side.
+//! Scores of pages from boxes, many pages side by side.
 
 use std::marker::PhantomData;
 use std::ops::RangeInclusive;
 
-use tinyserve_kv::{GROUP_PAGES, KvElement, PageId};
+use tinyserve_kv::{GROUP_PAGES, GroupSummaries, KvElement, PageId};
 
 use crate::cpu::attend::Context;
 use crate::cpu::simd::{Element, Kernel, LINE, Simd};
 
 /// Scores of all pages of one KV head: the highest of its queries, `+∞` for NaN.
 pub(super) struct Scores<'a, E> {
-    pub(super) context: &'a Context<'a>,
+    pub(super) boxes: Boxes<'a, E>,
     pub(super) table: &'a [PageId],
-    pub(super) kv_head: usize,
+    pub(super) head_dim: usize,
     /// `[group, head_dim]`.
     pub(super) queries: &'a [f32],
     /// `[pages]`.
     pub(super) scores: &'a mut [f32],
-    pub(super) element: PhantomData<E>,
+}
+
+/// The boxes of one KV head's pages, group by group.
+pub(super) enum Boxes<'a, E> {
+    /// Those of the keys.
+    OfKeys(&'a Context<'a>, usize, PhantomData<E>),
+    /// Those that a scorer keeps.
+    Kept(GroupSummaries<'a, E>),
+}
+
+impl<'a, E: KvElement> Boxes<'a, E> {
+    /// `[boxes of a page, head_dim, 2 (max, min), GROUP_PAGES]`.
+    #[inline(always)]
+    fn group(&self, page: PageId) -> &'a [E] {
+        let group = page.index() / GROUP_PAGES;
+        match *self {
+            Self::OfKeys(context, kv_head, _) => {
+                context.pages.group_boxes::<E>(context.layer, group, kv_head)
+            }
+            Self::Kept(kept) => kept.group(group),
+        }
+    }
 }
 
 impl<E: KvElement + Element> Kernel for Scores<'_, E> {
@@ -25,9 +46,6 @@ impl<E: KvElement + Element> Kernel for Scores<'_, E> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Context { pages, layer, heads, .. } = *self.context;
-        let boxes =
-            |page: PageId| pages.group_boxes::<E>(layer, page.index() / GROUP_PAGES, self.kv_head);
         let mut best = [0.0; GROUP_PAGES];
         let mut at = 0;
         while at < self.table.len() {
@@ -42,8 +60,13 @@ impl<E: KvElement + Element> Kernel for Scores<'_, E> {
                 highest = highest.max(page % GROUP_PAGES);
             }
             let ahead = *self.table.get(at + length).unwrap_or(&self.table[at]);
-            let both = (boxes(self.table[at]), boxes(ahead));
-            score(simd, (self.queries, heads.head_dim), both, lowest..=highest, &mut best);
+            let one = 2 * self.head_dim * GROUP_PAGES;
+            let boxes = self.boxes.group(self.table[at]).chunks_exact(one);
+            let ahead = self.boxes.group(ahead).chunks_exact(one);
+            best.fill(f32::NEG_INFINITY);
+            for both in boxes.zip(ahead) {
+                score(simd, (self.queries, self.head_dim), both, lowest..=highest, &mut best);
+            }
             let run = self.table[at..at + length].iter().map(|page| page.index());
             for (score, page) in self.scores[at..].iter_mut().zip(run) {
                 *score = best[page % GROUP_PAGES];
@@ -53,7 +76,7 @@ impl<E: KvElement + Element> Kernel for Scores<'_, E> {
     }
 }
 
-/// Scores pages `lanes` of a group, and perhaps some beside them, into `best`.
+/// Raises `best` to the scores of pages `lanes` of a group, and perhaps of some beside them.
 ///
 /// `boxes` is `[head_dim, 2 (max, min), GROUP_PAGES]`; those of the group `ahead` are asked for.
 #[inline(always)]
@@ -64,7 +87,6 @@ fn score<S: Simd, E: Element>(
     lanes: RangeInclusive<usize>,
     best: &mut [f32; GROUP_PAGES],
 ) {
-    best.fill(f32::NEG_INFINITY);
     let (group, mut query) = (queries.len() / dim, 0);
     while query < group {
         // What the others asked for is on its way; a lone query asks for the row that it needs.
@@ -187,7 +209,7 @@ mod tests {
         type Output = f32;
         #[inline(always)]
         fn run<S: Simd>(self, simd: S) -> f32 {
-            let mut best = [f32::NAN; GROUP_PAGES];
+            let mut best = [f32::NEG_INFINITY; GROUP_PAGES];
             let lanes = self.3..=self.3;
             score(simd, (self.0, self.1), (self.2, self.2), lanes, &mut best);
             best[self.3]

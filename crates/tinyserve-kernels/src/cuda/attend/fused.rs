@@ -1,30 +1,73 @@
 //! Which tiles are scored, selected for and attended to in one launch.
 
-use super::plan::{MOST_QUERIES, Pages, Scored, TilePlan};
+use super::plan::{MOST_QUERIES, PART_TOKENS, Pages, Scored, TilePlan};
 use crate::cuda::pages::CudaPages;
 
-/// Up to which sizes one launch takes the place of three or four.
+/// Up to how much reading one launch takes the place of four.
 ///
-/// One block then does the work of a KV head, which saves launches and what they leave in memory
-/// between them, and leaves multiprocessors idle where the work is large.
+/// One block then does the work of a KV head. That saves launches, and it leaves multiprocessors
+/// idle that could read a part each: what the block reads, and no block of a split launch would,
+/// decides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct FusedLimits {
-    /// Pages of the sequence, which are scored.
-    pub pages: usize,
-    /// Tokens of the pages that are read.
-    pub tokens: usize,
-    /// Where the limits come from.
+pub struct FusedTable {
+    /// By the KV heads of a layer, ascending.
+    pub rows: &'static [FusedRow],
+    /// Where the numbers come from.
     pub source: &'static str,
 }
 
-impl FusedLimits {
-    /// The limits that are in use.
-    pub const DEFAULT: Self =
-        Self { pages: 256, tokens: 1024, source: "estimated, not measured on a GPU yet" };
+/// A row of the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FusedRow {
+    /// For layers of up to so many KV heads.
+    pub kv_heads: usize,
+    /// Most bytes of boxes, and of keys and values beyond one part of 512 tokens, of a KV head.
+    pub most_bytes: usize,
 }
 
-/// Whether `tile`, of `total` pages, is done in one launch. It depends on the tile alone, so that a
-/// batch changes nothing; `forced` is what the user asks for, as far as there is a kernel.
+/// What a launch costs inside a graph, in nanoseconds.
+const LAUNCH_NS: usize = 2000;
+/// Launches that one saves: scoring, selecting and merging.
+const SAVED: usize = 3;
+/// Bytes that a multiprocessor reads in a nanosecond, and multiprocessors of the modelled device.
+const BYTES_PER_NS: usize = 20;
+const MULTIPROCESSORS: usize = 108;
+
+/// The row of the model: one launch reads `bytes` in `bytes / rate`, split ones in the share of it
+/// that remains when all multiprocessors take a part of `kv_heads` lists. Equal where
+/// `bytes / rate · (1 − kv_heads / multiprocessors)` is what the saved launches cost.
+const fn modelled(kv_heads: usize) -> FusedRow {
+    let saved = SAVED * LAUNCH_NS * BYTES_PER_NS;
+    FusedRow { kv_heads, most_bytes: saved * MULTIPROCESSORS / (MULTIPROCESSORS - kv_heads) }
+}
+
+impl FusedTable {
+    /// The table that is in use.
+    pub const DEFAULT: Self = Self {
+        rows: &[
+            modelled(1),
+            modelled(2),
+            modelled(4),
+            modelled(8),
+            modelled(16),
+            modelled(32),
+            modelled(64),
+        ],
+        source: "a model of launches and bytes (2 µs a launch, 20 GB/s for each of 108 \
+                 multiprocessors), not measured on a GPU yet",
+    };
+
+    /// Most bytes for a layer of `kv_heads` KV heads; the last row is for all that have more.
+    #[must_use]
+    pub fn most_bytes(&self, kv_heads: usize) -> usize {
+        let row = self.rows.iter().find(|row| kv_heads <= row.kv_heads).or(self.rows.last());
+        row.map_or(0, |row| row.most_bytes)
+    }
+}
+
+/// Whether `tile`, of `total` pages, is done in one launch. It depends on the tile and the model
+/// alone, so that a batch changes nothing; `forced` is what the user asks for, as far as there is a
+/// kernel.
 pub(super) fn is_fused(
     tile: &TilePlan,
     total: usize,
@@ -33,7 +76,28 @@ pub(super) fn is_fused(
     forced: Option<bool>,
 ) -> bool {
     let Pages::Best { scored_by: Scored::Boxes, budget, .. } = tile.pages else { return false };
-    let limits = FusedLimits::DEFAULT;
-    let small = total <= limits.pages && budget * pages.layout().page_size() <= limits.tokens;
+    let (layout, shape) = (pages.layout(), pages.layout().shape());
+    // Of a lone query one corner of the two is read.
+    let corners = if group == 1 { 1 } else { 2 };
+    let boxes = total * corners * shape.head_dim * shape.format.element_bytes();
+    let beyond = (budget * layout.page_size()).saturating_sub(PART_TOKENS);
+    let bytes = boxes + beyond * 2 * layout.token_head_bytes();
+    let small = bytes <= FusedTable::DEFAULT.most_bytes(shape.kv_heads);
     pages.is_wide() && group <= MOST_QUERIES && forced.unwrap_or(small)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_heads_leave_less_to_share_out() {
+        let table = FusedTable::DEFAULT;
+        assert!(table.rows.is_sorted_by(|a, b| a.kv_heads < b.kv_heads));
+        assert!(table.rows.is_sorted_by(|a, b| a.most_bytes < b.most_bytes));
+        assert_eq!(table.most_bytes(3), modelled(4).most_bytes);
+        assert_eq!(table.most_bytes(1000), modelled(64).most_bytes);
+        // 64 KV heads leave 44 of 108 multiprocessors.
+        assert_eq!(modelled(64).most_bytes, 120_000 * 108 / 44);
+    }
 }

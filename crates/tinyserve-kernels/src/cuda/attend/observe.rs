@@ -1,7 +1,7 @@
 //! What attention tells about its weights: log-sum-exp, entropy, mass, recall.
 
 use super::plan::{Layout, Pages, TilePlan};
-use super::{Call, Placed, STATE, Scratch, offset};
+use super::{Call, Placed, STATE, Scratch};
 use crate::cuda::CudaTensor;
 use crate::cuda::error::CudaError;
 use crate::cuda::launch::{Arg, Shape};
@@ -58,11 +58,11 @@ impl Call<'_> {
                 self.qkv,
                 self.pages.layer(self.layer),
                 placed.tables,
-                offset(placed.records, first * size_of_val(&plan.records[0])),
+                placed.records.offset(first * size_of_val(&plan.records[0])),
                 placed.lists,
                 placed.lengths,
                 states,
-                offset(mass.out.arg(), 4 * start * layout.page_size()),
+                mass.out.arg().offset(4 * start * layout.page_size()),
                 self.pages.shape(),
                 Arg::count(heads.group()),
                 Arg::count(heads.qkv_width()),

@@ -5,12 +5,13 @@ use std::ops::Range;
 use bytemuck::{Pod, Zeroable};
 use tinyserve_kv::{KvLayout, ScoreCost, Scorer, SelectionPolicy};
 
+use super::super::bucket::bucket;
 use super::super::pages::CudaPages;
 use super::fused::is_fused;
 use crate::{AttendSequence, AttendStats, Attention, Heads};
 
 /// Tokens of a part: a list of one row is read by a block for each.
-const PART_TOKENS: usize = 512;
+pub(super) const PART_TOKENS: usize = 512;
 /// Queries that one pass over keys and values serves, at most.
 pub(super) const MOST_QUERIES: usize = 8;
 /// As `ts::NO_PARTS`.
@@ -19,6 +20,8 @@ const NO_PARTS: u32 = u32::MAX;
 const LEAST_BUCKET: usize = 16;
 /// As `ts::FUSED`.
 const FUSED: u32 = u32::MAX - 1;
+/// As `ts::NO_TILE`.
+const NO_TILE: u32 = u32::MAX;
 
 /// `ts::Tile` in kernels/tile.cuh: neighbouring rows of one sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
@@ -38,6 +41,24 @@ pub(super) struct TileRecord {
     open: u32,
 }
 
+impl TileRecord {
+    /// A tile of no rows, which fills up a bucket.
+    const NOTHING: Self = Self {
+        row: 0,
+        rows: 0,
+        visible: 0,
+        table: 0,
+        list: 0,
+        list_stride: 0,
+        lengths: 0,
+        parts: NO_PARTS,
+        budget: 0,
+        sink: 0,
+        recent: 0,
+        open: u32::MAX,
+    };
+}
+
 /// What pages are scored by, of what there are kernels for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Scored {
@@ -50,11 +71,10 @@ pub(super) enum Scored {
 impl Scored {
     /// What `policy` is run by on a device; `None` where it is run on the host.
     pub(super) fn of(policy: &SelectionPolicy) -> Option<Self> {
-        // The budget and the reduction are the same for both.
-        let by_boxes = SelectionPolicy { scorer: Scorer::BOX, ..*policy };
         match policy.scorer.name() {
-            _ if policy.has_kernels() => Some(Self::Boxes),
-            "mean-std" if by_boxes.has_kernels() => Some(Self::Moments),
+            _ if !policy.ranks_by_maximum() => None,
+            _ if policy.scorer == Scorer::BOX => Some(Self::Boxes),
+            "mean-std" => Some(Self::Moments),
             _ => None,
         }
     }
@@ -170,13 +190,17 @@ pub(super) struct Layout {
     pub(super) tables: Vec<u32>,
     /// Lengths of the lists, by tile and KV head.
     pub(super) lengths: Vec<u32>,
-    /// Tiles whose pages are scored: first those by boxes, then those by moments.
+    /// Tiles whose pages are scored: first those by boxes, then those by moments; either of them
+    /// filled up to a bucket.
     pub(super) selecting: Vec<u32>,
     /// How many are scored by boxes.
     pub(super) by_boxes: usize,
-    /// Those that are scored, selected for and attended to in one launch, and most of their pages.
+    /// Those that are scored, selected for and attended to in one launch, filled up to a bucket, and
+    /// most of their pages.
     pub(super) fused: Vec<u32>,
     pub(super) most_fused_pages: usize,
+    /// Whether there are others.
+    pub(super) attends: bool,
     /// Entries of all lists.
     pub(super) list_entries: usize,
     /// Lists that the host knows, by where they lie.
@@ -266,15 +290,28 @@ impl Layout {
             all.most_queries = all.most_queries.max(tile.rows.len() * heads.group());
             all.records.push(record);
         }
+        all.attends = all.fused.len() < tiles.len();
+        all.fill_up();
         all.most_parts = all.most_parts.next_power_of_two();
-        all.most_pages = bucket(all.most_pages);
-        all.most_fused_pages = bucket(all.most_fused_pages);
+        all.most_pages = page_bucket(all.most_pages);
+        all.most_fused_pages = page_bucket(all.most_fused_pages);
         all
+    }
+
+    /// Fills lists of tiles up to buckets, so that steps of nearly as many sequences are alike.
+    fn fill_up(&mut self) {
+        self.records.resize(bucket(self.records.len()), TileRecord::NOTHING);
+        self.fused.resize(bucket(self.fused.len()), NO_TILE);
+        let mut by_moments = self.selecting.split_off(self.by_boxes);
+        self.by_boxes = bucket(self.by_boxes);
+        self.selecting.resize(self.by_boxes, NO_TILE);
+        by_moments.resize(bucket(by_moments.len()), NO_TILE);
+        self.selecting.append(&mut by_moments);
     }
 }
 
 /// Pages that launches are made for, so that steps of nearly the same length are alike.
-fn bucket(pages: usize) -> usize {
+fn page_bucket(pages: usize) -> usize {
     if pages == 0 { 0 } else { pages.next_power_of_two().max(LEAST_BUCKET) }
 }
 
@@ -285,6 +322,10 @@ impl Layout {
         let mut all = Self { most_parts: 1, most_queries: self.most_queries, ..Self::default() };
         for record in &self.records {
             let mut record = TileRecord { list_stride: 0, parts: NO_PARTS, ..*record };
+            if record.rows == 0 {
+                all.records.push(record);
+                continue;
+            }
             let tokens = (record.visible + record.rows - 1) as usize;
             let parts = tokens.div_ceil(page_size).div_ceil(part_pages);
             if record.rows == 1 && parts > 1 {
