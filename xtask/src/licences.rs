@@ -151,6 +151,11 @@ mod tests {
     }
 
     #[test]
+    fn the_binary_may_be_shipped() {
+        check(&crate::root()).unwrap();
+    }
+
+    #[test]
     fn what_is_not_allowed_is_named() {
         let rules = "# rules\n[licenses]\n# these\nallow = [\"MIT\", \"ISC\"]\n\n[bans]\n";
         let allowed = allowed(rules).unwrap();

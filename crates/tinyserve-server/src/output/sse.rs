@@ -1,6 +1,7 @@
 //! An answer as a stream of server-sent events.
 
 use std::pin::Pin;
+use std::sync::LazyLock;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -15,9 +16,17 @@ use crate::request::StreamSettings;
 
 /// Bytes after which what is there is sent before more is written.
 const FULL: usize = 64 << 10;
-/// How long what follows a token waits for company. A small model draws several tokens meanwhile:
+/// How long at most what follows a token waits for company. A small model draws several tokens meanwhile:
 /// they leave in one write and wake their reader once, which costs as much as one token does.
 const PAUSE: Duration = Duration::from_millis(4);
+
+/// When the pause that begins at `now` ends: for all streams at once, so that their thread wakes up
+/// once for all of them.
+fn end_of_pause(now: Instant) -> Instant {
+    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+    let into = now.duration_since(*START).as_nanos() % PAUSE.as_nanos();
+    now + PAUSE - Duration::from_nanos(into as u64)
+}
 
 /// Turns the events of a request's choices into the text of a stream.
 ///
@@ -126,10 +135,27 @@ impl<O: Output> Stream for EventStream<O> {
         } else {
             this.keep_alive.reset();
             if told && !this.done {
-                this.pause.as_mut().reset(Instant::now() + PAUSE);
+                this.pause.as_mut().reset(end_of_pause(Instant::now()));
                 this.pausing = true;
             }
         }
         Poll::Ready(Some(Ok(out.into())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_end_together() {
+        // The first one is the beginning of time.
+        end_of_pause(Instant::now());
+        let now = Instant::now();
+        let end = end_of_pause(now);
+        assert!(end > now && end <= now + PAUSE);
+        let short = (end - now) / 2;
+        assert_eq!(end_of_pause(now + short), end);
+        assert_eq!(end_of_pause(end), end + PAUSE);
     }
 }
