@@ -5,6 +5,7 @@
 #include <dlfcn.h>
 #include <link.h>
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <unordered_map>
@@ -114,7 +115,8 @@ static void access(uintptr_t a, size_t n, bool is_write, bool atomic, void* ret)
     if (it == allocations.begin() || (--it, a + n > it->first + it->second))
       report("out of bounds", a, n, is_write, pc, nullptr, "global");
   }
-  if (a % n)
+  // A structure is read in pieces that its size is a multiple of, of 16 bytes at most.
+  if (a % std::min<size_t>(n & -n, 16))
     report("misaligned", a, n, is_write, pc, nullptr, shared ? "shared" : "global");
   for (uintptr_t x = a; x < a + n; x++) {
     Cell& c = *cells(x);
