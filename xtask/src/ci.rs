@@ -154,8 +154,18 @@ impl Action {
     }
 }
 
-const TREE: &[&str] =
-    &["tree", "--locked", "-p", "tinyserve-cli", "-e", "normal,build", "--prefix", "none"];
+const TREE: &[&str] = &[
+    "tree",
+    "--color",
+    "never",
+    "--locked",
+    "-p",
+    "tinyserve-cli",
+    "-e",
+    "normal,build",
+    "--prefix",
+    "none",
+];
 
 /// The lines of `cargo tree --prefix none` that name a package which compiles C.
 fn c_builders(tree: &str) -> Vec<String> {

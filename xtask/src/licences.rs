@@ -11,6 +11,8 @@ use anyhow::{Context, Result, bail};
 /// What prints each package that the binary contains or is built by, with its licence.
 pub(crate) const TREE: &[&str] = &[
     "tree",
+    "--color",
+    "never",
     "--locked",
     "-p",
     "tinyserve-cli",
