@@ -707,7 +707,7 @@ mod tests {
             (
                 "1.toml",
                 "open_page_dtype = \"bf16\"\nkv_cache_dtype = \"int4\"",
-                "unknown variant `bf16`, expected `f16` or `f32`",
+                "unknown variant `bf16`, expected one of `f16`",
             ),
             ("g.json", "{", "EOF"),
             ("h.yaml", "", ".json or .toml"),
