@@ -149,20 +149,20 @@ fn projections<B: Backend>(
 ) -> Result<(), KernelError> {
     for format in FORMATS {
         // Blocks of quantised outputs that end between the halves of a gate, parts that differ,
-        // and enough to split among threads.
-        for (inputs, parts) in [
-            (40, vec![21, 21]),
-            (64, vec![48]),
-            (72, vec![5, 27]),
-            (131, vec![160, 160]),
-            (300, vec![224, 224]),
+        // little work, and enough to be split among threads by few wide rows and by many.
+        for (inputs, parts, rows) in [
+            (131, vec![160, 160], vec![1, 3]),
+            (40, vec![21, 21], vec![1, 35]),
+            (24, vec![5, 27], vec![3, 2_100]),
+            (16, vec![160, 160], vec![220]),
+            (8, vec![12_016, 12_016], vec![3]),
         ] {
             let layer = load(backend, (MatrixLayout::OutIn, (DType::F16, format), inputs, &parts))?;
             for function in
                 [None, Some((Activation::GeluTanh, false)), Some((Activation::Silu, true))]
             {
-                for (kind, rows) in [(NormKind::Layer, 1), (NormKind::Rms, 3), (NormKind::Rms, 35)]
-                {
+                for &rows in &rows {
+                    let kind = if rows == 3 { NormKind::Layer } else { NormKind::Rms };
                     let case = format!(
                         "{kind:?} {format:?} [{rows}, {inputs}] to {parts:?}, {function:?}"
                     );
