@@ -68,17 +68,16 @@ impl Backend for Perturbed {
             self.cpu.copy_page(pages, copy);
         }
     }
-    fn download_page(
+    fn download_pages<E: From<KernelError>>(
         &self,
         pages: &HostPages,
-        page: PageId,
-        out: &mut Vec<u8>,
-    ) -> Result<(), KernelError> {
-        self.cpu.download_page(pages, page, out)?;
-        if self.op == "download_page" {
-            out.fill(0);
-        }
-        Ok(())
+        ids: &[PageId],
+        mut take: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.cpu.download_pages(pages, ids, |bytes| match self.op {
+            "download_pages" => take(&vec![0; bytes.len()]),
+            _ => take(bytes),
+        })
     }
     fn upload_page(
         &self,
@@ -245,7 +244,7 @@ fn a_wrong_result_fails_its_operation_and_no_other() {
         }
     }
     assert!(!failing("attend stats", Fault::Nudge).is_empty());
-    for op in ["copy_page", "download_page", "upload_page"] {
+    for op in ["copy_page", "download_pages", "upload_page"] {
         assert!(!failing(op, Fault::Nudge).is_empty(), "{op}");
     }
     assert!(failing("none", Fault::Nudge).is_empty());

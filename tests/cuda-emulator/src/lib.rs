@@ -95,6 +95,8 @@ pub fn folder(build: Build) -> Result<PathBuf, Unavailable> {
 pub struct Emulator {
     seed: Symbol<unsafe extern "C" fn(u64)>,
     fail: Symbol<unsafe extern "C" fn(*const c_char)>,
+    waits: Symbol<unsafe extern "C" fn() -> u64>,
+    idle: Symbol<unsafe extern "C" fn() -> *const c_char>,
     /// Loaded as long as the process: the bindings' own search for libcuda.so is answered by it.
     _library: Library,
 }
@@ -110,6 +112,23 @@ impl Emulator {
     pub fn fail(&self, kernel: &CStr) {
         // SAFETY: the function copies the name; the library is never unloaded.
         unsafe { (self.fail)(kernel.as_ptr()) };
+    }
+
+    /// Times that the host has waited so far, for work that had not run.
+    #[must_use]
+    pub fn waits(&self) -> u64 {
+        // SAFETY: the function reads a number; the library is never unloaded.
+        unsafe { (self.waits)() }
+    }
+
+    /// Kernels that were not launched so far, in the order of the alphabet.
+    #[must_use]
+    pub fn idle_kernels(&self) -> Vec<String> {
+        // SAFETY: the function fills a string of its own; the library is never unloaded.
+        let names = unsafe { CStr::from_ptr((self.idle)()) }.to_string_lossy().into_owned();
+        let mut names: Vec<String> = names.split_whitespace().map(str::to_owned).collect();
+        names.sort();
+        names
     }
 }
 
@@ -233,9 +252,14 @@ fn load(build: Build) -> Result<Emulator, Unavailable> {
     let library = library.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     // SAFETY: the name and the type are those of cpp/driver.cpp.
     let seed = unsafe { library.get(b"cuda_emulator_seed\0") };
-    let seed = seed.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     // SAFETY: as above.
     let fail = unsafe { library.get(b"cuda_emulator_fail\0") };
-    let fail = fail.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    Ok(Emulator { seed, fail, _library: library })
+    // SAFETY: as above.
+    let waits = unsafe { library.get(b"cuda_emulator_waits\0") };
+    // SAFETY: as above.
+    let idle = unsafe { library.get(b"cuda_emulator_idle\0") };
+    let (Ok(seed), Ok(fail), Ok(waits), Ok(idle)) = (seed, fail, waits, idle) else {
+        panic!("{}: a function of cpp/driver.cpp is missing", path.display());
+    };
+    Ok(Emulator { seed, fail, waits, idle, _library: library })
 }

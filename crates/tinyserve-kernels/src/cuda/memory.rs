@@ -1,9 +1,10 @@
 //! Device memory, and what is sent to it.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use bytemuck::Pod;
-use cudarc::driver::{CudaSlice, DevicePtr, PinnedHostSlice, sys};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, PinnedHostSlice, sys};
 
 use super::device::driver_error;
 use super::error::CudaError;
@@ -110,6 +111,28 @@ impl Buffer {
         let copied = device.stream.memcpy_dtoh(&from, bytes);
         copied.map_err(driver_error("copying from the device"))?;
         device.stream.synchronize().map_err(driver_error("waiting for the device"))
+    }
+}
+
+impl Buffer {
+    /// Writes pinned `bytes` at its start, once `stream` comes to it.
+    pub(super) fn write_on(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        bytes: &[u8],
+    ) -> Result<(), CudaError> {
+        let mut to = self.slice.slice_mut(..bytes.len());
+        stream.memcpy_htod(bytes, &mut to).map_err(driver_error("copying to the device"))
+    }
+
+    /// Reads pinned `bytes` from its start, once `stream` comes to it.
+    pub(super) fn read_on(
+        &self,
+        stream: &Arc<CudaStream>,
+        bytes: &mut [u8],
+    ) -> Result<(), CudaError> {
+        let from = self.slice.slice(..bytes.len());
+        stream.memcpy_dtoh(&from, bytes).map_err(driver_error("copying from the device"))
     }
 }
 
