@@ -128,7 +128,7 @@ impl<B: Backend> Runner<B> {
 }
 
 /// Selects that share of the pages, at any length, behind `dense_layers`.
-fn selecting(ratio: f32, dense_layers: usize) -> SelectionPolicy {
+fn selecting(ratio: f64, dense_layers: usize) -> SelectionPolicy {
     let budget = Budget::Ratio(ratio);
     SelectionPolicy { budget, min_context: 0, dense_layers, ..SelectionPolicy::default() }
 }
