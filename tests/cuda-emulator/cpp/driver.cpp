@@ -58,7 +58,11 @@ static long setting(const char* name, long otherwise) {
   const char* text = getenv(name);
   return text ? strtol(text, nullptr, 10) : otherwise;
 }
-static size_t total_memory() { return size_t(setting("CUDA_EMULATOR_MEMORY", long(4) << 30)); }
+// What a test leaves; 0 is what the environment says.
+static size_t limit;
+static size_t total_memory() {
+  return limit ? limit : size_t(setting("CUDA_EMULATOR_MEMORY", long(4) << 30));
+}
 static uint64_t seed = uint64_t(setting("CUDA_EMULATOR_SEED", 0));
 // A kernel whose launches fail; none when empty.
 static std::string failing = getenv("CUDA_EMULATOR_FAIL") ? getenv("CUDA_EMULATOR_FAIL") : "";
@@ -66,7 +70,7 @@ static const std::string skipped = getenv("CUDA_EMULATOR_SKIP") ? getenv("CUDA_E
 static std::recursive_mutex mu;
 static Stream null_stream;
 static int ctx_obj;
-static size_t used;
+static size_t used, peak;
 static std::vector<std::pair<char*, size_t>> mem, pinned;
 // Never deleted: others may wait for what was in them.
 static std::vector<Stream*> streams = {&null_stream};
@@ -132,6 +136,7 @@ static CUresult alloc(CUdeviceptr* p, size_t n) {
     return OOM;
   memset(q, 0xCD, n);
   used += n;
+  peak = std::max(peak, used);
   mem.push_back({q, n});
   cuda_emulator_track(q, n);
   *p = (CUdeviceptr)q;
@@ -296,7 +301,12 @@ API cuEventElapsedTime(float* ms, void* a, void* b) {
 API cuMemAlloc_v2(CUdeviceptr* p, size_t n) { return alloc(p, n); }
 // Stricter than CUDA: a graph owns no memory.
 API cuMemAllocAsync(CUdeviceptr* p, size_t n, void* s) {
-  return st(s)->cap ? CAPTURE_UNSUPPORTED : alloc(p, n);
+  if (st(s)->cap)
+    return CAPTURE_UNSUPPORTED;
+  // What was freed before, in this stream, is there again.
+  std::lock_guard<std::recursive_mutex> l(mu);
+  run_until(st(s), st(s)->run + st(s)->waiting.size());
+  return alloc(p, n);
 }
 API cuMemFree_v2(CUdeviceptr p) {
   run_everything();
@@ -354,7 +364,10 @@ API cuMemcpyHtoDAsync_v2(CUdeviceptr d, const void* s, size_t n, void* q) {
 }
 API cuMemcpyDtoHAsync_v2(void* d, CUdeviceptr s, size_t n, void* q) {
   CUresult r = copy(q, d, (void*)s, n, true, valid(s, n));
-  return r || st(q)->cap || is_pinned(d, n) ? r : finish(st(q));
+  if (r || st(q)->cap || is_pinned(d, n))
+    return r;
+  waits++;
+  return finish(st(q));
 }
 API cuMemcpyDtoDAsync_v2(CUdeviceptr d, CUdeviceptr s, size_t n, void* q) {
   return copy(q, (void*)d, (void*)s, n, valid(d, n), valid(s, n));
@@ -479,6 +492,16 @@ extern "C" __attribute__((visibility("default"))) const char* cuda_emulator_idle
     if (!k->launches)
       names += std::string(names.empty() ? "" : " ") + k->name;
   return names.c_str();
+}
+// Bytes that were allocated at most since the last call.
+extern "C" __attribute__((visibility("default"))) uint64_t cuda_emulator_peak() {
+  run_everything();
+  return std::exchange(peak, used);
+}
+// Leaves so many bytes free; all of them again when it is none.
+extern "C" __attribute__((visibility("default"))) void cuda_emulator_leave(uint64_t bytes) {
+  run_everything();
+  limit = bytes ? used + bytes : 0;
 }
 // Has launches of a kernel fail from now on; of none when the name is empty.
 extern "C" __attribute__((visibility("default"))) void cuda_emulator_fail(const char* name) { failing = name; }

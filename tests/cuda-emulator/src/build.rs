@@ -32,6 +32,9 @@ const PARTS: [&str; 3] = ["fibers", "driver", "checker"];
 /// The folder beside libcuda.so that holds the look-alike of cuBLAS.
 pub(crate) const CUBLAS: &str = "cublas";
 
+/// The program beside libcuda.so of the checker, which runs kernels with mistakes.
+pub(crate) const BROKEN: &str = "broken";
+
 /// One object file: its name, its source, and how it is compiled.
 struct Unit {
     name: String,
@@ -203,25 +206,13 @@ fn compile(build: Build, compiler: &Compiler, sources: &Sources, folder: &Path) 
         let flags = if checks { vec!["-O1", "-fsanitize=thread"] } else { vec!["-O2"] };
         units.push(Unit { name: format!("kernel_{name}"), source, flags });
     }
-    let object = |unit: &Unit| folder.join(format!("{}.o", unit.name));
     let next = AtomicUsize::new(0);
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(units.len());
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
                 while let Some(unit) = units.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let common =
-                        ["-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-w", "-c", "-I"];
-                    let mut arguments: Vec<OsString> = common.map(OsString::from).to_vec();
-                    arguments.extend([cpp.clone().into(), "-I".into(), kernels().into()]);
-                    arguments.extend(Compiler::machine_flags().into_iter().map(OsString::from));
-                    arguments.extend(unit.flags.iter().map(OsString::from));
-                    arguments.extend([
-                        unit.source.clone().into(),
-                        "-o".into(),
-                        object(unit).into(),
-                    ]);
-                    compiler.run(arguments);
+                    compile_unit(compiler, unit, folder);
                 }
             });
         }
@@ -230,9 +221,22 @@ fn compile(build: Build, compiler: &Compiler, sources: &Sources, folder: &Path) 
     let mut arguments: Vec<OsString> =
         ["-shared", "-Wl,-soname,libcuda.so", "-o"].map(OsString::from).to_vec();
     arguments.push(folder.join("libcuda.so").into());
-    arguments.extend(units.iter().map(|unit| object(unit).into()));
+    arguments.extend(units.iter().map(|unit| object(folder, &unit.name).into()));
     arguments.push("-ldl".into());
     compiler.run(arguments);
+    if checks {
+        // A program of its own: it tells what the checker finds.
+        let broken = Unit {
+            name: BROKEN.to_owned(),
+            source: cpp.join("broken.cpp"),
+            flags: vec!["-O1", "-fsanitize=thread"],
+        };
+        compile_unit(compiler, &broken, folder);
+        let mut arguments = vec![OsString::from("-o"), folder.join(BROKEN).into()];
+        arguments.extend(["broken", "fibers", "checker"].map(|name| object(folder, name).into()));
+        arguments.push("-ldl".into());
+        compiler.run(arguments);
+    }
     // Apart, so that a process sees it only if it is told to.
     let cublas = folder.join(CUBLAS);
     fs::create_dir_all(&cublas).unwrap_or_else(|e| panic!("{}: {e}", cublas.display()));
@@ -242,6 +246,22 @@ fn compile(build: Build, compiler: &Compiler, sources: &Sources, folder: &Path) 
             .to_vec();
     arguments.extend([cublas.join("libcublas.so").into(), cpp.join("cublas.cpp").into()]);
     compiler.run(arguments);
+}
+
+fn compile_unit(compiler: &Compiler, unit: &Unit, folder: &Path) {
+    let cpp = Path::new(env!("CARGO_MANIFEST_DIR")).join("cpp");
+    let common = ["-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-w", "-c", "-I"];
+    let mut arguments: Vec<OsString> = common.map(OsString::from).to_vec();
+    arguments.extend([cpp.into(), "-I".into(), kernels().into()]);
+    arguments.extend(Compiler::machine_flags().into_iter().map(OsString::from));
+    arguments.extend(unit.flags.iter().map(OsString::from));
+    arguments.extend([unit.source.clone().into(), "-o".into()]);
+    arguments.push(object(folder, &unit.name).into());
+    compiler.run(arguments);
+}
+
+fn object(folder: &Path, name: &str) -> PathBuf {
+    folder.join(format!("{name}.o"))
 }
 
 #[cfg(test)]

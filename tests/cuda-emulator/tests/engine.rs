@@ -5,7 +5,7 @@ use std::ffi::CStr;
 use std::path::Path;
 
 use tinyserve_cuda_emulator::{Emulator, ready};
-use tinyserve_kernels::{Backend, Cuda, CudaDevice};
+use tinyserve_kernels::{Cuda, CudaDevice};
 use tinyserve_kv::KvFormat;
 use tinyserve_model::{Checkpoint, KvCache, Model, SamplingParams};
 use tinyserve_sched::{Engine, EngineConfig, Event, EventStream, Failure, ModelRunner, Request};
@@ -75,7 +75,7 @@ fn requests_that_fail_leave_the_engine_usable() {
         assert_eq!(expected.len(), 6);
         a_kernel_fails(emulator, &engine, &expected);
         a_kernel_fails_amid_an_answer(emulator, &engine, &expected);
-        there_is_no_memory(&engine, &expected);
+        there_is_no_memory(emulator, &engine, &expected);
         engine.drain().wait().unwrap();
         let stats = engine.stats();
         assert_eq!((stats.running, stats.pages_used), (0, 0), "{format}: pages come back");
@@ -114,16 +114,13 @@ fn a_kernel_fails_amid_an_answer(emulator: &Emulator, engine: &Engine, expected:
 }
 
 /// Somebody else takes nearly all of it, and gives it back.
-fn there_is_no_memory(engine: &Engine, expected: &[u32]) {
-    let cuda = Cuda::new(0).unwrap();
-    let layout = checkpoint().config().kv_layout(16, KvFormat::F16).unwrap();
-    let few = (free() - (16 << 10)) / layout.bytes_per_page() / 64 * 64;
-    let taken = cuda.allocate_pages(layout, few).unwrap();
+fn there_is_no_memory(emulator: &Emulator, engine: &Engine, expected: &[u32]) {
+    emulator.leave_free(Some(16 << 10));
     let long: Vec<u32> = (0..150).map(|i| i % 100).collect();
     let told = sentence(answer(submit(engine, &long, 2)));
     let words = ["no memory for", "bytes asked for", "free; lower", "--kv-cache-dtype"];
     assert!(words.iter().all(|words| told.contains(words)), "{told}");
-    drop(taken);
+    emulator.leave_free(None);
     assert_eq!(answer(submit(engine, &long, 2)).unwrap().len(), 2);
     assert_eq!(answer(submit(engine, &PROMPT, 6)).unwrap(), expected);
 }

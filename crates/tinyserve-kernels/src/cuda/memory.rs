@@ -13,6 +13,9 @@ use super::launch::{Arg, Launcher};
 /// Bytes of a staging buffer for weights: large enough to hide the call, small enough to pin.
 const STAGE_BYTES: usize = 8 << 20;
 
+/// Bytes up to which a buffer grows to the next power of two.
+const LARGE_BYTES: usize = 1 << 20;
+
 /// Bytes on a device; given back when dropped, behind the work that is under way.
 #[derive(Debug)]
 pub(super) struct Buffer {
@@ -183,8 +186,16 @@ pub(super) fn grown<'a>(
     }
     match buffer {
         Some(buffer) => Ok(buffer),
-        empty => Ok(empty.insert(Buffer::zeroed(device, bytes.next_power_of_two(), what)?)),
+        empty => Ok(empty.insert(Buffer::zeroed(device, room(bytes), what)?)),
     }
+}
+
+/// Bytes of a buffer that is to hold `bytes`: more than that, so that a slightly larger step, or
+/// one that comes again, finds it where it is.
+pub(super) fn room(bytes: usize) -> usize {
+    let power = bytes.next_power_of_two();
+    // Of large ones, at most a quarter is room to grow.
+    if bytes <= LARGE_BYTES { power } else { bytes.next_multiple_of(power / 8) }
 }
 
 /// Two pinned buffers that take turns, so that reading a file and copying to the device overlap.

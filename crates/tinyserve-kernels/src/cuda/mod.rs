@@ -23,6 +23,7 @@ mod pages;
 mod queue;
 mod tensor;
 mod top_logits;
+mod workload;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -33,6 +34,7 @@ pub use device::CudaDevice;
 pub use error::{CudaError, CudaVersion};
 pub use pages::CudaPages;
 pub use tensor::{CudaLinear, CudaTensor, CudaVector};
+pub use workload::CudaWorkload;
 
 use crate::{
     ActivateArgs, Activation, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs,
