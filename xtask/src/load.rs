@@ -51,6 +51,9 @@ pub(crate) struct Args {
     /// Requests of each turn of --overhead.
     #[arg(long, default_value_t = 2000)]
     requests: usize,
+    /// Turns of --overhead.
+    #[arg(long, default_value_t = 5, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
+    turns: usize,
     /// Flags of the server, such as "--max-num-seqs 32".
     #[arg(long, default_value = "", allow_hyphen_values = true)]
     serve: String,

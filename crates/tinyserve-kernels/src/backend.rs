@@ -469,10 +469,16 @@ pub trait Backend: Send + Sized {
         &KvFormat::FLOATS
     }
 
-    /// Memory for `pages` pages, in one of [`Self::kv_formats`].
+    /// The formats that it has for open pages where full ones become codes.
+    fn open_formats(&self) -> &'static [KvFormat] {
+        &[KvFormat::F16]
+    }
+
+    /// Memory for `pages` pages, in one of [`Self::kv_formats`] and, where that has codes, of
+    /// [`Self::open_formats`].
     ///
     /// # Errors
-    /// When the device has no memory for them.
+    /// When the device has no memory for them, or open pages are in a format that it has not.
     fn allocate_pages(&self, layout: KvLayout, pages: usize) -> Result<Self::KvPages, KernelError>;
 
     /// Copies a page, for copy on write.

@@ -110,6 +110,10 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
         self.inner.kv_formats()
     }
 
+    fn open_formats(&self) -> &'static [KvFormat] {
+        self.inner.open_formats()
+    }
+
     fn copy_page(&self, pages: &mut B::KvPages, copy: PageCopy) {
         self.inner.copy_page(pages, copy);
     }

@@ -14,10 +14,22 @@ use serde_json::{Value, json};
 use super::{Args, Client, get, quantiles};
 use crate::clients::Served;
 
-/// Times that each way takes its turn.
-const TURNS: usize = 3;
 /// Scrapes whose times are told.
 const SCRAPES: usize = 1000;
+
+/// How the clients want their answers.
+#[derive(Clone, Copy)]
+struct Way {
+    name: &'static str,
+    /// Whether the request with this number is streamed.
+    streams: fn(usize) -> bool,
+}
+
+const WAYS: [Way; 3] = [
+    Way { name: "whole answers", streams: |_| false },
+    Way { name: "half of each", streams: |number| number % 2 == 1 },
+    Way { name: "streams", streams: |_| true },
+];
 
 /// Runs the load in turns, and prints each turn's tokens per second and the ratios of the medians.
 pub(super) fn run(root: &Path, args: &Args) -> Result<()> {
@@ -28,33 +40,38 @@ pub(super) fn run(root: &Path, args: &Args) -> Result<()> {
     let mut server = Served::start(root, &flags)?;
     let address = server.address.trim_start_matches("http://").to_owned();
     println!(
-        "{} requests of {} prompt and {} answer tokens, {} at once, {TURNS} turns; prompt and answer tokens per second",
-        args.requests, args.prompt_tokens, args.max_tokens, args.connections
+        "{} requests of {} prompt and {} answer tokens, {} at once, {} turns; prompt and answer tokens per second",
+        args.requests, args.prompt_tokens, args.max_tokens, args.connections, args.turns
     );
-    let names = ["in process", "whole answers", "streams"];
-    let mut turns: [Vec<f64>; 3] = Default::default();
+    let mut process = Vec::new();
+    let mut ways = WAYS.map(|way| (way, Vec::new()));
     // One of each that does not count: pages of memory, caches, the allocator.
-    for turn in 0..=TURNS {
-        let measured = [
-            in_process(root, args)?,
-            through_http(&address, args, false, turn)?,
-            through_http(&address, args, true, turn)?,
-        ];
-        if turn > 0 {
-            for ((name, all), measured) in names.iter().zip(&mut turns).zip(measured) {
+    for turn in 0..=args.turns {
+        let note = |name: &str, all: &mut Vec<f64>, measured: f64| {
+            if turn > 0 {
                 println!("turn {turn}  {name:<14} {measured:>9.0} tok/s");
                 all.push(measured);
             }
+        };
+        note("in process", &mut process, in_process(root, args)?);
+        for (number, (way, all)) in ways.iter_mut().enumerate() {
+            // Other prompts every time: what is cached is not computed.
+            let first = (turn * WAYS.len() + number) * args.requests;
+            note(way.name, all, through_http(&address, args, way.streams, first)?);
         }
     }
-    let [process, whole, streams] = turns.map(|mut all| {
-        all.sort_by(f64::total_cmp);
-        all[all.len() / 2]
-    });
-    println!("whole answers / in process   {:.3}", whole / process);
-    println!("streams / in process         {:.3}", streams / process);
+    let process = median(process);
+    println!("{:<28} {process:.0} tok/s", "in process");
+    for (way, all) in ways {
+        println!("{:<28} {:.3}", format!("{} / in process", way.name), median(all) / process);
+    }
     println!("a scrape of /metrics         {}", scrapes(&address)?);
     server.stop()
+}
+
+fn median(mut all: Vec<f64>) -> f64 {
+    all.sort_by(f64::total_cmp);
+    all[all.len() / 2]
 }
 
 /// Tokens per second of `tinyserve bench serve`.
@@ -75,8 +92,14 @@ fn in_process(root: &Path, args: &Args) -> Result<f64> {
     figures["total_token_throughput"].as_f64().context("total_token_throughput")
 }
 
-/// Tokens per second of as many clients as requests run at once.
-fn through_http(address: &str, args: &Args, stream: bool, turn: usize) -> Result<f64> {
+/// Tokens per second of `args.connections` clients, whose prompts are drawn with the seeds from
+/// `first` on.
+fn through_http(
+    address: &str,
+    args: &Args,
+    streams: fn(usize) -> bool,
+    first: usize,
+) -> Result<f64> {
     let (next, failed) = (AtomicUsize::new(0), Mutex::new(None));
     let tokens = AtomicUsize::new(0);
     let start = Instant::now();
@@ -89,9 +112,8 @@ fn through_http(address: &str, args: &Args, stream: bool, turn: usize) -> Result
                     if number >= args.requests {
                         return;
                     }
-                    // Other prompts every time: what is cached is not computed.
-                    let turn = 2 * turn + usize::from(stream);
-                    let mut rng = ChaCha8Rng::seed_from_u64((turn * args.requests + number) as u64);
+                    let stream = streams(number);
+                    let mut rng = ChaCha8Rng::seed_from_u64((first + number) as u64);
                     let prompt: Vec<u32> =
                         (0..args.prompt_tokens).map(|_| 3 + rng.next_u32() % 250).collect();
                     let body = json!({

@@ -233,6 +233,10 @@ impl Backend for Cpu {
         &KvFormat::ALL
     }
 
+    fn open_formats(&self) -> &'static [KvFormat] {
+        &[KvFormat::F16, KvFormat::F32]
+    }
+
     fn copy_page(&self, pages: &mut HostPages, copy: PageCopy) {
         pages.copy(copy);
     }

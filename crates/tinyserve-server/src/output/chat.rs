@@ -74,11 +74,7 @@ impl ChatOutput {
         Self { header, texts, form, logprobs, prompt, choices }
     }
 
-    fn object<'a>(
-        &'a self,
-        choices: Vec<ChoiceObject<'a>>,
-        usage: Option<Usage>,
-    ) -> Object<'a, ChoiceObject<'a>> {
+    fn object<Choices>(&self, choices: Choices, usage: Option<Usage>) -> Object<'_, Choices> {
         let kind = if self.form.streamed { "chat.completion.chunk" } else { "chat.completion" };
         self.header.object(kind, choices, usage)
     }
@@ -89,13 +85,16 @@ impl ChatOutput {
         delta: Delta<'_>,
         tokens: &[ScoredToken],
         end: Option<&Ending>,
-        out: &mut String,
+        out: &mut Vec<u8>,
     ) {
         let mut logprobs = ChatLogprobs::default();
         if let Some(most) = self.logprobs {
             tokens.iter().for_each(|token| logprobs.push(token, most, &self.texts));
         }
-        let ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
+        let ids: Vec<u32> = match self.form.return_token_ids {
+            true => tokens.iter().map(|token| token.id).collect(),
+            false => Vec::new(),
+        };
         let object = ChoiceObject {
             index,
             message: None,
@@ -103,23 +102,23 @@ impl ChatOutput {
             logprobs: (self.logprobs.is_some() && !tokens.is_empty()).then_some(&logprobs),
             finish_reason: end.map(|end| end.finish_reason),
             stop_reason: end.and_then(|end| end.stop_reason.as_ref()),
-            token_ids: (self.form.return_token_ids && !ids.is_empty()).then_some(&ids),
+            token_ids: (!ids.is_empty()).then_some(&ids),
             tinyserve: end.and_then(|end| end.detail.as_ref()),
         };
         let usage = self.form.continuous_usage.then(|| self.usage());
-        write_event(&self.object(vec![object], usage), out);
+        write_event(&self.object([object], usage), out);
     }
 }
 
 impl Output for ChatOutput {
-    fn begin(&mut self, out: &mut String) {
+    fn begin(&mut self, out: &mut Vec<u8>) {
         for index in 0..self.choices.len() {
             let delta = Delta { role: Some("assistant"), content: Some("") };
             self.chunk(index, delta, &[], None, out);
         }
     }
 
-    fn event(&mut self, index: usize, event: ChoiceEvent, out: &mut String) {
+    fn event(&mut self, index: usize, event: ChoiceEvent, out: &mut Vec<u8>) {
         let choice = &mut self.choices[index];
         match event {
             ChoiceEvent::Prompt(_) | ChoiceEvent::Failed(_) => {}
@@ -168,7 +167,7 @@ impl Output for ChatOutput {
             token_ids: self.form.return_token_ids.then_some(&choice.tokens),
             tinyserve: choice.ending.as_ref().and_then(|end| end.detail.as_ref()),
         });
-        let mut object = self.object(choices.collect(), Some(self.usage()));
+        let mut object = self.object(choices.collect::<Vec<_>>(), Some(self.usage()));
         object.prompt_token_ids = self.form.return_token_ids.then_some(&self.prompt);
         serde_json::to_string(&object).unwrap_or_default()
     }
@@ -179,7 +178,7 @@ impl Output for ChatOutput {
         Usage::new(self.prompt.len(), completion, cached.unwrap_or(0))
     }
 
-    fn usage_chunk(&self, out: &mut String) {
-        write_event(&self.object(Vec::new(), Some(self.usage())), out);
+    fn usage_chunk(&self, out: &mut Vec<u8>) {
+        write_event(&self.object([(); 0], Some(self.usage())), out);
     }
 }

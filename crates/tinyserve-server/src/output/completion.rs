@@ -1,5 +1,7 @@
 //! Answers of `/v1/completions`.
 
+use std::borrow::Cow;
+
 use serde::Serialize;
 
 use super::logprobs::CompletionLogprobs;
@@ -72,11 +74,7 @@ impl CompletionOutput {
         self.prompts.push(tokens);
     }
 
-    fn object<'a>(
-        &'a self,
-        choices: Vec<ChoiceObject<'a>>,
-        usage: Option<Usage>,
-    ) -> Object<'a, ChoiceObject<'a>> {
+    fn object<Choices>(&self, choices: Choices, usage: Option<Usage>) -> Object<'_, Choices> {
         self.header.object("text_completion", choices, usage)
     }
 
@@ -87,17 +85,20 @@ impl CompletionOutput {
         text: &str,
         tokens: &[ScoredToken],
         end: Option<&Ending>,
-        out: &mut String,
+        out: &mut Vec<u8>,
     ) {
         let choice = &mut self.choices[index];
         let first = !std::mem::replace(&mut choice.begun, true);
         let echo = if first { choice.echo.take() } else { None };
-        let text = echo.unwrap_or_default() + text;
+        let text = echo.map_or(Cow::Borrowed(text), |echo| Cow::Owned(echo + text));
         let mut logprobs = CompletionLogprobs::following(&choice.logprobs);
         if self.logprobs {
             tokens.iter().for_each(|token| logprobs.push(token, &self.texts));
         }
-        let ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
+        let ids: Vec<u32> = match self.form.return_token_ids {
+            true => tokens.iter().map(|token| token.id).collect(),
+            false => Vec::new(),
+        };
         let choice = &self.choices[index];
         let object = ChoiceObject {
             index,
@@ -110,16 +111,16 @@ impl CompletionOutput {
             tinyserve: end.and_then(|end| end.detail.as_ref()),
         };
         let usage = self.form.continuous_usage.then(|| self.usage());
-        write_event(&self.object(vec![object], usage), out);
+        write_event(&self.object([object], usage), out);
         // Of what was sent, only where the next token begins is still of use.
         self.choices[index].logprobs = CompletionLogprobs::following(&logprobs);
     }
 }
 
 impl Output for CompletionOutput {
-    fn begin(&mut self, _: &mut String) {}
+    fn begin(&mut self, _: &mut Vec<u8>) {}
 
-    fn event(&mut self, index: usize, event: ChoiceEvent, out: &mut String) {
+    fn event(&mut self, index: usize, event: ChoiceEvent, out: &mut Vec<u8>) {
         let logprobs = self.logprobs;
         let choice = &mut self.choices[index];
         let (text, tokens, end) = match event {
@@ -167,7 +168,7 @@ impl Output for CompletionOutput {
             prompt_token_ids: self.form.return_token_ids.then_some(&choice.prompt),
             tinyserve: choice.ending.as_ref().and_then(|end| end.detail.as_ref()),
         });
-        let object = self.object(choices.collect(), Some(self.usage()));
+        let object = self.object(choices.collect::<Vec<_>>(), Some(self.usage()));
         serde_json::to_string(&object).unwrap_or_default()
     }
 
@@ -179,7 +180,7 @@ impl Output for CompletionOutput {
         Usage::new(self.prompts.iter().sum(), completion, cached.flatten().sum())
     }
 
-    fn usage_chunk(&self, out: &mut String) {
-        write_event(&self.object(Vec::new(), Some(self.usage())), out);
+    fn usage_chunk(&self, out: &mut Vec<u8>) {
+        write_event(&self.object([(); 0], Some(self.usage())), out);
     }
 }

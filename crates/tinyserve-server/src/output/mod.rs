@@ -129,13 +129,13 @@ impl Form {
 
 /// An answer or a chunk of one, around its choices.
 #[derive(Serialize)]
-struct Object<'a, Choice> {
+struct Object<'a, Choices> {
     id: &'a str,
     object: &'static str,
     created: u64,
     model: &'a str,
     system_fingerprint: &'static str,
-    choices: Vec<Choice>,
+    choices: Choices,
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Usage>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -144,12 +144,12 @@ struct Object<'a, Choice> {
 
 impl Header {
     /// The object of kind `object` with these choices.
-    fn object<Choice>(
+    fn object<Choices>(
         &self,
         object: &'static str,
-        choices: Vec<Choice>,
+        choices: Choices,
         usage: Option<Usage>,
-    ) -> Object<'_, Choice> {
+    ) -> Object<'_, Choices> {
         Object {
             id: &self.id,
             object,
@@ -169,10 +169,10 @@ const FINGERPRINT: &str = concat!("tinyserve-", env!("CARGO_PKG_VERSION"));
 /// A kind of answer: it is fed events, and written out whole or in chunks.
 pub(crate) trait Output: Send + 'static {
     /// Chunks that come before anything was computed.
-    fn begin(&mut self, out: &mut String);
+    fn begin(&mut self, out: &mut Vec<u8>);
 
     /// Takes an event of choice `index`, and writes the chunks that it leads to.
-    fn event(&mut self, index: usize, event: ChoiceEvent, out: &mut String);
+    fn event(&mut self, index: usize, event: ChoiceEvent, out: &mut Vec<u8>);
 
     /// The whole answer, when every choice has ended.
     fn whole(self) -> String;
@@ -181,15 +181,16 @@ pub(crate) trait Output: Send + 'static {
     fn usage(&self) -> Usage;
 
     /// The chunk that tells the usage.
-    fn usage_chunk(&self, out: &mut String);
+    fn usage_chunk(&self, out: &mut Vec<u8>);
 }
 
 /// Writes `object` as one event of a stream.
-pub(crate) fn write_event(object: &impl Serialize, out: &mut String) {
+pub(crate) fn write_event(object: &impl Serialize, out: &mut Vec<u8>) {
+    let start = out.len();
+    out.extend_from_slice(b"data: ");
     // Our own types: numbers that JSON does not know become null, and nothing else can fail.
-    if let Ok(json) = serde_json::to_string(object) {
-        out.push_str("data: ");
-        out.push_str(&json);
-        out.push_str("\n\n");
+    match serde_json::to_writer(&mut *out, object) {
+        Ok(()) => out.extend_from_slice(b"\n\n"),
+        Err(_) => out.truncate(start),
     }
 }

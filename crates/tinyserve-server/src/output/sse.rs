@@ -2,7 +2,7 @@
 
 use std::pin::Pin;
 use std::sync::LazyLock;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -41,6 +41,8 @@ pub(crate) struct EventStream<O> {
     pause: Pin<Box<Sleep>>,
     /// Whether `pause` runs. Nobody wakes the stream meanwhile but the timer.
     pausing: bool,
+    /// Bytes of the longest chunk so far: the next one is likely to need as many.
+    longest: usize,
 }
 
 impl<O: Output> EventStream<O> {
@@ -65,11 +67,12 @@ impl<O: Output> EventStream<O> {
             keep_alive,
             pause,
             pausing: false,
+            longest: 0,
         }
     }
 
     /// Writes what `event` leads to.
-    fn take(&mut self, index: usize, event: ChoiceEvent, out: &mut String) {
+    fn take(&mut self, index: usize, event: ChoiceEvent, out: &mut Vec<u8>) {
         if let ChoiceEvent::Failed(error) = &event {
             self.fail(error, out);
         } else {
@@ -78,16 +81,16 @@ impl<O: Output> EventStream<O> {
     }
 
     /// Tells what went wrong, and that nothing follows.
-    fn fail(&mut self, error: &ApiError, out: &mut String) {
-        out.push_str("data: ");
-        out.push_str(&error.to_json());
-        out.push_str("\n\n");
+    fn fail(&mut self, error: &ApiError, out: &mut Vec<u8>) {
+        out.extend_from_slice(b"data: ");
+        out.extend_from_slice(error.to_json().as_bytes());
+        out.extend_from_slice(b"\n\n");
         self.choices.end();
         self.finish(out);
     }
 
-    fn finish(&mut self, out: &mut String) {
-        out.push_str("data: [DONE]\n\n");
+    fn finish(&mut self, out: &mut Vec<u8>) {
+        out.extend_from_slice(b"data: [DONE]\n\n");
         self.done = true;
     }
 }
@@ -107,15 +110,19 @@ impl<O: Output> Stream for EventStream<O> {
             ready!(this.pause.as_mut().poll(cx));
             this.pausing = false;
         }
-        let mut out = String::new();
+        let mut out = Vec::new();
         if !std::mem::replace(&mut this.begun, true) {
             this.output.begin(&mut out);
         }
         let mut told = false;
+        // Whoever is given a chunk comes again by itself: what happens until then wakes nobody.
+        let mut nobody = Context::from_waker(Waker::noop());
         while !this.done && out.len() < FULL {
-            match this.choices.poll_next(cx) {
+            let waiting = if out.is_empty() { &mut *cx } else { &mut nobody };
+            match this.choices.poll_next(waiting) {
                 Poll::Ready(Some((index, event))) => {
                     told = true;
+                    out.reserve(this.longest.saturating_sub(out.len()));
                     this.take(index, event, &mut out);
                 }
                 Poll::Ready(None) => {
@@ -131,7 +138,7 @@ impl<O: Output> Stream for EventStream<O> {
             if this.keep_alive.poll_tick(cx).is_pending() {
                 return Poll::Pending;
             }
-            out.push_str(": ping\n\n");
+            out.extend_from_slice(b": ping\n\n");
         } else {
             this.keep_alive.reset();
             if told && !this.done {
@@ -139,6 +146,7 @@ impl<O: Output> Stream for EventStream<O> {
                 this.pausing = true;
             }
         }
+        this.longest = this.longest.max(out.len());
         Poll::Ready(Some(Ok(out.into())))
     }
 }

@@ -190,7 +190,7 @@ async fn answer<O: Output>(
         return Ok((headers, Body::from_stream(stream)).into_response());
     }
     choices.wake_at_ends();
-    let mut chunks = String::new();
+    let mut chunks = Vec::new();
     while let Some((index, event)) = poll_fn(|cx| choices.poll_next(cx)).await {
         if let ChoiceEvent::Failed(error) = event {
             return Err(error);
