@@ -32,8 +32,8 @@ const PARTS: [&str; 3] = ["fibers", "driver", "checker"];
 /// The folder beside libcuda.so that holds the look-alike of cuBLAS.
 pub(crate) const CUBLAS: &str = "cublas";
 
-/// The program beside libcuda.so of the checker, which runs kernels with mistakes.
-pub(crate) const BROKEN: &str = "broken";
+/// The program that runs kernels with mistakes, its source and its folder.
+const BROKEN: &str = "broken";
 
 /// One object file: its name, its source, and how it is compiled.
 struct Unit {
@@ -44,28 +44,55 @@ struct Unit {
 
 /// The folder that holds `libcuda.so` of `build`.
 pub(crate) fn folder(build: Build) -> Result<PathBuf, Unavailable> {
+    made(build.name(), "libcuda.so", |compiler, sources, folder| {
+        compile(build, compiler, sources, folder);
+    })
+}
+
+/// The program that runs kernels with mistakes under the checker.
+pub(crate) fn broken() -> Result<PathBuf, Unavailable> {
+    let folder = made(BROKEN, BROKEN, |compiler, _, folder| {
+        let cpp = cpp();
+        let unit = |name: &str, flags| {
+            let source = cpp.join(format!("{name}.cpp"));
+            compile_unit(compiler, &Unit { name: name.to_owned(), source, flags }, folder);
+        };
+        unit("fibers", vec!["-O2", "-DCUDA_EMULATOR_CHECK"]);
+        unit("checker", vec!["-O2", "-DCUDA_EMULATOR_CHECK"]);
+        unit(BROKEN, vec!["-O1", "-fsanitize=thread"]);
+        let mut arguments = vec![OsString::from("-o"), folder.join(BROKEN).into()];
+        arguments.extend([BROKEN, "fibers", "checker"].map(|name| object(folder, name).into()));
+        arguments.push("-ldl".into());
+        compiler.run(arguments);
+    })?;
+    Ok(folder.join(BROKEN))
+}
+
+/// The folder of that name, in which `compile` makes `product` unless it is there.
+fn made(
+    name: &str,
+    product: &str,
+    compile: impl FnOnce(&Compiler, &Sources, &Path),
+) -> Result<PathBuf, Unavailable> {
     // Two threads would compile the same, and get in each other's way.
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _guard = ONE_AT_A_TIME.lock();
     let compiler = Compiler::find()?;
     let sources = Sources::read();
-    let done = target().join("cuda-emulator").join(format!(
-        "{}-{:016x}",
-        build.name(),
-        sources.hash(&compiler)
-    ));
-    if done.join("libcuda.so").exists() {
+    let hash = sources.hash(&compiler);
+    let done = target().join("cuda-emulator").join(format!("{name}-{hash:016x}"));
+    if done.join(product).exists() {
         return Ok(done);
     }
     // Made aside and then put in place whole: another process may be at it, too.
     let aside = done.with_extension(std::process::id().to_string());
     fs::create_dir_all(&aside).unwrap_or_else(|e| panic!("{}: {e}", aside.display()));
-    eprintln!("compiling the CUDA emulator ({} build) with {}", build.name(), compiler.name());
-    compile(build, &compiler, &sources, &aside);
+    eprintln!("compiling the CUDA emulator ({name} build) with {}", compiler.name());
+    compile(&compiler, &sources, &aside);
     if fs::rename(&aside, &done).is_err() {
         // The other process was faster.
         let _ = fs::remove_dir_all(&aside);
-        assert!(done.join("libcuda.so").exists(), "{} could not be made", done.display());
+        assert!(done.join(product).exists(), "{} could not be made", done.display());
     }
     Ok(done)
 }
@@ -183,12 +210,16 @@ fn entries(ptx: &str) -> Vec<&str> {
         .collect()
 }
 
+fn cpp() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("cpp")
+}
+
 fn kernels() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../kernels")
 }
 
 fn compile(build: Build, compiler: &Compiler, sources: &Sources, folder: &Path) {
-    let cpp = Path::new(env!("CARGO_MANIFEST_DIR")).join("cpp");
+    let cpp = cpp();
     let checks = build == Build::Checker;
     let defined: &[&str] = if checks { &["-DCUDA_EMULATOR_CHECK"] } else { &[] };
     let mut units = Vec::new();
@@ -224,19 +255,6 @@ fn compile(build: Build, compiler: &Compiler, sources: &Sources, folder: &Path) 
     arguments.extend(units.iter().map(|unit| object(folder, &unit.name).into()));
     arguments.push("-ldl".into());
     compiler.run(arguments);
-    if checks {
-        // A program of its own: it tells what the checker finds.
-        let broken = Unit {
-            name: BROKEN.to_owned(),
-            source: cpp.join("broken.cpp"),
-            flags: vec!["-O1", "-fsanitize=thread"],
-        };
-        compile_unit(compiler, &broken, folder);
-        let mut arguments = vec![OsString::from("-o"), folder.join(BROKEN).into()];
-        arguments.extend(["broken", "fibers", "checker"].map(|name| object(folder, name).into()));
-        arguments.push("-ldl".into());
-        compiler.run(arguments);
-    }
     // Apart, so that a process sees it only if it is told to.
     let cublas = folder.join(CUBLAS);
     fs::create_dir_all(&cublas).unwrap_or_else(|e| panic!("{}: {e}", cublas.display()));
@@ -249,10 +267,9 @@ fn compile(build: Build, compiler: &Compiler, sources: &Sources, folder: &Path) 
 }
 
 fn compile_unit(compiler: &Compiler, unit: &Unit, folder: &Path) {
-    let cpp = Path::new(env!("CARGO_MANIFEST_DIR")).join("cpp");
     let common = ["-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-w", "-c", "-I"];
     let mut arguments: Vec<OsString> = common.map(OsString::from).to_vec();
-    arguments.extend([cpp.into(), "-I".into(), kernels().into()]);
+    arguments.extend([cpp().into(), "-I".into(), kernels().into()]);
     arguments.extend(Compiler::machine_flags().into_iter().map(OsString::from));
     arguments.extend(unit.flags.iter().map(OsString::from));
     arguments.extend([unit.source.clone().into(), "-o".into()]);

@@ -213,7 +213,7 @@ pub fn cublas_folder(build: Build) -> Result<PathBuf, Unavailable> {
 /// # Errors
 /// When there is no C++ compiler.
 pub fn broken_kernels() -> Result<PathBuf, Unavailable> {
-    Ok(folder(Build::Checker)?.join(build::BROKEN))
+    build::broken()
 }
 
 /// Says which orders of threads the emulator runs.

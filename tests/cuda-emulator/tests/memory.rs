@@ -13,7 +13,7 @@ use tinyserve_model::{
 const SEQUENCES: usize = 3;
 /// Tokens of a sequence in one step.
 const CHUNK: usize = 24;
-const CONTEXT: usize = 120;
+const CONTEXT: usize = 80;
 const STEP: LargestStep = LargestStep {
     tokens: SEQUENCES * CHUNK,
     sequences: SEQUENCES,
@@ -62,14 +62,15 @@ fn what_is_allocated_was_planned() {
     let Some(emulator) = ready.emulator else { return };
     // From here on, prompts are multiplied by it.
     install_cublas().unwrap();
-    for name in ["llama-gqa", "gpt2-tiny", "llama-sharded-f16"] {
+    for (name, formats) in [("llama-gqa", 3), ("gpt2-tiny", 1), ("llama-sharded-f16", 1)] {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../golden").join(name);
         let checkpoint = Checkpoint::open(&folder).unwrap();
-        for (weights, format) in [
+        let all = [
             (WeightFormat::Stored, KvFormat::F16),
             (WeightFormat::Stored, KvFormat::Int8),
             (WeightFormat::Int8, KvFormat::F32),
-        ] {
+        ];
+        for (weights, format) in all.into_iter().take(formats) {
             let case = format!("{name}, {weights:?}, {format}");
             let policy = SelectionPolicy {
                 budget: Budget::Ratio(0.3),
@@ -77,8 +78,8 @@ fn what_is_allocated_was_planned() {
                 dense_layers: 1,
                 ..SelectionPolicy::default()
             };
-            let before = emulator.peak();
-            let before = emulator.peak().min(before);
+            // What is in use: the most since the most so far was asked for.
+            let [_, before] = [emulator.peak(), emulator.peak()];
             let cuda = Cuda::new(0).unwrap();
             let free = cuda.device().free as u64;
             let model = Model::load_as(cuda, &checkpoint, weights, |_, _| {}).unwrap();

@@ -206,11 +206,12 @@ fn cases((formats, open): (&[KvFormat], &[KvFormat])) -> Result<Vec<Case>, Kerne
         }
     }
     // Lists that devices read in parts, dense and chosen, of a group as large as they come.
-    for &format in formats {
+    for (format, open) in formats {
         let long = |reads| Case {
             heads: Heads { q_heads: 8, kv_heads: 1, head_dim: 16 },
             page_size: 16,
             format,
+            open,
             sequences: vec![(1100, 1), (700, 2)],
             reads,
             layer: 1,
