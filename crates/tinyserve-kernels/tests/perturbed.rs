@@ -3,7 +3,7 @@
 use tinyserve_kernels::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, Cpu, CpuLinear, CpuOptions,
     CpuTensor, CpuVector, EmbedArgs, HostTensor, KernelError, LinearArgs, LinearSpec, MassArgs,
-    NormArgs, ObserveArgs, RotaryAnglesArgs, RotaryArgs, TopLogitsArgs, conformance,
+    NormArgs, ObserveArgs, RotaryAnglesArgs, RotaryArgs, TopLogitsArgs, conformance::Table,
 };
 use tinyserve_kv::{HostPages, KvLayout, PageCopy, PageId, TokenMove};
 
@@ -213,9 +213,9 @@ fn reborrow<'a>(args: &'a mut ObserveArgs<'_, CpuTensor>) -> ObserveArgs<'a, Cpu
 }
 
 /// Operations of the table that fail when `op` of a backend is wrong.
-fn failing(op: &'static str, fault: Fault) -> Vec<&'static str> {
+fn failing(table: &mut Table, op: &'static str, fault: Fault) -> Vec<&'static str> {
     let cpu = Cpu::new(CpuOptions { threads: Some(1), path: None }).unwrap();
-    let outcomes = conformance::run(&Perturbed { cpu, op, fault }).unwrap();
+    let outcomes = table.run(&Perturbed { cpu, op, fault }).unwrap();
     let mut failing: Vec<_> =
         outcomes.iter().filter(|outcome| !outcome.passed()).map(|outcome| outcome.op).collect();
     failing.dedup();
@@ -224,6 +224,8 @@ fn failing(op: &'static str, fault: Fault) -> Vec<&'static str> {
 
 #[test]
 fn a_wrong_result_fails_its_operation_and_no_other() {
+    let mut table = Table::new();
+    let mut failing = |op, fault| failing(&mut table, op, fault);
     let pages = ["append_kv and attend", "move_tokens and attend", "select and attend"];
     for fault in [Fault::Nudge, Fault::Nan] {
         for op in ["embed", "norm", "linear", "rotary", "activate", "gather_rows", "top_logits"] {
