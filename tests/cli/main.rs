@@ -10,6 +10,7 @@ mod chat;
 mod cuda;
 mod eval;
 mod interrupt;
+mod open_pages;
 mod options;
 mod reports;
 mod run;

@@ -43,7 +43,7 @@ fn every_flag_of_run_has_an_effect() {
     let exits = ["--enable-entropy-early-exit", "--entropy-threshold", "100"];
     let late = [&exits[..], &["--min-tokens-before-exit", "0"]].concat();
     let prunes = ["--enable-token-pruning", "--pruning-ratio", "0.9"];
-    let cases: [(&[&str], &[&str], &str); 38] = [
+    let cases: [(&[&str], &[&str], &str); 39] = [
         (&none, &["-n", "3"], "/tokens"),
         (&none, &["--temperature", "0"], "/tokens"),
         (&none, &["--top-p", "0.05"], "/tokens"),
@@ -59,6 +59,7 @@ fn every_flag_of_run_has_an_effect() {
         (&none, &["--kv-cache-dtype", "f16"], "/kv/bytes_resident"),
         (&none, &["--kv-cache-dtype", "bf16"], "/kv/bytes_resident"),
         (&none, &["--kv-cache-dtype", "int4"], "/kv/bytes_resident"),
+        (&["--kv-cache-dtype", "int8"], &["--open-page-dtype", "f32"], "/kv/bytes_read"),
         (&none, &["--weights", "int4"], "/tokens"),
         (&none, &["--attention", "sparse"], "/kv/bytes_read"),
         (&none, &["--sparse-min-context", "100"], "/kv/bytes_read"),

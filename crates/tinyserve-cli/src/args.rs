@@ -15,8 +15,8 @@ use tinyserve::kernels::{Cpu, CpuOptions, CpuPath, Cuda};
 use tinyserve::model::{CacheOutcome, Checkpoint};
 use tinyserve::{
     ApproximateAttention, AttentionMode, Device, EntropySignalName, EvictionName, GroupReduceName,
-    KvCacheDtype, RopeFrequencyDtype, ScorerName, TinyServe, TinyServeBuilder, TinyServeConfig,
-    TinyServeError, Weights,
+    KvCacheDtype, OpenPageDtype, RopeFrequencyDtype, ScorerName, TinyServe, TinyServeBuilder,
+    TinyServeConfig, TinyServeError, Weights,
 };
 
 use crate::exit::{Usage, out_of_range};
@@ -388,6 +388,11 @@ pub(crate) struct LayoutArgs {
     #[arg(long, value_name = "DTYPE", env = "TINYSERVE_KV_CACHE_DTYPE",
           value_parser = values::kv_cache_dtype)]
     kv_cache_dtype: Option<KvCacheDtype>,
+    /// How keys and values are stored until their page is full and becomes int8 or int4: f16, or
+    /// f32, which the CPU has [default: f16].
+    #[arg(long, value_name = "DTYPE", env = "TINYSERVE_OPEN_PAGE_DTYPE",
+          value_parser = values::open_page_dtype)]
+    open_page_dtype: Option<OpenPageDtype>,
     /// Most tokens of a sequence, prompt included [default: the model's context, at most 8192].
     #[arg(long, visible_alias = "max-model-len", value_name = "TOKENS",
           env = "TINYSERVE_MAX_SEQUENCE_LENGTH", value_parser = values::size)]
@@ -398,6 +403,7 @@ impl LayoutArgs {
     pub(crate) fn apply(&self, config: &mut TinyServeConfig) {
         set(&mut config.page_size, self.page_size);
         set(&mut config.kv_cache_dtype, self.kv_cache_dtype);
+        set_some(&mut config.open_page_dtype, self.open_page_dtype);
         set_some(&mut config.max_sequence_length, self.max_sequence_length);
     }
 }

@@ -107,6 +107,7 @@ fn flag(name: &str) -> Option<String> {
         "max_tokens",
         "min_p",
         "num_gpus",
+        "open_page_dtype",
         "page_size",
         "presence_penalty",
         "pruning_ratio",

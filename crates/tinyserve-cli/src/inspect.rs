@@ -61,8 +61,7 @@ pub(crate) fn inspect(args: &InspectArgs) -> Result<()> {
         Some(_) => config.sequence_limit(model.max_positions)?,
         None => model.max_positions,
     };
-    let format = config.kv_cache_dtype.resolve(checkpoint.dtype());
-    let layout = model.kv_layout(config.page_size, format).map_err(TinyServeError::from)?;
+    let layout = config.kv_layout(model, checkpoint.dtype())?;
     let weights = config.weights.resolve(checkpoint.dtype())?;
     let tokenizer = checkpoint.tokenizer().map_err(|error| error.to_string());
     let threads = std::thread::available_parallelism().map_or(1, usize::from);

@@ -41,7 +41,11 @@ pub(crate) fn lines(memory: &PlannedMemory) -> String {
     if plan.open_bytes() > 0 {
         lines.insert(
             4,
-            format!("  open pages  {}: f16 until they are full", bytes(plan.open_bytes())),
+            format!(
+                "  open pages  {}: {} until they are full",
+                bytes(plan.open_bytes()),
+                layout.open_format()
+            ),
         );
     }
     if plan.loading_bytes > 0 {
@@ -107,8 +111,12 @@ pub(crate) fn object(memory: &PlannedMemory) -> Value {
 fn of_formats(memory: &PlannedMemory) -> impl Iterator<Item = OfFormat> {
     let PlannedMemory { largest, target_bytes, .. } = *memory;
     KvFormat::ALL.into_iter().filter_map(move |format| {
-        let shape = KvShape { format, ..largest.layout.shape() };
-        let plan = MemoryPlan { layout: KvLayout::new(shape).ok()?, ..largest };
+        let asked = largest.layout;
+        let mut layout = KvLayout::new(KvShape { format, ..asked.shape() }).ok()?;
+        if format.is_quantised() && asked.shape().format.is_quantised() {
+            layout = layout.with_open_format(asked.open_format()).ok()?;
+        }
+        let plan = MemoryPlan { layout, ..largest };
         let fitted = target_bytes.map_or(Ok(plan), |target| plan.fit(target, u32::MAX as usize));
         Some(OfFormat {
             format,

@@ -4,7 +4,9 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tinyserve::kernels::CpuPath;
 use tinyserve::kv::{KvError, Method, Scorer};
-use tinyserve::{ApproximateAttention, Device, GroupReduceName, KvCacheDtype, ScorerName, Weights};
+use tinyserve::{
+    ApproximateAttention, Device, GroupReduceName, KvCacheDtype, OpenPageDtype, ScorerName, Weights,
+};
 
 /// A number of tokens: `512`, `4k` (4096), `1M`.
 pub(crate) fn size(text: &str) -> Result<usize, String> {
@@ -27,6 +29,11 @@ pub(crate) fn device(text: &str) -> Result<Device, String> {
 /// `auto`, a float type, `int8` or `int4`.
 pub(crate) fn kv_cache_dtype(text: &str) -> Result<KvCacheDtype, String> {
     name(text, "auto, f32, f16, bf16, int8 or int4")
+}
+
+/// `f16` or `f32`.
+pub(crate) fn open_page_dtype(text: &str) -> Result<OpenPageDtype, String> {
+    name(text, "f16 or f32")
 }
 
 /// The name of a scorer.

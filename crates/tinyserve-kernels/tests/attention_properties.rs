@@ -68,7 +68,8 @@ proptest! {
             let (size, dim) = (layout.page_size(), heads.head_dim);
             let codes = layout.shape().format.is_quantised();
             let element = layout.shape().format.element_bytes();
-            let (sealed_bytes, own_bytes) = (2 * layout.token_head_bytes(), 2 * dim * element);
+            let own_bytes = 2 * dim * layout.open_format().element_bytes();
+            let sealed_bytes = 2 * layout.token_head_bytes();
             let bytes = |own: bool, read: usize| read * if own { own_bytes } else { sealed_bytes };
             for row in 0..rows {
                 let seen = first + row + 1;

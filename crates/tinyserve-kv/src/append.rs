@@ -6,7 +6,7 @@ use half::f16;
 use crate::KvLayout;
 use crate::codes::seal;
 use crate::open::OpenPlaces;
-use crate::{GROUP_PAGES, HostPages, KvElement, Slot, with_element};
+use crate::{GROUP_PAGES, HostPages, KvElement, Slot, with_elements};
 
 /// Channels of a key that are rounded at a time, on the stack.
 const KEY_PIECE: usize = 64;
@@ -30,8 +30,8 @@ pub struct LayerMut<'a> {
     /// Boxes of whole groups: [`KvLayout::box_offset`] says where those of a head begin, in
     /// elements.
     pub boxes: &'a mut [u8],
-    /// Keys and values of open pages, where the format has codes.
-    pub open: &'a mut [f16],
+    /// Keys and values of open pages in [`KvLayout::open_format`], where the format has codes.
+    pub open: &'a mut [u8],
     /// Where the layer's open pages lie in them.
     pub places: OpenPlaces<'a>,
 }
@@ -55,7 +55,7 @@ impl HostPages {
                 self.open.open(layer, slot.page);
             }
             assert!(
-                !quantised || self.open.get(layer, slot.page).is_some(),
+                !quantised || self.open.has(layer, slot.page),
                 "page {} of layer {layer} is sealed",
                 slot.page.index()
             );
@@ -81,7 +81,8 @@ impl HostPages {
     /// in both corners of the box from then on, so that selection cannot hide it.
     ///
     /// Where the format has codes, the token that fills a page seals it: its codes and its final
-    /// box are written together.
+    /// box are written together. Keys and values beyond ±65,504 saturate there, whatever open pages
+    /// are in: boxes are in f16.
     ///
     /// # Panics
     /// When a slice has another length, an index is out of range, or the page is sealed already.
@@ -102,14 +103,14 @@ impl HostPages {
         tokens: impl IntoIterator<Item = NewToken<'a>>,
     ) {
         self.open.close_full();
-        with_element!(self.layout.shape().format, E => {
+        with_elements!(self.layout, (E, O) => {
             for token in tokens {
-                self.append_as::<E>(layer, token);
+                self.append_as::<E, O>(layer, token);
             }
         });
     }
 
-    fn append_as<E: KvElement>(&mut self, layer: usize, token: NewToken<'_>) {
+    fn append_as<E: KvElement, O: KvElement>(&mut self, layer: usize, token: NewToken<'_>) {
         let NewToken { slot, keys, values } = token;
         let layout = self.layout;
         let (dim, size) = (layout.shape().head_dim, layout.page_size());
@@ -119,6 +120,7 @@ impl HostPages {
         self.check_page(slot.page);
         self.forget_summaries(slot.page, Some(layer));
         let quantised = layout.shape().format.is_quantised();
+        let store = if quantised { O::store_open } else { O::store };
         if quantised && slot.offset == 0 {
             self.open.open(layer, slot.page);
         }
@@ -126,51 +128,53 @@ impl HostPages {
         let page = slot.page.index();
         let heads = keys.chunks_exact(dim).zip(values.chunks_exact(dim));
         for (kv_head, (key, value)) in heads.enumerate() {
-            let both: &mut [E] = if quantised {
+            let both: &mut [O] = if quantised {
                 let open = self.open.get_mut(layer, slot.page);
                 let Some(open) = open else { panic!("page {page} of layer {layer} is sealed") };
                 let length = 2 * layout.head_elements();
-                &mut bytemuck::cast_slice_mut(open)[kv_head * length..(kv_head + 1) * length]
+                &mut open[kv_head * length..(kv_head + 1) * length]
             } else {
                 let bytes = layout.head_range(page, kv_head);
                 let bytes = first + bytes.start..first + bytes.end;
                 bytemuck::cast_slice_mut(self.pages.elements_mut::<u8>(bytes))
             };
             let (stored_keys, stored_values) = both.split_at_mut(layout.head_elements());
-            E::store(value, &mut stored_values[slot.offset * dim..(slot.offset + 1) * dim]);
+            store(value, &mut stored_values[slot.offset * dim..(slot.offset + 1) * dim]);
             let start = first_box + layout.box_offset(page / GROUP_PAGES, kv_head);
             let boxes = self.boxes.elements_mut::<E>(start..start + layout.group_box_elements());
             let columns = stored_keys.chunks_exact_mut(size);
             let corners = boxes.chunks_exact_mut(2 * GROUP_PAGES);
-            let mut rounded = [E::zeroed(); KEY_PIECE];
+            let mut rounded = [O::zeroed(); KEY_PIECE];
             let mut places = columns.zip(corners);
             for key in key.chunks(KEY_PIECE) {
-                E::store(key, &mut rounded[..key.len()]);
+                store(key, &mut rounded[..key.len()]);
                 for (&x, (column, corners)) in rounded[..key.len()].iter().zip(&mut places) {
                     column[slot.offset] = x;
                     let (max, min) = corners.split_at_mut(GROUP_PAGES);
                     let (max, min) = (&mut max[page % GROUP_PAGES], &mut min[page % GROUP_PAGES]);
+                    let (above, below) = (E::at_least(x.to_f32()), E::at_most(x.to_f32()));
                     // A NaN is neither above nor below, and does not go away again.
-                    if slot.offset == 0 || !(x <= *max || is_nan(*max)) {
-                        *max = x;
+                    if slot.offset == 0 || !(above <= *max || is_nan(*max)) {
+                        *max = above;
                     }
-                    if slot.offset == 0 || !(x >= *min || is_nan(*min)) {
-                        *min = x;
+                    if slot.offset == 0 || !(below >= *min || is_nan(*min)) {
+                        *min = below;
                     }
                 }
             }
         }
         if quantised && slot.offset + 1 == size {
-            self.seal(layer, slot);
+            self.seal::<O>(layer, slot);
         }
     }
 
     /// Turns a full page into codes.
-    fn seal(&mut self, layer: usize, slot: Slot) {
+    fn seal<O: KvElement>(&mut self, layer: usize, slot: Slot) {
         let layout = self.layout;
         let (first, first_box) = (layer * self.layer_bytes(), layer * self.layer_box_elements());
         let Self { pages, boxes, open, wide, .. } = self;
-        let (Some(codes), Some(elements)) = (layout.codes(), open.get(layer, slot.page)) else {
+        let (Some(codes), Some(elements)) = (layout.codes(), open.get::<O>(layer, slot.page))
+        else {
             return;
         };
         let page = slot.page.index();

@@ -8,7 +8,8 @@
 use std::ops::Range;
 
 use half::f16;
-use half::slice::HalfFloatSliceExt;
+
+use crate::KvElement;
 
 /// Channels of a value that share a range when codes have 4 bits.
 const GROUP_CHANNELS: usize = 64;
@@ -50,8 +51,10 @@ impl CodeLayout {
     pub fn value_range(&self, range: Option<(f32, f32)>) -> (f16, f16) {
         match range {
             Some((lowest, highest)) => {
-                let step = (highest - lowest) / f32::from(self.highest());
-                (f16::from_f32(lowest), at_least(step))
+                // Both rounded outwards: together they reach from the lowest to the highest.
+                let minimum = f16::at_most(lowest);
+                let step = (highest - minimum.to_f32()) / f32::from(self.highest());
+                (minimum, f16::at_least(step))
             }
             None => (f16::NAN, f16::ZERO),
         }
@@ -214,12 +217,13 @@ impl<'a> CodePage<'a> {
 
 /// Writes the codes of a full page and returns the final box, channel by channel, to `corners`.
 ///
-/// `keys` is `[head_dim, page_size]`, `values` `[page_size, head_dim]`, `out` one head of a page. A
-/// channel of the keys that holds a NaN or an infinity gets NaN in both corners of the box, a value
-/// that does a NaN for its minimum: codes cannot hide it. `wide` is memory that is reused.
-pub(crate) fn seal(
+/// `keys` is `[head_dim, page_size]`, `values` `[page_size, head_dim]`, `out` one head of a page. The
+/// box is rounded outwards, and is what codes are counted from. A channel of the keys that holds a
+/// NaN or an infinity gets NaN in both corners of the box, a value that does a NaN for its minimum:
+/// codes cannot hide it. `wide` is memory that is reused.
+pub(crate) fn seal<O: KvElement>(
     layout: CodeLayout,
-    (keys, values): (&[f16], &[f16]),
+    (keys, values): (&[O], &[O]),
     out: &mut [u8],
     wide: &mut Vec<f32>,
     mut corners: impl FnMut(usize, f16, f16),
@@ -230,23 +234,24 @@ pub(crate) fn seal(
     wide.resize(size.max(dim), 0.0);
     for (channel, keys) in keys.chunks_exact(size).enumerate() {
         let wide = &mut wide[..size];
-        keys.convert_to_f32_slice(wide);
+        widen(keys, wide);
         let (word, index) = (channel / per_word, channel % per_word);
         let Some((lowest, highest_key)) = range(wide) else {
             corners(channel, f16::NAN, f16::NAN);
             continue;
         };
-        // Stored keys are f16, and so are the least and the greatest of them.
-        corners(channel, f16::from_f32(lowest), f16::from_f32(highest_key));
-        let steps = if highest_key > lowest { highest / (highest_key - lowest) } else { 0.0 };
+        let (min, max) = (f16::at_most(lowest), f16::at_least(highest_key));
+        corners(channel, min, max);
+        let (min, max) = (min.to_f32(), max.to_f32());
+        let steps = if max > min { highest / (max - min) } else { 0.0 };
         for (offset, &key) in wide.iter().enumerate() {
-            let code = nearest((key - lowest) * steps, highest);
+            let code = nearest((key - min) * steps, highest);
             layout.write(out, word * size + offset, index, code);
         }
     }
     for (offset, values) in values.chunks_exact(dim).enumerate() {
         let wide = &mut wide[..dim];
-        values.convert_to_f32_slice(wide);
+        widen(values, wide);
         for (group, wide) in wide.chunks(layout.group_channels()).enumerate() {
             let (minimum, scale) = layout.value_range(range(wide));
             let at = group * size + offset;
@@ -266,6 +271,12 @@ pub(crate) fn seal(
     }
 }
 
+fn widen<O: KvElement>(x: &[O], wide: &mut [f32]) {
+    for (wide, x) in wide.iter_mut().zip(x) {
+        *wide = x.to_f32();
+    }
+}
+
 /// The lowest and the highest of `x`, if all are finite.
 fn range(x: &[f32]) -> Option<(f32, f32)> {
     let finite = x.iter().all(|x| x.is_finite());
@@ -280,10 +291,4 @@ fn range(x: &[f32]) -> Option<(f32, f32)> {
 fn nearest(x: f32, highest: f32) -> u8 {
     // The range keeps it below 256 already, but for rounding.
     (x + 0.5).clamp(0.0, highest + 0.5) as u8
-}
-
-/// The lowest f16 that is not below `x`, which is not negative.
-fn at_least(x: f32) -> f16 {
-    let near = f16::from_f32(x);
-    if near.to_f32() < x { f16::from_bits(near.to_bits() + 1) } else { near }
 }

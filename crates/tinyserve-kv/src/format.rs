@@ -17,11 +17,11 @@ pub enum KvFormat {
     F16,
     /// bfloat16: the upper half of a 32-bit float.
     Bf16,
-    /// Sealed pages in codes of 8 bits, the open page in f16.
+    /// Sealed pages in codes of 8 bits, the open page in f16 or f32.
     ///
     /// The range of a channel's keys is the page's box; each token's value has a range of its own.
     Int8,
-    /// Sealed pages in codes of 4 bits, the open page in f16.
+    /// Sealed pages in codes of 4 bits, the open page in f16 or f32.
     ///
     /// As [`Self::Int8`], with a range for every 64 channels of a token's value.
     Int4,
@@ -34,8 +34,7 @@ impl KvFormat {
     /// The formats that store each element as a float.
     pub const FLOATS: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
 
-    /// Bytes of one element of a box or of an open page: the type that [`crate::with_element!`]
-    /// names.
+    /// Bytes of one element of a box: the type that [`crate::with_element!`] names.
     #[must_use]
     pub fn element_bytes(self) -> usize {
         match self {
@@ -103,7 +102,7 @@ pub trait KvElement: bytemuck::Pod + PartialOrd + Send + Sync {
     /// The format that stores sealed pages in this type, too.
     const FORMAT: KvFormat;
 
-    /// Whether boxes and open pages of `format` hold this type.
+    /// Whether boxes of `format` hold this type.
     #[must_use]
     fn is_element_of(format: KvFormat) -> bool {
         format == Self::FORMAT || format.is_quantised() && Self::FORMAT == KvFormat::F16
@@ -120,6 +119,21 @@ pub trait KvElement: bytemuck::Pod + PartialOrd + Send + Sync {
     /// # Panics
     /// When the slices have different lengths.
     fn store(x: &[f32], out: &mut [Self]);
+
+    /// [`Self::store`] for an open page that is to become codes: ranges of codes are in f16, so that
+    /// what is beyond ±65,504 saturates in every type.
+    ///
+    /// # Panics
+    /// As [`Self::store`].
+    fn store_open(x: &[f32], out: &mut [Self]) {
+        Self::store(x, out);
+    }
+
+    /// The lowest stored value that is not below `x`; NaN for NaN.
+    fn at_least(x: f32) -> Self;
+
+    /// The highest stored value that is not above `x`; NaN for NaN.
+    fn at_most(x: f32) -> Self;
 }
 
 /// Elements that are rounded at a time, on the stack.
@@ -161,6 +175,21 @@ impl KvElement for f32 {
     fn store(x: &[f32], out: &mut [Self]) {
         out.copy_from_slice(x);
     }
+
+    #[inline]
+    fn store_open(x: &[f32], out: &mut [Self]) {
+        saturated(x, out, F16_MAX, |x, out| out.copy_from_slice(x));
+    }
+
+    #[inline]
+    fn at_least(x: f32) -> Self {
+        x
+    }
+
+    #[inline]
+    fn at_most(x: f32) -> Self {
+        x
+    }
 }
 
 impl KvElement for f16 {
@@ -181,6 +210,17 @@ impl KvElement for f16 {
     fn store(x: &[f32], out: &mut [Self]) {
         saturated(x, out, F16_MAX, |x, out| out.convert_from_f32_slice(x));
     }
+
+    #[inline]
+    fn at_least(x: f32) -> Self {
+        let near = Self::from_f32(x);
+        Self::from_bits(raised(near.to_bits(), f16::to_f32(near) < x))
+    }
+
+    #[inline]
+    fn at_most(x: f32) -> Self {
+        -Self::at_least(-x)
+    }
 }
 
 impl KvElement for bf16 {
@@ -200,10 +240,31 @@ impl KvElement for bf16 {
     fn store(x: &[f32], out: &mut [Self]) {
         saturated(x, out, BF16_MAX, |x, out| out.convert_from_f32_slice(x));
     }
+
+    #[inline]
+    fn at_least(x: f32) -> Self {
+        let near = Self::from_f32(x);
+        Self::from_bits(raised(near.to_bits(), bf16::to_f32(near) < x))
+    }
+
+    #[inline]
+    fn at_most(x: f32) -> Self {
+        -Self::at_least(-x)
+    }
+}
+
+/// The bits of the next higher float of 16 bits, or the same ones.
+fn raised(bits: u16, higher: bool) -> u16 {
+    let negative = bits >> 15 == 1;
+    match (higher, negative) {
+        (false, _) => bits,
+        (true, true) => bits - 1,
+        (true, false) => bits + 1,
+    }
 }
 
 /// Runs generic code for the element type of a [`KvFormat`] that is known only at run time: that of
-/// its boxes and open pages.
+/// its boxes, and of its pages where they hold no codes.
 ///
 /// `with_element!(format, E => expression)` evaluates `expression` with `E` bound to the type.
 #[macro_export]
@@ -222,6 +283,28 @@ macro_rules! with_element {
                 type $element = $crate::half::bf16;
                 $body
             }
+        }
+    };
+}
+
+/// Runs generic code for the element types of boxes and of pages without codes, which only
+/// a [`crate::KvLayout`] says at run time.
+///
+/// `with_elements!(layout, (E, O) => expression)` evaluates `expression` with `E` bound to the type
+/// of boxes and `O` to that of open pages: the same, but for open pages in f32 that become codes.
+#[macro_export]
+macro_rules! with_elements {
+    ($layout:expr, ($boxes:ident, $open:ident) => $body:expr) => {
+        match ($layout.shape().format, $layout.open_format()) {
+            ($crate::KvFormat::Int8 | $crate::KvFormat::Int4, $crate::KvFormat::F32) => {
+                type $boxes = $crate::half::f16;
+                type $open = f32;
+                $body
+            }
+            (format, _) => $crate::with_element!(format, $boxes => {
+                type $open = $boxes;
+                $body
+            }),
         }
     };
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::{HostPages, KvElement, PageId, with_element};
+use crate::{HostPages, KvElement, PageId, with_elements};
 
 /// Reads keys page by page, widened to f32: what attention really multiplies with.
 pub trait PageKeys: fmt::Debug + Sync {
@@ -45,7 +45,7 @@ impl PageKeys for HostKeys<'_> {
         out.resize(tokens * dim, 0.0);
         // The page of the newest token is read as it was appended.
         let own = (self.tokens - 1) / size;
-        with_element!(layout.shape().format, E => {
+        with_elements!(layout, (E, O) => {
             if layout.shape().format.is_quantised() && page != own {
                 let codes = self.pages.code_page(self.layer, self.table[page], self.kv_head);
                 let corners = self.pages.page_box::<E>(self.layer, self.table[page], self.kv_head);
@@ -57,7 +57,7 @@ impl PageKeys for HostKeys<'_> {
                 }
                 return;
             }
-            let head = self.pages.head::<E>(self.layer, self.table[page], self.kv_head);
+            let head = self.pages.head::<O>(self.layer, self.table[page], self.kv_head);
             for (channel, column) in head.keys.chunks_exact(size).enumerate() {
                 for (token, &key) in column[..tokens].iter().enumerate() {
                     out[token * dim + channel] = KvElement::to_f32(key);

@@ -32,10 +32,11 @@ pub struct KvShape {
 /// signs make irrelevant.
 ///
 /// Where the format has codes, a page's place holds them ([`CodeLayout`]) from the moment it is
-/// full, its box is in f16, and the open page lies elsewhere, in f16, too.
+/// full, its box is in f16, and the open page lies elsewhere, in f16, too, or in f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvLayout {
     shape: KvShape,
+    open: KvFormat,
 }
 
 /// Pages that lie together, as their index in the pool has it: one row of boxes of 16-bit elements
@@ -86,13 +87,50 @@ impl KvLayout {
                 expected: "a smaller layers × kv_heads × head_dim × page_size".to_owned(),
             });
         }
-        Ok(Self { shape })
+        let open = if shape.format.is_quantised() { KvFormat::F16 } else { shape.format };
+        Ok(Self { shape, open })
+    }
+
+    /// The layout with open pages in `open`, which is f16 or f32.
+    ///
+    /// # Errors
+    /// When pages hold no codes, or `open` is another format.
+    pub fn with_open_format(self, open: KvFormat) -> Result<Self, KvError> {
+        let invalid = |found, expected: &str| KvError::Invalid {
+            what: "open_page_dtype",
+            found,
+            expected: expected.to_owned(),
+        };
+        let format = self.shape.format;
+        if !format.is_quantised() {
+            let found = format!("{open} with kv_cache_dtype {format}");
+            return Err(invalid(
+                found,
+                "kv_cache_dtype int8 or int4: other pages stay as they are",
+            ));
+        }
+        if !matches!(open, KvFormat::F16 | KvFormat::F32) {
+            return Err(invalid(open.to_string(), "f16 or f32"));
+        }
+        Ok(Self { open, ..self })
     }
 
     /// The shape that was checked.
     #[must_use]
     pub fn shape(&self) -> KvShape {
         self.shape
+    }
+
+    /// The format of pages that are not full: where the format has no codes, that of all pages.
+    #[must_use]
+    pub fn open_format(&self) -> KvFormat {
+        self.open
+    }
+
+    /// Bytes of one page without codes in one layer, keys and values of all heads.
+    #[must_use]
+    pub fn open_page_bytes(&self) -> usize {
+        self.page_elements() * self.open.element_bytes()
     }
 
     /// Tokens of one page.

@@ -2,24 +2,23 @@
 
 use std::ops::Range;
 
-use half::f16;
+use crate::{KvElement, PageId};
 
-use crate::PageId;
-
-/// Keys and values in f16 of the pages that hold no codes yet, layer by layer.
+/// Keys and values of the pages that hold no codes yet, layer by layer, as floats.
 ///
 /// A full page stays here until keys are appended again: the tokens that filled it attend to it as
 /// they wrote it, whichever of them came in the same step.
 #[derive(Debug)]
 pub(crate) struct OpenPages {
     capacity: usize,
-    /// Elements of one page of one layer, all heads.
-    elements: usize,
+    /// Bytes of one page of one layer, all heads.
+    page_bytes: usize,
     /// One more than the slot of each page `[layers, capacity]`, or 0.
     slot_of: Vec<u32>,
     slots: Vec<OpenSlot>,
-    /// Keys and values `[slots][kv_heads][keys [head_dim, page_size], values [page_size, head_dim]]`.
-    memory: Vec<f16>,
+    /// Keys and values `[slots][kv_heads][keys [head_dim, page_size], values [page_size, head_dim]]`
+    /// in words, on which floats of either length begin.
+    memory: Vec<u32>,
     free: Vec<usize>,
     /// Slots of pages that are full.
     full: Vec<usize>,
@@ -36,13 +35,13 @@ struct OpenSlot {
 pub struct OpenPlaces<'a> {
     /// One more than the slot of each page, or 0; none where the format has no codes.
     slot_of: &'a [u32],
-    /// Elements of one page, all heads.
-    elements: usize,
+    /// Bytes of one page, all heads.
+    page_bytes: usize,
     kv_heads: usize,
 }
 
 impl OpenPlaces<'_> {
-    /// Where keys and values of `kv_head` of an open page lie.
+    /// Where keys and values of `kv_head` of an open page lie, in bytes.
     ///
     /// # Panics
     /// When the page is not open, or the head is out of range.
@@ -51,17 +50,17 @@ impl OpenPlaces<'_> {
         let slot = self.slot_of.get(page.index()).and_then(|&slot| slot.checked_sub(1));
         let Some(slot) = slot else { panic!("page {} is not open", page.index()) };
         assert!(kv_head < self.kv_heads, "KV head {kv_head} of {}", self.kv_heads);
-        let head = self.elements / self.kv_heads;
-        let start = slot as usize * self.elements + kv_head * head;
+        let head = self.page_bytes / self.kv_heads;
+        let start = slot as usize * self.page_bytes + kv_head * head;
         start..start + head
     }
 }
 
 impl OpenPages {
-    pub(crate) fn new(layers: usize, capacity: usize, elements: usize) -> Self {
+    pub(crate) fn new(layers: usize, capacity: usize, page_bytes: usize) -> Self {
         Self {
             capacity,
-            elements,
+            page_bytes,
             slot_of: vec![0; layers * capacity],
             slots: Vec::new(),
             memory: Vec::new(),
@@ -72,25 +71,36 @@ impl OpenPages {
 
     /// Bytes of memory.
     pub(crate) fn bytes(&self) -> usize {
-        self.memory.len() * size_of::<f16>() + self.slot_of.len() * size_of::<u32>()
+        (self.memory.len() + self.slot_of.len()) * size_of::<u32>()
     }
 
     fn slot(&self, layer: usize, page: PageId) -> Option<usize> {
         (self.slot_of[layer * self.capacity + page.index()] as usize).checked_sub(1)
     }
 
-    fn elements_of(&self, slot: usize) -> Range<usize> {
-        slot * self.elements..(slot + 1) * self.elements
+    /// Words of one page of one layer: a page has keys and values of two bytes at least.
+    fn page_words(&self) -> usize {
+        self.page_bytes / size_of::<u32>()
+    }
+
+    fn words_of(&self, slot: usize) -> Range<usize> {
+        slot * self.page_words()..(slot + 1) * self.page_words()
     }
 
     /// The page's elements, if it is open or was filled last.
-    pub(crate) fn get(&self, layer: usize, page: PageId) -> Option<&[f16]> {
-        self.slot(layer, page).map(|slot| &self.memory[self.elements_of(slot)])
+    pub(crate) fn get<O: KvElement>(&self, layer: usize, page: PageId) -> Option<&[O]> {
+        let words = self.words_of(self.slot(layer, page)?);
+        Some(bytemuck::cast_slice(&self.memory[words]))
     }
 
-    pub(crate) fn get_mut(&mut self, layer: usize, page: PageId) -> Option<&mut [f16]> {
-        let elements = self.elements_of(self.slot(layer, page)?);
-        Some(&mut self.memory[elements])
+    pub(crate) fn get_mut<O: KvElement>(&mut self, layer: usize, page: PageId) -> Option<&mut [O]> {
+        let words = self.words_of(self.slot(layer, page)?);
+        Some(bytemuck::cast_slice_mut(&mut self.memory[words]))
+    }
+
+    /// Whether the page is open or was filled last.
+    pub(crate) fn has(&self, layer: usize, page: PageId) -> bool {
+        self.slot(layer, page).is_some()
     }
 
     /// The memory of all open pages, and where those of `layer` lie in it.
@@ -98,9 +108,10 @@ impl OpenPages {
         &mut self,
         layer: usize,
         kv_heads: usize,
-    ) -> (&mut [f16], OpenPlaces<'_>) {
+    ) -> (&mut [u8], OpenPlaces<'_>) {
         let slot_of = self.slot_of.chunks(self.capacity.max(1)).nth(layer).unwrap_or_default();
-        (&mut self.memory, OpenPlaces { slot_of, elements: self.elements, kv_heads })
+        let places = OpenPlaces { slot_of, page_bytes: self.page_bytes, kv_heads };
+        (bytemuck::cast_slice_mut(&mut self.memory), places)
     }
 
     /// Makes room for a page, whatever it held before.
@@ -111,7 +122,7 @@ impl OpenPages {
             return;
         }
         let slot = self.free.pop().unwrap_or_else(|| {
-            self.memory.resize(self.memory.len() + self.elements, f16::ZERO);
+            self.memory.resize(self.memory.len() + self.page_words(), 0);
             self.slots.push(OpenSlot { layer, page: None });
             self.slots.len() - 1
         });
@@ -171,7 +182,7 @@ impl OpenPages {
             (Some(from), _) => {
                 self.open(layer, to);
                 if let Some(to) = self.slot(layer, to) {
-                    let (from, to) = (self.elements_of(from), self.elements_of(to));
+                    let (from, to) = (self.words_of(from), self.words_of(to));
                     self.memory.copy_within(from, to.start);
                 }
             }

@@ -29,7 +29,8 @@ impl<'a, E: KvElement> PageBox<'a, E> {
 /// The bytes of a page pool in host memory.
 ///
 /// Boxes have the element type of the keys as they were appended: the minimum of stored keys is a
-/// stored key, so the box is exact.
+/// stored key, so the box is exact. Only boxes of open pages in f32 that become codes are in f16,
+/// and rounded outwards.
 #[derive(Debug)]
 pub struct HostPages {
     pub(crate) layout: KvLayout,
@@ -72,7 +73,7 @@ impl HostPages {
             pages: ZeroedMemory::new(total(layout.bytes_per_page() - boxes)?)?,
             boxes: ZeroedMemory::new(total(boxes)?)?,
             summaries: Summaries::new(),
-            open: OpenPages::new(opens, capacity, layout.page_elements()),
+            open: OpenPages::new(opens, capacity, layout.open_page_bytes()),
             wide: Vec::new(),
         })
     }
@@ -106,8 +107,8 @@ impl HostPages {
     /// last.
     ///
     /// # Panics
-    /// When `E` is not the element of the layout's format, an index is out of range, or the page
-    /// holds codes.
+    /// When `E` is not the element of the layout's [`KvLayout::open_format`], an index is out of
+    /// range, or the page holds codes.
     #[must_use]
     pub fn head<E: KvElement>(
         &self,
@@ -115,15 +116,18 @@ impl HostPages {
         page: PageId,
         kv_head: usize,
     ) -> HeadPage<'_, E> {
-        self.check_access::<E>(page, kv_head);
+        let format = self.layout.open_format();
+        assert!(E::FORMAT == format, "the pages hold another element type");
+        self.check_head(kv_head);
+        self.check_page(page);
         if !self.layout.shape().format.is_quantised() {
             return self.head_pages(layer, kv_head).get(page);
         }
-        let Some(open) = self.open.get(layer, page) else {
+        let Some(open) = self.open.get::<E>(layer, page) else {
             panic!("page {} of layer {layer} holds codes", page.index())
         };
         let length = 2 * self.layout.head_elements();
-        let both = &bytemuck::cast_slice(open)[kv_head * length..(kv_head + 1) * length];
+        let both = &open[kv_head * length..(kv_head + 1) * length];
         HeadPage::new(both, self.layout.page_size())
     }
 

@@ -3,16 +3,11 @@
 
 mod common;
 
-use common::{Numbers, layouts_of, read, read_codes};
+use common::{Numbers, layouts_of, read, read_codes, stored};
 use proptest::prelude::*;
-use tinyserve_kv::half::f16;
 use tinyserve_kv::{HostPages, KvFormat, KvLayout, KvShape, PageCopy, PagePool, PageTable, Slot};
 
 const FORMATS: [KvFormat; 2] = [KvFormat::Int8, KvFormat::Int4];
-
-fn half(x: f32) -> f32 {
-    f16::from_f32(x.clamp(-65_504.0, 65_504.0)).to_f32()
-}
 
 proptest! {
     #[test]
@@ -42,11 +37,14 @@ proptest! {
                 let rows = values.chunks(codes.group_channels());
                 let mut channel = at;
                 for values in rows {
-                    let stored: Vec<f32> = values.iter().map(|&x| half(x)).collect();
+                    let stored: Vec<f32> = values.iter().map(|&x| stored(&layout, x)).collect();
                     let lowest = stored.iter().copied().fold(f32::INFINITY, f32::min);
                     let highest = stored.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                    let step = (highest - lowest) / f32::from(codes.highest());
-                    // The scale is rounded up to f16: by 1/1024, or by the smallest f16.
+                    // The minimum is rounded down to f16: by 1/1024, or by the smallest f16.
+                    let wide = layout.open_format() == KvFormat::F32;
+                    let below = if wide { lowest.abs() / 1024.0 + 6e-8 } else { 0.0 };
+                    let step = (highest - lowest + below) / f32::from(codes.highest());
+                    // The scale is rounded up likewise.
                     let slack = step / 1024.0 + 6e-8;
                     let largest = lowest.abs().max(highest.abs());
                     for &stored in &stored {
@@ -158,4 +156,44 @@ fn words_hold_neighbours_and_halves_of_bytes_the_first_four_first() {
     }
     let bytes = pages.code_page(0, page, 0).bytes();
     assert_eq!(bytes[..8], [0x00, 0xf0, 0x00, 0x00, 0xff, 0x0f, 0xff, 0xff]);
+}
+
+#[test]
+fn a_box_of_keys_in_f32_is_rounded_outwards_and_codes_count_from_it() {
+    let shape =
+        KvShape { layers: 1, kv_heads: 1, head_dim: 1, page_size: 2, format: KvFormat::Int8 };
+    let layout = KvLayout::new(shape).unwrap().with_open_format(KvFormat::F32).unwrap();
+    assert_eq!((layout.open_page_bytes(), layout.open_format()), (16, KvFormat::F32));
+    let mut pages = HostPages::new(layout, 1).unwrap();
+    let page = PagePool::new(1).unwrap().allocate().unwrap();
+    // Neighbours of 1/3 and of 2049 in f16 are 1/4096 and 2 apart.
+    let keys = [1.0 / 3.0, 2049.0];
+    let (below, above) = (1365.0 / 4096.0, 2050.0);
+    for (offset, key) in keys.into_iter().enumerate() {
+        pages.append(0, Slot { page, offset }, &[key], &[key]);
+    }
+    let (open, sealed) = (read(&pages, 0, page, 0), read_codes(&pages, 0, page, 0));
+    assert_eq!((open.keys, open.values), (keys.to_vec(), keys.to_vec()));
+    assert_eq!((&sealed.min, &sealed.max), (&vec![below], &vec![above]));
+    // 2049 is a little nearer to the highest code than to the one before.
+    assert_eq!(sealed.keys, [below, above]);
+    // A value that is the only one of its token has all its digits in its minimum and its scale.
+    assert_eq!(sealed.values.iter().map(|x| x.round()).collect::<Vec<_>>(), [0.0, 2049.0]);
+}
+
+#[test]
+fn open_pages_in_f32_are_for_codes() {
+    let shape =
+        KvShape { layers: 1, kv_heads: 1, head_dim: 1, page_size: 2, format: KvFormat::F16 };
+    let refused = |format, open| {
+        let layout = KvLayout::new(KvShape { format, ..shape }).unwrap();
+        layout.with_open_format(open).unwrap_err().to_string()
+    };
+    assert_eq!(
+        refused(KvFormat::F16, KvFormat::F32),
+        "open_page_dtype is f32 with kv_cache_dtype f16, expected kv_cache_dtype int8 or int4: \
+         other pages stay as they are"
+    );
+    let other = "open_page_dtype is bf16, expected f16 or f32";
+    assert_eq!(refused(KvFormat::Int4, KvFormat::Bf16), other);
 }

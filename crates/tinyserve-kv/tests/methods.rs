@@ -397,7 +397,13 @@ proptest! {
         if let Some(list) = list {
             let mut expected = Vec::new();
             select_pages(&used, list.len(), 1, 2, &mut expected);
-            prop_assert_eq!(list, expected);
+            // Of pages with the same attention, to the last bit, either may stay.
+            let attention = |list: &[u32]| {
+                let mut used: Vec<f32> = list.iter().map(|&page| used[page as usize]).collect();
+                used.sort_by(f32::total_cmp);
+                used
+            };
+            prop_assert_eq!(attention(&list), attention(&expected), "{:?}", list);
         }
     }
 

@@ -102,7 +102,7 @@ proptest! {
             }
         }
         let rounded = |xs: &[f32]| -> Vec<f32> {
-            xs.iter().map(|&x| stored(shape.format, x)).collect()
+            xs.iter().map(|&x| stored(&layout, x)).collect()
         };
         for (position, layer, keys, values) in written {
             let slot = table.slot(position);

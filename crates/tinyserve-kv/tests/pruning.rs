@@ -64,7 +64,7 @@ impl Sequence {
                     let at = offset * dim..(offset + 1) * dim;
                     let expected = |x: &[f32]| -> Vec<f32> {
                         let own = &x[head * dim..(head + 1) * dim];
-                        own.iter().map(|&x| stored(shape.format, x)).collect()
+                        own.iter().map(|&x| stored(pages.layout(), x)).collect()
                     };
                     assert_eq!(found.keys[at.clone()], expected(&keys));
                     assert_eq!(found.values[at], expected(&values));

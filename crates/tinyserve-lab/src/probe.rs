@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use tinyserve_kernels::{Attention, Backend};
-use tinyserve_kv::{AttentionObserver, KvFormat, PageTable, PromptAttention};
+use tinyserve_kv::{AttentionObserver, KvLayout, PageTable, PromptAttention};
 use tinyserve_model::{
     Activations, Batch, KvCache, LogitRows, Model, Observe, SequenceStep, StepOutput,
 };
@@ -27,17 +27,12 @@ pub struct Probe<B: Backend> {
 }
 
 impl<B: Backend> Probe<B> {
-    /// Room for one sequence of `tokens` tokens, and for forks of it that go a little further.
+    /// Room for one sequence of `tokens` tokens in pages of `layout`, which is one of the model, and
+    /// for forks of it that go a little further.
     ///
     /// # Errors
-    /// When the page size is out of range or there is no memory.
-    pub fn new(
-        model: Model<B>,
-        page_size: usize,
-        format: KvFormat,
-        tokens: usize,
-    ) -> Result<Self, LabError> {
-        let layout = model.config().kv_layout(page_size, format)?;
+    /// When there is no memory.
+    pub fn new(model: Model<B>, layout: KvLayout, tokens: usize) -> Result<Self, LabError> {
         let pages = layout.pages_for(tokens) + 2 * layout.pages_for(SPARE_TOKENS) + 2;
         let cache = KvCache::new(model.backend(), layout, pages)?;
         let (activations, output) = (Activations::new(&model), StepOutput::default());

@@ -24,7 +24,8 @@ fn ask(
     let model = InductionModel::new(geometry);
     let cpu = Cpu::new(CpuOptions { threads: Some(2), path: None }).unwrap();
     let loaded = Model::load(cpu, &model.checkpoint().unwrap(), |_, _| {}).unwrap();
-    let mut probe = Probe::new(loaded, 16, KvFormat::F32, test.context).unwrap();
+    let layout = loaded.config().kv_layout(16, KvFormat::F32).unwrap();
+    let mut probe = Probe::new(loaded, layout, test.context).unwrap();
     probe.observe(32);
     let task = LookupTask { tokens: model.tokens(), near_keys };
     needle(&mut probe, &task, test, trials, &mut |_, _, _| true).unwrap()
@@ -108,7 +109,8 @@ fn a_test_that_is_stopped_keeps_its_whole_questions() {
     let model = InductionModel::new(InductionGeometry::Outlier);
     let cpu = Cpu::new(CpuOptions { threads: Some(1), path: None }).unwrap();
     let loaded = Model::load(cpu, &model.checkpoint().unwrap(), |_, _| {}).unwrap();
-    let mut probe = Probe::new(loaded, 16, KvFormat::F32, 512).unwrap();
+    let layout = loaded.config().kv_layout(16, KvFormat::F32).unwrap();
+    let mut probe = Probe::new(loaded, layout, 512).unwrap();
     let free = probe.cache().pool().free_pages();
     let task = LookupTask { tokens: model.tokens(), near_keys: 0 };
     let test = NeedleTest { context: 512, pairs: 8, samples: 8, seed: 0 };

@@ -148,12 +148,10 @@ impl MemoryPlan {
     /// Bytes of the pages that hold no codes yet; none where pages never hold codes.
     #[must_use]
     pub fn open_bytes(&self) -> u64 {
-        let format = self.layout.shape().format;
-        if !format.is_quantised() {
+        if !self.layout.shape().format.is_quantised() {
             return 0;
         }
-        let page = self.layout.page_elements() * format.element_bytes();
-        (page as u64).saturating_mul(self.open_pages as u64)
+        (self.layout.open_page_bytes() as u64).saturating_mul(self.open_pages as u64)
     }
 
     /// Tokens that the pages hold: the longest context, if one sequence has them all.
@@ -320,12 +318,19 @@ mod tests {
     fn open_pages_of_all_sequences_are_planned() {
         let checkpoint =
             SyntheticModel::new(SyntheticShape::TinyLlama, DType::F16).checkpoint().unwrap();
+        let layout = checkpoint.config().kv_layout(8, KvFormat::Int4).unwrap();
+        let narrow = check_open_pages(&checkpoint, layout);
+        let wide = check_open_pages(&checkpoint, layout.with_open_format(KvFormat::F32).unwrap());
+        assert_eq!(wide, 2 * narrow);
+    }
+
+    /// Bytes that are planned for open pages, of which as many are held as are planned at most.
+    fn check_open_pages(checkpoint: &Checkpoint, layout: KvLayout) -> u64 {
         let config = checkpoint.config();
-        let layout = config.kv_layout(8, KvFormat::Int4).unwrap();
         let largest = LargestStep { tokens: 60, sequences: 3, logits: 3, threads: 1 };
         let pages = 40;
-        let plan = MemoryPlan::new(&checkpoint, WeightFormat::Stored, layout, largest, pages);
-        let model = Model::load(Cpu::reference(), &checkpoint, |_, _| {}).unwrap();
+        let plan = MemoryPlan::new(checkpoint, WeightFormat::Stored, layout, largest, pages);
+        let model = Model::load(Cpu::reference(), checkpoint, |_, _| {}).unwrap();
         let mut cache = KvCache::new(model.backend(), layout, pages).unwrap();
         let (mut activations, mut output) = (Activations::new(&model), StepOutput::default());
         let mut tables = [(); 3].map(|()| cache.new_table());
@@ -357,6 +362,7 @@ mod tests {
         let mut next = cache.new_table();
         cache.extend(model.backend(), &mut next, 1).unwrap();
         assert_eq!(cache.pages.open_bytes(), most);
+        planned
     }
 
     #[test]

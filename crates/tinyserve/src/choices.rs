@@ -76,13 +76,32 @@ pub enum KvCacheDtype {
     /// bfloat16.
     #[serde(alias = "bfloat16")]
     Bf16,
-    /// Codes of 8 bits in full pages, f16 in the open one.
+    /// Codes of 8 bits in full pages, `open_page_dtype` in the open one.
     Int8,
-    /// Codes of 4 bits in full pages, f16 in the open one.
+    /// Codes of 4 bits in full pages, `open_page_dtype` in the open one.
     Int4,
 }
 
 impl KvCacheDtype {
+    /// The name as flags and configuration files spell it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
+        }
+    }
+
+    /// Whether full pages hold codes.
+    #[must_use]
+    pub fn is_quantised(self) -> bool {
+        matches!(self, Self::Int8 | Self::Int4)
+    }
+
     /// The format for a model whose weights are `weights`.
     #[must_use]
     pub fn resolve(self, weights: DType) -> KvFormat {
@@ -92,6 +111,30 @@ impl KvCacheDtype {
             (Self::Bf16, _) | (Self::Auto, DType::Bf16) => KvFormat::Bf16,
             (Self::Int8, _) => KvFormat::Int8,
             (Self::Int4, _) => KvFormat::Int4,
+        }
+    }
+}
+
+/// How keys and values are stored until their page is full and becomes codes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OpenPageDtype {
+    /// 16-bit float.
+    #[default]
+    #[serde(alias = "float16")]
+    F16,
+    /// 32-bit float.
+    #[serde(alias = "float32")]
+    F32,
+}
+
+impl OpenPageDtype {
+    /// The format.
+    #[must_use]
+    pub fn format(self) -> KvFormat {
+        match self {
+            Self::F16 => KvFormat::F16,
+            Self::F32 => KvFormat::F32,
         }
     }
 }

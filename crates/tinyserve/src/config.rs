@@ -5,14 +5,14 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tinyserve_kernels::DType;
-use tinyserve_kv::{Budget, SelectionPolicy};
-use tinyserve_model::LoadOptions;
+use tinyserve_kv::{Budget, KvLayout, SelectionPolicy};
+use tinyserve_model::{LoadOptions, ModelConfig};
 use tinyserve_plugins::{EntropyExit, PluginManager, TokenPruning};
 use tinyserve_sched::EngineConfig;
 
 use crate::{
     ApproximateAttention, AttentionMode, Device, EntropySignalName, EvictionName, GroupReduceName,
-    KvCacheDtype, RopeFrequencyDtype, ScorerName, TinyServeError, Weights,
+    KvCacheDtype, OpenPageDtype, RopeFrequencyDtype, ScorerName, TinyServeError, Weights,
 };
 
 /// Settings of an engine.
@@ -72,6 +72,10 @@ pub struct TinyServeConfig {
     pub sparse_min_context: Option<usize>,
     /// How keys and values are stored.
     pub kv_cache_dtype: KvCacheDtype,
+    /// How keys and values are stored until their page is full, with `kv_cache_dtype` int8 or int4:
+    /// f16 unless set. Refused with others, and f32 on CUDA.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub open_page_dtype: Option<OpenPageDtype>,
     /// What the frequencies of the rotary embedding are rounded to.
     pub rope_frequency_dtype: RopeFrequencyDtype,
     /// Most prompt tokens of one prefill step.
@@ -173,6 +177,7 @@ impl Default for TinyServeConfig {
             dense_layers: policy.dense_layers,
             sparse_min_context: None,
             kv_cache_dtype: KvCacheDtype::Auto,
+            open_page_dtype: None,
             rope_frequency_dtype: RopeFrequencyDtype::F32,
             attention_chunk_size: 256,
             max_sequence_length: None,
@@ -284,6 +289,7 @@ impl TinyServeConfig {
                 expected: "weights int8 or int4: only quantised weights are cached".to_owned(),
             });
         }
+        self.check_open_page_dtype()?;
         if let Some(fused) = self.use_fused_kernel.filter(|_| self.cuda_devices().is_empty()) {
             return Err(TinyServeError::Setting {
                 field: "use_fused_kernel",
@@ -352,11 +358,13 @@ impl TinyServeConfig {
         }
         self.entropy_exit().check()?;
         self.token_pruning().check()?;
-        if self.enable_token_pruning && self.pruning_ratio > 0.0 && self.keeps_codes() {
+        if self.enable_token_pruning
+            && self.pruning_ratio > 0.0
+            && self.kv_cache_dtype.is_quantised()
+        {
             return Err(TinyServeError::Setting {
                 field: "kv_cache_dtype",
-                found: if self.kv_cache_dtype == KvCacheDtype::Int8 { "int8" } else { "int4" }
-                    .to_owned(),
+                found: self.kv_cache_dtype.name().to_owned(),
                 expected: "auto, f32, f16 or bf16 where tokens are pruned: codes of a page share \
                            its box"
                     .to_owned(),
@@ -385,6 +393,25 @@ impl TinyServeConfig {
             (None, None, Device::Cuda(number)) => vec![number],
             (None, None, Device::Auto | Device::Cpu) => Vec::new(),
         }
+    }
+
+    fn check_open_page_dtype(&self) -> Result<(), TinyServeError> {
+        let Some(dtype) = self.open_page_dtype else { return Ok(()) };
+        let wrong = |beside: &str, expected: &str| {
+            let found = format!("{} with {beside}", dtype.format());
+            let expected = expected.to_owned();
+            Err(TinyServeError::Setting { field: "open_page_dtype", found, expected })
+        };
+        if !self.kv_cache_dtype.is_quantised() {
+            let expected = "kv_cache_dtype int8 or int4: other pages stay as they are when they \
+                            are full";
+            return wrong(&format!("kv_cache_dtype {}", self.kv_cache_dtype.name()), expected);
+        }
+        if dtype == OpenPageDtype::F32 && !self.cuda_devices().is_empty() {
+            let expected = "f16 on CUDA devices, whose kernels read open pages in it";
+            return wrong("a CUDA device", expected);
+        }
+        Ok(())
     }
 
     fn check_gpus(&self) -> Result<(), TinyServeError> {
@@ -450,6 +477,22 @@ impl TinyServeConfig {
         Ok(LoadOptions { format: self.weights.resolve(stored)?, cache: self.weights_cache.clone() })
     }
 
+    /// How the pages of `model`, whose weights are stored as `stored`, lie in memory.
+    ///
+    /// # Errors
+    /// When the page size is 0 or too large, or `open_page_dtype` is set where no page becomes codes.
+    pub fn kv_layout(
+        &self,
+        model: &ModelConfig,
+        stored: DType,
+    ) -> Result<KvLayout, TinyServeError> {
+        let layout = model.kv_layout(self.page_size, self.kv_cache_dtype.resolve(stored))?;
+        match self.open_page_dtype {
+            Some(dtype) => Ok(layout.with_open_format(dtype.format())?),
+            None => Ok(layout),
+        }
+    }
+
     /// What the scheduler is told; the facade adds what only a loaded model knows.
     pub(crate) fn scheduling(&self) -> EngineConfig {
         let seconds = |seconds| Duration::try_from_secs_f64(seconds).unwrap_or_default();
@@ -466,11 +509,6 @@ impl TinyServeConfig {
             session_timeout: seconds(self.session_timeout),
             ..EngineConfig::default()
         }
-    }
-
-    /// Whether sealed pages hold codes, which cannot be taken apart.
-    pub(crate) fn keeps_codes(&self) -> bool {
-        matches!(self.kv_cache_dtype, KvCacheDtype::Int8 | KvCacheDtype::Int4)
     }
 
     fn entropy_exit(&self) -> EntropyExit {
@@ -651,6 +689,26 @@ mod tests {
             ("i.toml", "weights = \"int3\"", "int3"),
             ("o.toml", "weights_cache = \"here\"", "weights_cache is here"),
             ("f.toml", "kv_cache_dtype = \"int3\"", "int3"),
+            (
+                "y.toml",
+                "open_page_dtype = \"f32\"",
+                "open_page_dtype is f32 with kv_cache_dtype auto, expected kv_cache_dtype int8",
+            ),
+            (
+                "z.toml",
+                "open_page_dtype = \"f16\"\nkv_cache_dtype = \"f32\"",
+                "open_page_dtype is f16 with kv_cache_dtype f32, expected kv_cache_dtype int8",
+            ),
+            (
+                "0.toml",
+                "open_page_dtype = \"f32\"\nkv_cache_dtype = \"int4\"\nnum_gpus = 2",
+                "open_page_dtype is f32 with a CUDA device, expected f16 on CUDA",
+            ),
+            (
+                "1.toml",
+                "open_page_dtype = \"bf16\"\nkv_cache_dtype = \"int4\"",
+                "unknown variant `bf16`, expected one of `f16`",
+            ),
             ("g.json", "{", "EOF"),
             ("h.yaml", "", ".json or .toml"),
             (

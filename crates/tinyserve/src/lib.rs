@@ -13,7 +13,7 @@ mod request;
 
 pub use choices::{
     ApproximateAttention, AttentionMode, Device, EntropySignalName, EvictionName, GroupReduceName,
-    KvCacheDtype, RopeFrequencyDtype, ScorerName, Weights,
+    KvCacheDtype, OpenPageDtype, RopeFrequencyDtype, ScorerName, Weights,
 };
 pub use config::TinyServeConfig;
 pub use engine::{TinyServe, TinyServeBuilder};

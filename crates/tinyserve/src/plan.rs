@@ -59,8 +59,7 @@ impl PlannedMemory {
         threads: usize,
         (resident, available): (u64, Option<u64>),
     ) -> Result<Self, TinyServeError> {
-        let format = config.kv_cache_dtype.resolve(checkpoint.dtype());
-        let layout = checkpoint.config().kv_layout(config.page_size, format)?;
+        let layout = config.kv_layout(checkpoint.config(), checkpoint.dtype())?;
         let weights = config.weights.resolve(checkpoint.dtype())?;
         let limit = config.sequence_limit(checkpoint.config().max_positions)?;
         let sequences = config.max_num_seqs;

@@ -319,8 +319,7 @@ fn load_on<B: Measurable + Sync>(
     let mut progress = Progress::new("loading");
 
     let build = || {
-        let format = config.kv_cache_dtype.resolve(checkpoint.dtype());
-        let layout = checkpoint.config().kv_layout(config.page_size, format)?;
+        let layout = config.kv_layout(checkpoint.config(), checkpoint.dtype())?;
         // A page more for each sequence: its copy of the depth's open page.
         let pages = sequences * (layout.pages_for(longest) + 1);
         let (tokens, threads) = (config.attention_chunk_size, described.threads);

@@ -5,7 +5,7 @@ use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use tinyserve::kernels::DType;
 use tinyserve::model::{Checkpoint, SyntheticModel, SyntheticShape};
-use tinyserve::{RopeFrequencyDtype, TinyServeConfig, TinyServeError};
+use tinyserve::{RopeFrequencyDtype, TinyServeConfig};
 
 use crate::{memory, units};
 
@@ -79,9 +79,7 @@ impl Source {
                 (model.config()?, model.dtype(), model.weight_bytes())
             }
         };
-        let layout = shape
-            .kv_layout(config.page_size, config.kv_cache_dtype.resolve(dtype))
-            .map_err(TinyServeError::from)?;
+        let layout = config.kv_layout(&shape, dtype)?;
         let pages = (layout.pages_for(longest) + 1).saturating_mul(sequences);
         let cache = layout.bytes_per_page().saturating_mul(pages);
         let needed = weights.saturating_add(cache) as u64;

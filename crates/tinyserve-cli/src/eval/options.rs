@@ -7,7 +7,7 @@ use anyhow::{Context, Error, Result, anyhow};
 use clap::Args;
 use serde::Serialize;
 use tinyserve::kernels::{Backend, Cpu};
-use tinyserve::kv::{Budget, KvFormat, Method, Reselect, SelectionPolicy};
+use tinyserve::kv::{Budget, Method, Reselect, SelectionPolicy};
 use tinyserve::model::{Checkpoint, Model, ModelError, Tokenizer};
 use tinyserve::{GroupReduceName, RopeFrequencyDtype, TinyServeConfig, TinyServeError};
 use tinyserve_lab::{LabError, Probe, Trial};
@@ -226,7 +226,6 @@ pub(crate) struct Lab<B: Backend = Cpu> {
     pub(crate) config: TinyServeConfig,
     pub(crate) checkpoint: Checkpoint,
     pub(crate) model: Model<B>,
-    pub(crate) format: KvFormat,
 }
 
 impl Lab {
@@ -245,7 +244,6 @@ impl<B: Backend> Lab<B> {
             checkpoint.round_rope_frequencies();
         }
         config.sequence_limit(checkpoint.config().max_positions)?;
-        let format = config.kv_cache_dtype.resolve(checkpoint.dtype());
         let weights = config.load_options(checkpoint.dtype())?;
         let backend = forward.device.backend(&config)?;
         let name = format!("CPU, {}, {} threads", backend.path(), backend.threads());
@@ -257,7 +255,7 @@ impl<B: Backend> Lab<B> {
         progress.finish();
         forward.device.tell_of_cache(model.weights_cache());
         forward.device.tell(&config, &name);
-        Ok(Self { config, checkpoint, model, format })
+        Ok(Self { config, checkpoint, model })
     }
 
     /// The model's tokenizer.
@@ -278,9 +276,8 @@ impl<B: Backend> Lab<B> {
 
     /// Room for sequences of `tokens` tokens.
     pub(crate) fn probe(self, tokens: usize, observed: usize) -> Result<Probe<B>> {
-        let page_size = self.config.page_size;
-        let mut probe =
-            Probe::new(self.model, page_size, self.format, tokens).map_err(lab_error)?;
+        let layout = self.config.kv_layout(self.checkpoint.config(), self.checkpoint.dtype())?;
+        let mut probe = Probe::new(self.model, layout, tokens).map_err(lab_error)?;
         probe.observe(observed);
         probe.prefill_chunk(self.config.attention_chunk_size);
         Ok(probe)

@@ -169,7 +169,10 @@ pub(super) fn compare(
     let mut reference = match windows.reference_kv_cache_dtype {
         Some(dtype) => {
             let mut lab = Lab::open(forward)?;
-            lab.format = dtype.resolve(lab.checkpoint.dtype());
+            lab.config.kv_cache_dtype = dtype;
+            // What --open-page-dtype says is of pages that become codes.
+            lab.config.open_page_dtype =
+                lab.config.open_page_dtype.filter(|_| dtype.is_quantised());
             Some(lab.probe(test.window, 0)?)
         }
         None => None,

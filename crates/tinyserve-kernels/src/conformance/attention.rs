@@ -22,6 +22,8 @@ struct Case {
     heads: Heads,
     page_size: usize,
     format: KvFormat,
+    /// The format of pages that are not full.
+    open: KvFormat,
     /// Tokens in the cache before the step, and new tokens, of each sequence.
     sequences: Vec<(usize, usize)>,
     reads: Reads,
@@ -54,7 +56,7 @@ pub(super) fn run<B: Backend>(
     reference: &Cpu,
     outcomes: &mut Vec<CaseOutcome>,
 ) -> Result<(), KernelError> {
-    for case in cases(backend.kv_formats())? {
+    for case in cases((backend.kv_formats(), backend.open_formats()))? {
         let (found, found_stats, found_told) = attend(backend, &case)?;
         let (expected, expected_stats, expected_told) = attend(reference, &case)?;
         let error = max_error(&found, &expected);
@@ -97,7 +99,12 @@ fn same_counts(found: &AttendStats, expected: &AttendStats) -> bool {
 impl Case {
     fn describe(&self) -> String {
         let Heads { q_heads, kv_heads, head_dim } = self.heads;
-        let Self { page_size, format, sequences, reads, layer, pruned, .. } = self;
+        let Self { page_size, format, open, sequences, reads, layer, pruned, .. } = self;
+        let open = if open == format || *open == KvFormat::F16 {
+            String::new()
+        } else {
+            format!(", open in {open},")
+        };
         let pruned = if *pruned { ", every third pruned" } else { "" };
         let reads = match reads {
             Reads::Everything => String::new(),
@@ -107,13 +114,19 @@ impl Case {
             Reads::TwoOfThree => " two of three pages".to_owned(),
         };
         format!(
-            "{format} {q_heads} over {kv_heads} heads of {head_dim}, pages of {page_size}, \
+            "{format}{open} {q_heads} over {kv_heads} heads of {head_dim}, pages of {page_size}, \
              (cached, new) {sequences:?}{reads}{pruned}"
         )
     }
 }
 
-fn cases(formats: &[KvFormat]) -> Result<Vec<Case>, KernelError> {
+/// The cases of a backend's formats, and of those that it has for open pages.
+fn cases((formats, open): (&[KvFormat], &[KvFormat])) -> Result<Vec<Case>, KernelError> {
+    let formats = formats.iter().flat_map(|format| {
+        let open = if format.is_quantised() { open } else { std::slice::from_ref(format) };
+        open.iter().map(|&open| (*format, open))
+    });
+    let formats: Vec<(KvFormat, KvFormat)> = formats.collect();
     let heads = [
         (1, 1, 1),
         (2, 2, 5),
@@ -127,8 +140,12 @@ fn cases(formats: &[KvFormat]) -> Result<Vec<Case>, KernelError> {
     let mut cases = Vec::new();
     for (i, (q_heads, kv_heads, head_dim)) in heads.into_iter().enumerate() {
         let heads = Heads { q_heads, kv_heads, head_dim };
-        for &format in formats {
+        for &(format, open) in &formats {
             for (j, page_size) in [1, 4, 16, 33].into_iter().enumerate() {
+                // Of what differs in a sequence's last page alone, every second case is enough.
+                if format.is_quantised() && open != KvFormat::F16 && (i + j) % 2 == 1 {
+                    continue;
+                }
                 // One token alone, a prompt, a chunk after a prefix, a decode, a mixed batch.
                 let sequences = [
                     vec![(0, 1)],
@@ -141,6 +158,7 @@ fn cases(formats: &[KvFormat]) -> Result<Vec<Case>, KernelError> {
                     heads,
                     page_size,
                     format,
+                    open,
                     sequences: sequences.to_vec(),
                     reads,
                     layer,
@@ -208,14 +226,17 @@ fn keys(numbers: &mut Numbers, position: usize, page_size: usize, head_dim: usiz
 type Attended = (Vec<f32>, AttendStats, [Vec<f32>; 3]);
 
 fn attend<B: Backend>(backend: &B, case: &Case) -> Result<Attended, KernelError> {
-    let Case { heads, page_size, format, layer, .. } = *case;
-    let layout = KvLayout::new(KvShape {
+    let Case { heads, page_size, format, open, layer, .. } = *case;
+    let mut layout = KvLayout::new(KvShape {
         layers: 2,
         kv_heads: heads.kv_heads,
         head_dim: heads.head_dim,
         page_size,
         format,
     })?;
+    if format.is_quantised() {
+        layout = layout.with_open_format(open)?;
+    }
     let pages_of = |&(cached, new): &(usize, usize)| layout.pages_for(cached + new);
     // Two pages more than needed, so that the case can move two.
     let capacity = case.sequences.iter().map(pages_of).sum::<usize>() + 2;

@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::sync::PoisonError;
 
 use half::f16;
-use tinyserve_kv::{GROUP_PAGES, KvElement, KvLayout, LayerMut, OpenPlaces, Slot, with_element};
+use tinyserve_kv::{GROUP_PAGES, KvElement, KvLayout, LayerMut, OpenPlaces, Slot, with_elements};
 
 use super::columns::Columns;
 use super::simd::{Element, Kernel, Simd, dispatch};
@@ -47,9 +47,9 @@ pub(super) fn append_kv(cpu: &Cpu, args: AppendKvArgs<'_, Cpu>) {
             // A panic left nothing behind that is read before it is written.
             let mut scratch = cpu.scratch[thread].lock().unwrap_or_else(PoisonError::into_inner);
             let rows = scratch.sealed_rows();
-            with_element!(shape.format, E => {
-                let element = std::marker::PhantomData::<E>;
-                dispatch(cpu.path, Head { step: &step, kv_head, rows, element });
+            with_elements!(layout, (E, O) => {
+                let elements = std::marker::PhantomData::<(E, O)>;
+                dispatch(cpu.path, Head { step: &step, kv_head, rows, elements });
             });
         };
         if slots.len() * shape.kv_heads * shape.head_dim < SERIAL_ELEMENTS {
@@ -68,20 +68,20 @@ struct Step<'a> {
     slots: &'a [Slot],
     pages: Columns<'a, u8>,
     boxes: Columns<'a, u8>,
-    open: Columns<'a, f16>,
+    open: Columns<'a, u8>,
     places: OpenPlaces<'a>,
 }
 
-/// One head of all tokens of a [`Step`].
-struct Head<'a, E> {
+/// One head of all tokens of a [`Step`]: boxes of `E`, keys and values of `O`.
+struct Head<'a, E, O> {
     step: &'a Step<'a>,
     kv_head: usize,
     /// Memory that is reused.
     rows: &'a mut Vec<u8>,
-    element: std::marker::PhantomData<E>,
+    elements: std::marker::PhantomData<(E, O)>,
 }
 
-impl<E: KvElement + Element> Kernel for Head<'_, E> {
+impl<E: KvElement + Element, O: KvElement + Element> Kernel for Head<'_, E, O> {
     type Output = ();
 
     #[inline(always)]
@@ -103,7 +103,7 @@ impl<E: KvElement + Element> Kernel for Head<'_, E> {
     }
 }
 
-impl<E: KvElement + Element> Head<'_, E> {
+impl<E: KvElement + Element, O: KvElement + Element> Head<'_, E, O> {
     /// Writes neighbouring tokens of one page.
     #[inline(always)]
     fn write<S: Simd>(&mut self, simd: S, tokens: Range<usize>) {
@@ -120,7 +120,7 @@ impl<E: KvElement + Element> Head<'_, E> {
             bytemuck::cast_slice_mut(unsafe { self.step.boxes.slice(0, corners) });
         // SAFETY: as above.
         let stored = unsafe { self.step.pages.slice(0, bytes) };
-        let (both, sealed): (&mut [E], _) = match layout.codes() {
+        let (both, sealed): (&mut [O], _) = match layout.codes() {
             None => (bytemuck::cast_slice_mut(stored), None),
             Some(codes) => {
                 let open = self.step.places.range(page, self.kv_head);
@@ -129,42 +129,46 @@ impl<E: KvElement + Element> Head<'_, E> {
                 (bytemuck::cast_slice_mut(open), Some((codes, stored)))
             }
         };
+        let becomes_codes = sealed.is_some();
+        // A closure, so that it is compiled for the instructions of the caller.
+        let store = |x: &[f32], out: &mut [O]| {
+            if becomes_codes { O::store_open(x, out) } else { O::store(x, out) }
+        };
         let (keys, values) = both.split_at_mut(layout.head_elements());
         let row = |token: usize, columns: Range<usize>| {
             let first = columns.start + self.kv_head * dim;
             &qkv.values()[token * heads.qkv_width() + first..][..dim]
         };
         for (token, value) in tokens.clone().zip(values[offset * dim..].chunks_exact_mut(dim)) {
-            E::store(row(token, heads.v_columns()), value);
+            store(row(token, heads.v_columns()), value);
         }
         let lane = page.index() % GROUP_PAGES;
         let pieces = keys.chunks_mut(PIECE * size).zip(boxes.chunks_mut(PIECE * 2 * GROUP_PAGES));
         for (piece, (columns, corners)) in pieces.enumerate() {
             let channels = piece * PIECE..((piece + 1) * PIECE).min(dim);
             let keys = tokens.clone().map(|token| &row(token, heads.k_columns())[channels.clone()]);
-            grow(simd, keys, (columns, offset, size), (corners, lane));
+            grow(simd, (keys, store), (columns, offset, size), (corners, lane));
         }
         if let Some((codes, out)) = sealed
             && offset + tokens.len() == size
         {
-            let (keys, values): (&[f16], &[f16]) =
-                (bytemuck::cast_slice(keys), bytemuck::cast_slice(values));
+            // Of what becomes codes, boxes are in f16.
             let boxes: &mut [f16] = bytemuck::cast_slice_mut(boxes);
-            Codes::new(codes, self.rows).seal(simd, (keys, values), (boxes, lane), out);
+            Codes::new(codes, self.rows).seal(simd, (&*keys, &*values), (boxes, lane), out);
         }
     }
 }
 
 /// Writes up to [`PIECE`] channels of neighbouring keys from `offset` on into `columns`
-/// `[channels, size]`, and grows their box in `lane` of `corners`.
+/// `[channels, size]`, as `store` rounds them, and grows their box in `lane` of `corners`.
 #[inline(always)]
-fn grow<'k, S: Simd, E: KvElement + Element>(
+fn grow<'k, S: Simd, E: KvElement + Element, O: KvElement + Element>(
     simd: S,
-    keys: impl Iterator<Item = &'k [f32]>,
-    (columns, offset, size): (&mut [E], usize, usize),
+    (keys, store): (impl Iterator<Item = &'k [f32]>, impl Fn(&[f32], &mut [O])),
+    (columns, offset, size): (&mut [O], usize, usize),
     (corners, lane): (&mut [E], usize),
 ) {
-    let mut rounded = [E::zeroed(); PIECE];
+    let mut rounded = [O::zeroed(); PIECE];
     let (mut max, mut min) = ([E::zeroed(); PIECE], [E::zeroed(); PIECE]);
     for (rows, (max, min)) in
         corners.chunks_exact(2 * GROUP_PAGES).zip(max.iter_mut().zip(&mut min))
@@ -175,7 +179,7 @@ fn grow<'k, S: Simd, E: KvElement + Element>(
     let mut channels = 0;
     for (i, key) in keys.enumerate() {
         channels = key.len();
-        E::store(key, &mut rounded[..channels]);
+        store(key, &mut rounded[..channels]);
         for (column, &x) in columns.chunks_exact_mut(size).zip(&rounded) {
             column[offset + i] = x;
         }
@@ -184,7 +188,7 @@ fn grow<'k, S: Simd, E: KvElement + Element>(
             continue;
         }
         for at in (0..PIECE).step_by(S::LANES) {
-            let x = E::load(simd, &rounded[at..]);
+            let x = O::load(simd, &rounded[at..]);
             let (high, low) = (&mut highest[at..], &mut lowest[at..]);
             simd.store(simd.max(x, simd.load(high)), high);
             simd.store(simd.min(x, simd.load(low)), low);
@@ -199,9 +203,16 @@ fn grow<'k, S: Simd, E: KvElement + Element>(
             }
         }
     }
-    // Stored keys, which are rounded already.
-    E::store(&highest, &mut max);
-    E::store(&lowest, &mut min);
+    if O::FORMAT == E::FORMAT {
+        // Stored keys, which are rounded already.
+        E::store(&highest, &mut max);
+        E::store(&lowest, &mut min);
+    } else {
+        for channel in 0..channels {
+            max[channel] = E::at_least(highest[channel]);
+            min[channel] = E::at_most(lowest[channel]);
+        }
+    }
     let rows = corners.chunks_exact_mut(2 * GROUP_PAGES).take(channels);
     for (rows, (&max, &min)) in rows.zip(max.iter().zip(&min)) {
         (rows[lane], rows[GROUP_PAGES + lane]) = (max, min);

@@ -40,6 +40,13 @@ impl CudaPages {
                 expected: format!("at most {MOST_HEAD_DIM} on a CUDA device"),
             });
         }
+        if shape.format.is_quantised() && layout.open_format() != KvFormat::F16 {
+            return Err(KernelError::Invalid {
+                what: "open_page_dtype",
+                found: layout.open_format().to_string(),
+                expected: "f16 on a CUDA device, whose kernels read open pages in it".to_owned(),
+            });
+        }
         let bytes = |of_page: usize| {
             capacity
                 .checked_next_multiple_of(GROUP_PAGES)
@@ -54,10 +61,10 @@ impl CudaPages {
         let of_boxes = layout.box_bytes_per_page();
         let pages = Buffer::zeroed(device, bytes(layout.bytes_per_page() - of_boxes)?, &what)?;
         let boxes = Buffer::zeroed(device, bytes(of_boxes)?, &what)?;
-        let open = shape.format.is_quantised().then(|| {
-            let slot = shape.layers * layout.page_elements() * shape.format.element_bytes();
-            OpenPages::new(slot, shape.page_size)
-        });
+        let open = shape
+            .format
+            .is_quantised()
+            .then(|| OpenPages::new(shape.layers * layout.open_page_bytes(), shape.page_size));
         Ok(Self { layout, capacity, pages, boxes, open, element })
     }
 

@@ -1,6 +1,6 @@
 //! Attention of one row and one query head over listed pages: scores, softmax, weighted sum.
 
-use tinyserve_kv::{HostPages, KvElement, PageId, attention_mass};
+use tinyserve_kv::{HostPages, KvElement, PageId, attention_mass, with_element};
 
 /// One query head of one row, and the pages it may read.
 #[derive(Clone, Copy)]
@@ -50,17 +50,19 @@ impl AttendRow<'_> {
             }
             return;
         }
-        let head = self.pages.head::<E>(self.layer, page, self.kv_head);
-        let values = head.values.chunks_exact(dim);
-        for (offset, values) in values.take(self.visible(index)).enumerate() {
-            for (wide, x) in key.iter_mut().zip(head.key(offset)) {
-                *wide = f64::from(x.to_f32());
+        with_element!(self.pages.layout().open_format(), O => {
+            let head = self.pages.head::<O>(self.layer, page, self.kv_head);
+            let values = head.values.chunks_exact(dim);
+            for (offset, values) in values.take(self.visible(index)).enumerate() {
+                for (wide, x) in key.iter_mut().zip(head.key(offset)) {
+                    *wide = f64::from(KvElement::to_f32(x));
+                }
+                for (wide, &x) in value.iter_mut().zip(values) {
+                    *wide = f64::from(KvElement::to_f32(x));
+                }
+                each(&key, &value);
             }
-            for (wide, x) in value.iter_mut().zip(values) {
-                *wide = f64::from(x.to_f32());
-            }
-            each(&key, &value);
-        }
+        });
     }
 
     fn scores<E: KvElement>(&self, list: &[u32]) -> Vec<f64> {

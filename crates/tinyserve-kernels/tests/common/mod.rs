@@ -7,7 +7,7 @@ use tinyserve_kernels::{
     CpuPath, Heads, KernelError, PageLists,
 };
 use tinyserve_kv::{
-    HostPages, KvElement, KvFormat, KvLayout, KvShape, PagePool, PageTable, Slot, with_element,
+    HostPages, KvElement, KvFormat, KvLayout, KvShape, PagePool, PageTable, Slot, with_elements,
 };
 
 /// The layer that is written and read, of two.
@@ -48,10 +48,16 @@ pub(crate) fn shapes() -> impl Strategy<Value = (Heads, KvLayout)> {
     let wide = prop::sample::select(vec![33usize, 40, 48, 64, 70, 80, 128]);
     let head_dim = prop_oneof![1usize..=20, wide];
     let page_size = prop_oneof![Just(1usize), 2usize..=9, Just(16), Just(40)];
-    (heads, head_dim, page_size, prop::sample::select(&KvFormat::ALL[..])).prop_map(
-        |((q_heads, kv_heads), head_dim, page_size, format)| {
+    // Open pages of codes are in f16, or in f32.
+    let formats = (prop::sample::select(&KvFormat::ALL[..]), any::<bool>());
+    (heads, head_dim, page_size, formats).prop_map(
+        |((q_heads, kv_heads), head_dim, page_size, (format, wide))| {
             let shape = KvShape { layers: 2, kv_heads, head_dim, page_size, format };
-            (Heads { q_heads, kv_heads, head_dim }, KvLayout::new(shape).unwrap())
+            let mut layout = KvLayout::new(shape).unwrap();
+            if wide && format.is_quantised() {
+                layout = layout.with_open_format(KvFormat::F32).unwrap();
+            }
+            (Heads { q_heads, kv_heads, head_dim }, layout)
         },
     )
 }
@@ -186,8 +192,8 @@ impl Cache {
         let (dim, size) = (self.heads.head_dim, self.pages.layout().page_size());
         let Slot { page, offset } = self.tables[index].slot(token);
         let own = token / size == (tokens - 1) / size;
-        with_element!(self.pages.layout().shape().format, E => {
-            let widen = |x: E| f64::from(KvElement::to_f32(x));
+        with_elements!(self.pages.layout(), (E, O) => {
+            let widen = |x: O| f64::from(KvElement::to_f32(x));
             if self.pages.layout().shape().format.is_quantised() && !own {
                 let codes = self.pages.code_page(LAYER, page, kv_head);
                 let corners = self.pages.page_box::<E>(LAYER, page, kv_head);
@@ -197,7 +203,7 @@ impl Cache {
                 let value = (0..dim).map(|c| codes.value(offset, c));
                 return (key.map(f64::from).collect(), value.map(f64::from).collect());
             }
-            let head = self.pages.head::<E>(LAYER, page, kv_head);
+            let head = self.pages.head::<O>(LAYER, page, kv_head);
             let value = &head.values[offset * dim..(offset + 1) * dim];
             (head.key(offset).map(widen).collect(), value.iter().map(|&x| widen(x)).collect())
         })

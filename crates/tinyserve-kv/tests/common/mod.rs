@@ -6,27 +6,35 @@ mod numbers;
 pub(crate) use numbers::Numbers;
 use proptest::prelude::*;
 use tinyserve_kv::half::f16;
-use tinyserve_kv::{HostPages, KvElement, KvFormat, KvLayout, KvShape, PageId, with_element};
+use tinyserve_kv::{
+    HostPages, KvElement, KvFormat, KvLayout, KvShape, PageId, with_element, with_elements,
+};
 
 /// Layouts of every format without codes, with odd head sizes and pages of 1 to 64 tokens.
 pub(crate) fn layouts() -> impl Strategy<Value = KvLayout> {
     layouts_of(&KvFormat::FLOATS)
 }
 
-/// Layouts of `formats`.
+/// Layouts of `formats`, those of codes with open pages in f16 or in f32.
 pub(crate) fn layouts_of(formats: &'static [KvFormat]) -> impl Strategy<Value = KvLayout> {
     let head_dims = prop_oneof![1usize..=20, Just(24usize), Just(33), Just(64)];
     let page_sizes = prop_oneof![1usize..=64, Just(1usize), Just(16)];
-    (1usize..=2, 1usize..=3, head_dims, page_sizes, prop::sample::select(formats)).prop_map(
-        |(layers, kv_heads, head_dim, page_size, format)| {
-            KvLayout::new(KvShape { layers, kv_heads, head_dim, page_size, format }).unwrap()
+    let formats = (prop::sample::select(formats), any::<bool>());
+    (1usize..=2, 1usize..=3, head_dims, page_sizes, formats).prop_map(
+        |(layers, kv_heads, head_dim, page_size, (format, wide))| {
+            let shape = KvShape { layers, kv_heads, head_dim, page_size, format };
+            let layout = KvLayout::new(shape).unwrap();
+            let wide = wide && format.is_quantised();
+            if wide { layout.with_open_format(KvFormat::F32).unwrap() } else { layout }
         },
     )
 }
 
-/// `x` as `format` stores it, widened.
-pub(crate) fn stored(format: KvFormat, x: f32) -> f32 {
-    with_element!(format, E => KvElement::to_f32(<E as KvElement>::from_f32(x)))
+/// `x` as pages of `layout` that are not full store it, widened.
+pub(crate) fn stored(layout: &KvLayout, x: f32) -> f32 {
+    let codes = layout.shape().format.is_quantised();
+    let x = if codes { x.clamp(-65_504.0, 65_504.0) } else { x };
+    with_element!(layout.open_format(), E => KvElement::to_f32(<E as KvElement>::from_f32(x)))
 }
 
 /// One head of one page, widened to f32.
@@ -44,10 +52,10 @@ pub(crate) struct Head {
 
 /// Reads one head of one page.
 pub(crate) fn read(pages: &HostPages, layer: usize, page: PageId, kv_head: usize) -> Head {
-    with_element!(pages.layout().shape().format, E => {
-        let widen = |xs: &[E]| xs.iter().map(|&x| KvElement::to_f32(x)).collect();
+    with_elements!(pages.layout(), (E, O) => {
+        let widen = |xs: &[O]| xs.iter().map(|&x| KvElement::to_f32(x)).collect();
         let (head, corners) =
-            (pages.head::<E>(layer, page, kv_head), pages.page_box::<E>(layer, page, kv_head));
+            (pages.head::<O>(layer, page, kv_head), pages.page_box::<E>(layer, page, kv_head));
         Head {
             keys: (0..pages.layout().page_size())
                 .flat_map(|token| head.key(token).map(KvElement::to_f32))

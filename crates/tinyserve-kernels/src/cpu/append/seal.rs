@@ -26,15 +26,16 @@ impl<'a> Codes<'a> {
     }
 
     /// Writes the codes of a page whose keys are `[head_dim, page_size]` and values
-    /// `[page_size, head_dim]`; its box, which has grown with its keys, is in `lane` of `boxes`.
+    /// `[page_size, head_dim]`; its box, which has grown with its keys and is rounded outwards, is in
+    /// `lane` of `boxes`.
     ///
     /// A channel of the keys that holds a NaN or an infinity gets NaN in both corners of the box, a
     /// value that does a NaN for its minimum: codes cannot hide it.
     #[inline(always)]
-    pub(super) fn seal<S: Simd>(
+    pub(super) fn seal<S: Simd, O: KvElement + Element>(
         &mut self,
         simd: S,
-        (keys, values): (&[f16], &[f16]),
+        (keys, values): (&[O], &[O]),
         (boxes, lane): (&mut [f16], usize),
         out: &mut [u8],
     ) {
@@ -123,7 +124,12 @@ fn join_halves(words: &mut [u8], low: [&[u8]; 4], high: [&[u8]; 4]) {
 
 /// The code nearest to each of `x` into `out`, which is padded to whole vectors.
 #[inline(always)]
-fn nearest<S: Simd>(simd: S, x: &[f16], (lowest, steps, highest): (f32, f32, f32), out: &mut [u8]) {
+fn nearest<S: Simd, O: Element>(
+    simd: S,
+    x: &[O],
+    (lowest, steps, highest): (f32, f32, f32),
+    out: &mut [u8],
+) {
     let (lowest, steps) = (simd.splat(lowest), simd.splat(steps));
     let (half, top) = (simd.splat(0.5), simd.splat(highest + 0.5));
     for (x, out) in x.chunks(S::LANES).zip(out.chunks_mut(S::LANES)) {
@@ -135,14 +141,14 @@ fn nearest<S: Simd>(simd: S, x: &[f16], (lowest, steps, highest): (f32, f32, f32
 
 /// The lowest and the highest of `x`, if all are finite.
 #[inline(always)]
-fn range<S: Simd>(simd: S, x: &[f16]) -> Option<(f32, f32)> {
+fn range<S: Simd, O: KvElement + Element>(simd: S, x: &[O]) -> Option<(f32, f32)> {
     let first = KvElement::to_f32(x[0]);
     let (mut low, mut high) = (simd.splat(first), simd.splat(first));
     let vectors = x.chunks_exact(S::LANES);
     let rest = vectors.remainder();
     let mut numbers = true;
     for x in vectors {
-        let x = f16::load(simd, x);
+        let x = O::load(simd, x);
         numbers &= simd.at_least(x, x).count_ones() as usize == S::LANES;
         (low, high) = (simd.min(x, low), simd.max(x, high));
     }

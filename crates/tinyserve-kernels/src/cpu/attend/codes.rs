@@ -3,14 +3,14 @@
 use std::ops::Range;
 
 use half::f16;
-use tinyserve_kv::{CodePages, GROUP_PAGES, HeadPage};
+use tinyserve_kv::{CodePages, GROUP_PAGES, HeadPage, KvElement, KvFormat};
 
 use super::observe::Records;
 use super::products::{self, BLOCK, Pieces, Places, QuadFactors, TINY, Values};
 use super::softmax::{self, OnePage, Rows, Shape, State};
 use super::tile::{StoredPages, Tile, TileScratch, gather};
 use crate::cpu::memory::Aligned;
-use crate::cpu::simd::{LARGEST, LINE, Simd};
+use crate::cpu::simd::{Element, LARGEST, LINE, Simd};
 
 /// Pages of a block of neighbours from which on their boxes are read where they lie; those of fewer
 /// are picked out of their groups, so that enough pages share the work on each query.
@@ -186,7 +186,7 @@ impl Tile<'_, CodePages<'_>> {
     }
 
     /// Page `i` of the list as it was appended.
-    fn open_page(&self, i: usize) -> HeadPage<'_, f16> {
+    fn open_page<O: KvElement>(&self, i: usize) -> HeadPage<'_, O> {
         let page = self.unit.table(self.context)[self.list.get(i)];
         self.context.pages.head(self.context.layer, page, self.unit.kv_head)
     }
@@ -230,9 +230,15 @@ impl Tile<'_, CodePages<'_>> {
             true => self.unit.first_visible + query / shape.group - own * size,
             false => 0,
         };
+        let open_is_wide = self.context.pages.layout().open_format() == KvFormat::F32;
         if last_is_own {
-            let most = seen(shape.queries - 1);
-            self.open_scores(simd, sealed.end, (at, most), (shape, chunk), scratch);
+            let columns = (at, seen(shape.queries - 1));
+            let out = (shape, chunk);
+            if open_is_wide {
+                self.open_scores::<S, f32>(simd, sealed.end, columns, out, scratch);
+            } else {
+                self.open_scores::<S, f16>(simd, sealed.end, columns, out, scratch);
+            }
         }
         let mut state = State::new(&mut scratch.part, shape);
         for query in 0..shape.queries {
@@ -253,15 +259,32 @@ impl Tile<'_, CodePages<'_>> {
         }
         scratch.codes.starts = starts;
         if last_is_own {
-            // The open page is the one after the sealed pages of the chunk.
-            let values = &OnePage(self.open_page(sealed.end).values);
             for query in 0..shape.queries {
                 let shift = if sealed.is_empty() { scratch.shifts[query] } else { 1.0 };
-                let weights = (&scratch.weights[query * chunk..(query + 1) * chunk], chunk);
-                let range = at..at + seen(query);
-                state.add_values(simd, query, weights, &[shift], (values, size), range);
+                let weights = &scratch.weights[query * chunk..(query + 1) * chunk];
+                let weights = ((weights, chunk), shift, at..at + seen(query));
+                // The open page is the one after the sealed pages of the chunk.
+                if open_is_wide {
+                    self.open_values::<S, f32>(simd, sealed.end, (&mut state, query), weights);
+                } else {
+                    self.open_values::<S, f16>(simd, sealed.end, (&mut state, query), weights);
+                }
             }
         }
+    }
+
+    /// Adds the values of page `i`, which is open, whose weights are in `columns` of a chunk.
+    #[inline(always)]
+    fn open_values<S: Simd, O: KvElement + Element>(
+        &self,
+        simd: S,
+        i: usize,
+        (state, query): (&mut State<'_>, usize),
+        (weights, shift, columns): ((&[f32], usize), f32, Range<usize>),
+    ) {
+        let size = self.context.pages.layout().page_size();
+        let values = &OnePage(self.open_page::<O>(i).values);
+        state.add_values(simd, query, weights, &[shift], (values, size), columns);
     }
 
     /// Scores of the sealed pages `pages`, from the first column of a chunk on.
@@ -401,7 +424,7 @@ impl Tile<'_, CodePages<'_>> {
 
     /// Scores of the first `tokens` tokens of page `i`, which is open, from column `at` on.
     #[inline(always)]
-    fn open_scores<S: Simd>(
+    fn open_scores<S: Simd, O: KvElement + Element>(
         &self,
         simd: S,
         i: usize,
@@ -410,7 +433,7 @@ impl Tile<'_, CodePages<'_>> {
         scratch: &mut TileScratch,
     ) {
         let (size, dim) = (self.context.pages.layout().page_size(), shape.head_dim);
-        let keys = self.open_page(i).keys;
+        let keys = self.open_page::<O>(i).keys;
         let whole_vectors = size.is_multiple_of(S::LANES);
         if !whole_vectors {
             let out = (&mut scratch.page, &mut scratch.keys);

@@ -15,8 +15,9 @@ impl Context<'_> {
         let element = shape.format.element_bytes();
         let box_bytes = 2 * self.heads.head_dim * element;
         // Tokens of the page that a row is in itself are read as they were appended.
+        let open_element = layout.open_format().element_bytes();
         let (sealed_bytes, own_bytes) =
-            (2 * layout.token_head_bytes(), 2 * self.heads.head_dim * element);
+            (2 * layout.token_head_bytes(), 2 * self.heads.head_dim * open_element);
         let mut stats = AttendStats::default();
         for i in 0..unit.rows.len() {
             let tokens = unit.first_visible + i;
