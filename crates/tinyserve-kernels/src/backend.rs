@@ -407,6 +407,44 @@ pub struct ActivateArgs<'a, B: Backend> {
     pub out: &'a mut B::Tensor,
 }
 
+/// What reads a residual stream: `out = f(norm(x)·Wᵀ + b)`, without a function `norm(x)·Wᵀ + b`.
+#[derive(Debug)]
+pub struct ProjectArgs<'a, B: Backend> {
+    /// How the input is normalised. Its `out` is room for that; what it holds afterwards is not
+    /// defined.
+    pub norm: NormArgs<'a, B>,
+    /// `[out, in]`, with biases.
+    pub linear: &'a B::Linear,
+    /// The function, if any.
+    pub activate: Option<ProjectActivation<'a, B>>,
+    /// `[rows, out]`, or what the function leaves of it.
+    pub out: &'a mut B::Tensor,
+}
+
+/// The function of a projection.
+#[derive(Debug)]
+pub struct ProjectActivation<'a, B: Backend> {
+    /// The function.
+    pub activation: Activation,
+    /// Whether the product is `[rows, 2·width]`, gate beside up, and the result `f(gate)·up`.
+    pub gated: bool,
+    /// Room for the product `[rows, out]`; what it holds afterwards is not defined.
+    pub product: &'a mut B::Tensor,
+}
+
+/// A projection, one operation after the other.
+pub(crate) fn project_step_by_step<B: Backend>(backend: &B, args: ProjectArgs<'_, B>) {
+    let ProjectArgs { norm, linear, activate, out } = args;
+    let NormArgs { kind, x, weight, bias, epsilon, out: normed } = norm;
+    backend.norm(NormArgs { kind, x, weight, bias, epsilon, out: &mut *normed });
+    let (x, store) = (&*normed, Store::Overwrite);
+    let Some(ProjectActivation { activation, gated, product }) = activate else {
+        return backend.linear(LinearArgs { x, linear, store, out });
+    };
+    backend.linear(LinearArgs { x, linear, store, out: &mut *product });
+    backend.activate(ActivateArgs { activation, gated, x: product, out });
+}
+
 /// A device: its memory, and the operations of a forward pass over it.
 ///
 /// Tensors are activations `[rows, columns]` in f32; operations resize their outputs to the rows
@@ -553,6 +591,13 @@ pub trait Backend: Send + Sized {
 
     /// Applies a feed-forward layer's function.
     fn activate(&self, args: ActivateArgs<'_, Self>);
+
+    /// Normalises rows, multiplies them by a matrix, and applies a feed-forward layer's function:
+    /// what [`Self::norm`], [`Self::linear`] and [`Self::activate`] do, in fewer passes where a
+    /// backend can.
+    fn project(&self, args: ProjectArgs<'_, Self>) {
+        project_step_by_step(self, args);
+    }
 
     /// Copies rows of `x` into `out`, in the order of `rows`.
     fn gather_rows(&self, x: &Self::Tensor, rows: &[u32], out: &mut Self::Tensor);

@@ -14,8 +14,8 @@ mod top_logits;
 pub use backend::{
     ActivateArgs, Activation, AppendKvArgs, AttendArgs, AttendSequence, AttendStats, Attention,
     Backend, EmbedArgs, Heads, LinearArgs, LinearImage, LinearPart, LinearSize, LinearSpec,
-    MassArgs, MatrixLayout, NormArgs, NormKind, ObserveArgs, RotaryAnglesArgs, RotaryArgs, Store,
-    WeightFormat,
+    MassArgs, MatrixLayout, NormArgs, NormKind, ObserveArgs, ProjectActivation, ProjectArgs,
+    RotaryAnglesArgs, RotaryArgs, Store, WeightFormat,
 };
 pub use cpu::{Cpu, CpuLinear, CpuOptions, CpuPath, CpuTensor, CpuVector, SelectionTimes};
 pub use cuda::{

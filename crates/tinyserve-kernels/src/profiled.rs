@@ -7,8 +7,8 @@ use tinyserve_kv::{KvFormat, KvLayout, PageCopy, PageId, PagePool, TokenMove};
 
 use crate::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
-    KernelError, LinearArgs, LinearImage, LinearSpec, NormArgs, RotaryAnglesArgs, RotaryArgs,
-    TopLogitsArgs,
+    KernelError, LinearArgs, LinearImage, LinearSpec, NormArgs, ProjectActivation, ProjectArgs,
+    RotaryAnglesArgs, RotaryArgs, TopLogitsArgs,
 };
 
 /// Forwards every operation to `B`; while it is switched on, it adds up what the large ones take.
@@ -26,7 +26,7 @@ pub struct Profiled<B> {
 /// What operations took since they were last asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Profile {
-    /// Matrix products, which read the weights.
+    /// Matrix products, which read the weights, with the norms and activations of projections.
     pub linear: Duration,
     /// Attention, page selection included.
     pub attend: Duration,
@@ -207,6 +207,17 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
     fn activate(&self, args: ActivateArgs<'_, Self>) {
         let ActivateArgs { activation, gated, x, out } = args;
         self.inner.activate(ActivateArgs { activation, gated, x, out });
+    }
+
+    fn project(&self, args: ProjectArgs<'_, Self>) {
+        let ProjectArgs { norm, linear, activate, out } = args;
+        let NormArgs { kind, x, weight, bias, epsilon, out: normed } = norm;
+        let norm = NormArgs { kind, x, weight, bias, epsilon, out: normed };
+        let activate = activate.map(|ProjectActivation { activation, gated, product }| {
+            ProjectActivation { activation, gated, product }
+        });
+        let args = ProjectArgs { norm, linear, activate, out };
+        self.timed(&self.linear, || self.inner.project(args));
     }
 
     fn gather_rows(&self, x: &B::Tensor, rows: &[u32], out: &mut B::Tensor) {

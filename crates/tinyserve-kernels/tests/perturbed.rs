@@ -3,7 +3,8 @@
 use tinyserve_kernels::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, Cpu, CpuLinear, CpuOptions,
     CpuTensor, CpuVector, EmbedArgs, HostTensor, KernelError, LinearArgs, LinearSpec, MassArgs,
-    NormArgs, ObserveArgs, RotaryAnglesArgs, RotaryArgs, TopLogitsArgs, conformance::Table,
+    NormArgs, ObserveArgs, ProjectActivation, ProjectArgs, RotaryAnglesArgs, RotaryArgs,
+    TopLogitsArgs, conformance::Table,
 };
 use tinyserve_kv::{HostPages, KvLayout, PageCopy, PageId, TokenMove};
 
@@ -107,6 +108,16 @@ impl Backend for Perturbed {
         let LinearArgs { x, linear, store, out } = args;
         self.cpu.linear(LinearArgs { x, linear, store, out: &mut *out });
         self.spoil("linear", out);
+    }
+    fn project(&self, args: ProjectArgs<'_, Self>) {
+        let ProjectArgs { norm, linear, activate, out } = args;
+        let NormArgs { kind, x, weight, bias, epsilon, out: normed } = norm;
+        let norm = NormArgs { kind, x, weight, bias, epsilon, out: normed };
+        let activate = activate.map(|ProjectActivation { activation, gated, product }| {
+            ProjectActivation { activation, gated, product }
+        });
+        self.cpu.project(ProjectArgs { norm, linear, activate, out: &mut *out });
+        self.spoil("project", out);
     }
     fn rotary_angles(&self, args: RotaryAnglesArgs<'_, Self>) {
         let RotaryAnglesArgs { positions, inverse_frequencies, out } = args;
@@ -228,8 +239,12 @@ fn a_wrong_result_fails_its_operation_and_no_other() {
     let mut failing = |op, fault| failing(&mut table, op, fault);
     let pages = ["append_kv and attend", "move_tokens and attend", "select and attend"];
     for fault in [Fault::Nudge, Fault::Nan] {
-        for op in ["embed", "norm", "linear", "rotary", "activate", "gather_rows", "top_logits"] {
+        for op in ["embed", "rotary", "project", "gather_rows", "top_logits"] {
             assert_eq!(failing(op, fault), [op], "{fault:?}");
+        }
+        // A projection is compared with its operations.
+        for op in ["norm", "linear", "activate"] {
+            assert_eq!(failing(op, fault), [op, "project"], "{fault:?}");
         }
         let rotated = failing("rotary_angles", fault);
         assert_eq!(rotated[0], "rotary_angles", "{fault:?}: {rotated:?}");

@@ -2,13 +2,13 @@
 
 use smallvec::SmallVec;
 use tinyserve_kernels::{
-    ActivateArgs, AppendKvArgs, AttendArgs, AttendSequence, AttendStats, Backend, EmbedArgs,
-    LinearArgs, MOST_TOP_LOGITS, NormArgs, PageLists, RotaryAnglesArgs, RotaryArgs, Store,
-    TopLogitsArgs,
+    AppendKvArgs, AttendArgs, AttendSequence, AttendStats, Backend, EmbedArgs, LinearArgs,
+    MOST_TOP_LOGITS, NormArgs, PageLists, ProjectActivation, ProjectArgs, RotaryAnglesArgs,
+    RotaryArgs, Store, TopLogitsArgs,
 };
 use tinyserve_kv::Slot;
 
-use crate::model::Norm;
+use crate::model::{Norm, Structure};
 use crate::observe::Observation;
 use crate::{Batch, KvCache, LogitRows, Model, ModelError, StepOutput};
 
@@ -235,11 +235,10 @@ impl<B: Backend> Model<B> {
         Told { measure_recall, page_lists, sequence_stats }: Told<'_>,
     ) -> Result<AttendStats, ModelError> {
         let (backend, block, heads) = (&self.backend, &self.blocks[layer], self.structure.heads);
-        self.norm(&block.attention_norm, &a.hidden, &mut a.normed);
-        backend.linear(LinearArgs {
-            x: &a.normed,
+        backend.project(ProjectArgs {
+            norm: self.norm(&block.attention_norm, &a.hidden, &mut a.normed),
             linear: &block.qkv,
-            store: Store::Overwrite,
+            activate: None,
             out: &mut a.qkv,
         });
         if !self.structure.inverse_frequencies.is_empty() {
@@ -276,17 +275,11 @@ impl<B: Backend> Model<B> {
 
     fn feed_forward(&self, a: &mut Activations<B>, layer: usize) {
         let (backend, block) = (&self.backend, &self.blocks[layer]);
-        self.norm(&block.mlp_norm, &a.hidden, &mut a.normed);
-        backend.linear(LinearArgs {
-            x: &a.normed,
+        let Structure { activation, gated, .. } = self.structure;
+        backend.project(ProjectArgs {
+            norm: self.norm(&block.mlp_norm, &a.hidden, &mut a.normed),
             linear: &block.mlp_in,
-            store: Store::Overwrite,
-            out: &mut a.wide,
-        });
-        backend.activate(ActivateArgs {
-            activation: self.structure.activation,
-            gated: self.structure.gated,
-            x: &a.wide,
+            activate: Some(ProjectActivation { activation, gated, product: &mut a.wide }),
             out: &mut a.activated,
         });
         backend.linear(LinearArgs {
@@ -304,11 +297,10 @@ impl<B: Backend> Model<B> {
             return;
         }
         self.backend.gather_rows(&a.hidden, &a.logit_rows, &mut a.last);
-        self.norm(&self.final_norm, &a.last, &mut a.normed);
-        self.backend.linear(LinearArgs {
-            x: &a.normed,
+        self.backend.project(ProjectArgs {
+            norm: self.norm(&self.final_norm, &a.last, &mut a.normed),
             linear: self.head.as_ref().unwrap_or(&self.token_embedding),
-            store: Store::Overwrite,
+            activate: None,
             out: &mut a.logits,
         });
         if a.top_rows.is_empty() {
@@ -326,14 +318,14 @@ impl<B: Backend> Model<B> {
         }
     }
 
-    fn norm(&self, norm: &Norm<B>, x: &B::Tensor, out: &mut B::Tensor) {
-        self.backend.norm(NormArgs {
-            kind: self.structure.norm,
-            x,
-            weight: &norm.weight,
-            bias: norm.bias.as_ref(),
-            epsilon: self.structure.norm_epsilon,
-            out,
-        });
+    fn norm<'a>(
+        &self,
+        norm: &'a Norm<B>,
+        x: &'a B::Tensor,
+        out: &'a mut B::Tensor,
+    ) -> NormArgs<'a, B> {
+        let Structure { norm: kind, norm_epsilon: epsilon, .. } = self.structure;
+        let Norm { weight, bias } = norm;
+        NormArgs { kind, x, weight, bias: bias.as_ref(), epsilon, out }
     }
 }

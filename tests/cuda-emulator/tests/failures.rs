@@ -118,6 +118,11 @@ fn no_memory_for_a_pool_or_a_step(emulator: &tinyserve_cuda_emulator::Emulator) 
         }
         other => panic!("{other:?}, expected no memory"),
     }
+    // Nor are there kernels for open pages in f32.
+    let codes = engine.model.config().kv_layout(16, KvFormat::Int8).unwrap();
+    let wide = codes.with_open_format(KvFormat::F32).unwrap();
+    let sentence = engine.model.backend().allocate_pages(wide, 1).unwrap_err().to_string();
+    assert!(sentence.contains("open_page_dtype is f32, expected f16 on a CUDA"), "{sentence}");
     // Somebody else takes nearly all of it.
     emulator.leave_free(Some(16 << 10));
     let tokens: Vec<u32> = (0..100).collect();

@@ -4,10 +4,11 @@ use std::collections::HashMap;
 
 use super::input::Numbers;
 use super::{CaseOutcome, Table, known, max_error, values};
+use crate::backend::project_step_by_step;
 use crate::{
     ActivateArgs, Activation, Backend, Cpu, DType, EmbedArgs, Heads, KernelError, LinearArgs,
-    LinearPart, LinearSpec, MatrixLayout, NormArgs, NormKind, RotaryAnglesArgs, RotaryArgs, Store,
-    TopLogits, TopLogitsArgs, WeightFormat,
+    LinearPart, LinearSpec, MatrixLayout, NormArgs, NormKind, ProjectActivation, ProjectArgs,
+    RotaryAnglesArgs, RotaryArgs, Store, TopLogits, TopLogitsArgs, WeightFormat,
 };
 
 const ROWS: [usize; 6] = [1, 2, 3, 4, 7, 17];
@@ -100,7 +101,7 @@ pub(super) fn run<B: Backend>(
         let found = vec![f32::from(u8::from(unknown))];
         checks.check("top_logits", case, 0.0, &found, || Ok(vec![1.0]))?;
     }
-    Ok(())
+    projections(backend, outcomes)
 }
 
 /// Matrices of every type and format, with few rows and many.
@@ -183,6 +184,72 @@ impl Checks<'_> {
         self.outcomes.push(CaseOutcome { op, case, max_error, tolerance });
         Ok(())
     }
+}
+
+/// A projection is its operations one after the other, to the bit: each of them has cases of its own.
+fn projections<B: Backend>(
+    backend: &B,
+    outcomes: &mut Vec<CaseOutcome>,
+) -> Result<(), KernelError> {
+    for format in FORMATS {
+        // Blocks of quantised outputs that end between the halves of a gate, parts that differ,
+        // and enough to split among threads.
+        for (inputs, parts) in [
+            (40, vec![21, 21]),
+            (64, vec![48]),
+            (72, vec![5, 27]),
+            (131, vec![160, 160]),
+            (300, vec![224, 224]),
+        ] {
+            let layer = load(backend, (MatrixLayout::OutIn, (DType::F16, format), inputs, &parts))?;
+            for function in
+                [None, Some((Activation::GeluTanh, false)), Some((Activation::Silu, true))]
+            {
+                for (kind, rows) in [(NormKind::Layer, 1), (NormKind::Rms, 3), (NormKind::Rms, 35)]
+                {
+                    let case = format!(
+                        "{kind:?} {format:?} [{rows}, {inputs}] to {parts:?}, {function:?}"
+                    );
+                    let (found, expected) = project(backend, &layer, kind, rows, function)?;
+                    let max_error = max_error(&found, &expected);
+                    outcomes.push(CaseOutcome { op: "project", case, max_error, tolerance: 0.0 });
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A projection, and its operations one after the other.
+fn project<B: Backend>(
+    backend: &B,
+    layer: &Layer<B>,
+    kind: NormKind,
+    rows: usize,
+    function: Option<(Activation, bool)>,
+) -> Result<(Vec<f32>, Vec<f32>), KernelError> {
+    let mut numbers = layer.numbers.clone();
+    let x = upload(backend, &numbers.take(rows * layer.inputs), layer.inputs);
+    let weight = backend.load_vector(&numbers.tensor(DType::F32, &[layer.inputs])?)?;
+    let shift = backend.load_vector(&numbers.tensor(DType::F32, &[layer.inputs])?)?;
+    let bias = (kind == NormKind::Layer).then_some(&shift);
+    let (mut normed, mut product) = (backend.tensor(layer.inputs), backend.tensor(layer.outputs));
+    let halved = function.is_some_and(|(_, gated)| gated);
+    let width = if halved { layer.outputs / 2 } else { layer.outputs };
+    let both = [project_step_by_step::<B>, B::project].map(|project| {
+        let mut out = backend.tensor(width);
+        let (x, weight, out_of_norm) = (&x, &weight, &mut normed);
+        let activate = function.map(|(activation, gated)| ProjectActivation {
+            activation,
+            gated,
+            product: &mut product,
+        });
+        let norm = NormArgs { kind, x, weight, bias, epsilon: 1e-5, out: out_of_norm };
+        project(backend, ProjectArgs { norm, linear: &layer.linear, activate, out: &mut out });
+        values(backend, &out)
+    });
+    let [expected, found] = both;
+    Ok((found, expected))
 }
 
 fn upload<B: Backend>(backend: &B, numbers: &[f32], columns: usize) -> B::Tensor {

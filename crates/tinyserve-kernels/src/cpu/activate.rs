@@ -1,7 +1,31 @@
 //! Activations, vectorised within a row.
 
-use super::simd::{Kernel, Simd};
+use std::ops::Range;
+
+use super::columns::Columns;
+use super::path::CpuPath;
+use super::simd::{Kernel, Simd, dispatch};
 use crate::Activation;
+
+/// Applies a feed-forward layer's function to rows.
+#[derive(Clone, Copy)]
+struct Row {
+    activation: Activation,
+    gated: bool,
+}
+
+impl Row {
+    /// `up` is read where the function is gated.
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S, x: &[f32], up: &[f32], out: &mut [f32]) {
+        for (at, out) in (0..out.len()).step_by(S::LANES).zip(out.chunks_mut(S::LANES)) {
+            let range = at..at + out.len();
+            let y = function(simd, self.activation, simd.load_up_to(&x[range.clone()]));
+            let y = if self.gated { simd.mul(y, simd.load_up_to(&up[range])) } else { y };
+            simd.store_up_to(y, out);
+        }
+    }
+}
 
 /// Applies a feed-forward layer's function to rows.
 pub(super) struct Activate<'a> {
@@ -24,12 +48,55 @@ impl Kernel for Activate<'_> {
         let rows = self.x.chunks_exact(stride).zip(self.out.chunks_exact_mut(self.width));
         for (x, out) in rows {
             let (x, up) = x.split_at(self.width);
-            for (at, out) in (0..self.width).step_by(S::LANES).zip(out.chunks_mut(S::LANES)) {
-                let range = at..at + out.len();
-                let y = function(simd, self.activation, simd.load_up_to(&x[range.clone()]));
-                let y = if self.gated { simd.mul(y, simd.load_up_to(&up[range])) } else { y };
-                simd.store_up_to(y, out);
-            }
+            Row { activation: self.activation, gated: self.gated }.run(simd, x, up, out);
+        }
+    }
+}
+
+/// The function of a product, applied strip by strip by the threads that compute it, while a strip
+/// is in their caches.
+#[derive(Clone, Copy)]
+pub(super) struct InStore<'a> {
+    pub(super) activation: Activation,
+    pub(super) gated: bool,
+    /// Elements of an output row: the product has as many, or twice as many when gated.
+    pub(super) width: usize,
+    /// `[rows, width]`.
+    pub(super) out: Columns<'a>,
+}
+
+impl InStore<'_> {
+    /// Applies it to columns `strip` of the output, for which one thread has computed the columns
+    /// of the product, and nobody else has any of them.
+    pub(super) fn strip(&self, path: CpuPath, product: Columns<'_>, strip: Range<usize>) {
+        dispatch(path, Strip { how: self, product, strip });
+    }
+}
+
+struct Strip<'a> {
+    how: &'a InStore<'a>,
+    product: Columns<'a>,
+    strip: Range<usize>,
+}
+
+impl Kernel for Strip<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { how: InStore { activation, gated, width, out }, product, strip } = self;
+        let function = Row { activation: *activation, gated: *gated };
+        for row in 0..out.row_count() {
+            // SAFETY: the strip is this thread's, in the output and in the product.
+            let (x, out) =
+                unsafe { (product.slice(row, strip.clone()), out.slice(row, strip.clone())) };
+            let up: &[f32] = if *gated {
+                // SAFETY: as above; these columns lie behind those of `x`, which end at `width`.
+                unsafe { product.slice(row, strip.start + width..strip.end + width) }
+            } else {
+                &[]
+            };
+            function.run(simd, x, up, out);
         }
     }
 }

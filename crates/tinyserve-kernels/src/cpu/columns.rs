@@ -23,6 +23,11 @@ impl<'a, T> Columns<'a, T> {
         Self { rows: out.len() / width, out: out.as_mut_ptr(), width, borrow: PhantomData }
     }
 
+    /// How many rows there are.
+    pub(super) fn row_count(&self) -> usize {
+        self.rows
+    }
+
     /// Columns `range` of row `row`.
     ///
     /// # Safety

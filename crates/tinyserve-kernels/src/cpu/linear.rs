@@ -11,6 +11,7 @@ use std::ops::Range;
 use std::sync::PoisonError;
 
 use super::Cpu;
+use super::activate::InStore;
 use super::columns::Columns;
 use super::simd::{Element, Kernel, Simd, dispatch};
 use super::tensor::{CpuMatrix, CpuTensor, Elements};
@@ -39,13 +40,20 @@ const LINE_BYTES: usize = 64;
 /// Sums that are stored together.
 const STREAM_OUTPUTS: usize = 16;
 
-/// `out = x·Wᵀ + b`, all parts side by side.
+/// Whether a function can be applied where products with `parts` are stored.
+pub(super) fn stores_activated(parts: &[CpuMatrix], gated: bool) -> bool {
+    !gated || matches!(parts, [gate, up] if gate.outputs == up.outputs)
+}
+
+/// `out = x·Wᵀ + b`, all parts side by side; and the function of it, if any, which the parts have
+/// to allow ([`stores_activated`]).
 pub(super) fn linear(
     cpu: &Cpu,
     x: &CpuTensor,
     parts: &[CpuMatrix],
     store: Store,
     out: &mut CpuTensor,
+    function: Option<&InStore<'_>>,
 ) {
     let (path, threads) = (cpu.path(), cpu.threads());
     let (rows, inputs, width) = (x.rows(), x.columns(), out.columns());
@@ -76,6 +84,20 @@ pub(super) fn linear(
             run(0, part, start, 0..part.outputs);
             start += part.outputs;
         }
+        if let Some(function) = function {
+            function.strip(path, columns, 0..function.width);
+        }
+        return;
+    }
+    if let (Some(function), [gate, up]) = (function.filter(|function| function.gated), parts) {
+        // What is computed together lies in two parts.
+        let target = gate.outputs.div_ceil(threads * STRIPS_PER_THREAD).next_multiple_of(STRIP);
+        cpu.pool.run(gate.outputs.div_ceil(target), &|thread, strip| {
+            let strip = strip * target..((strip + 1) * target).min(gate.outputs);
+            run(thread, gate, 0, strip.clone());
+            run(thread, up, gate.outputs, strip.clone());
+            function.strip(path, columns, strip);
+        });
         return;
     }
     // Several strips per thread, so that a thread that is held up does not hold up all.
@@ -87,7 +109,11 @@ pub(super) fn linear(
             let of_part = part.outputs.div_ceil(target);
             if strip < of_part {
                 let outputs = strip * target..((strip + 1) * target).min(part.outputs);
-                return run(thread, part, start, outputs);
+                run(thread, part, start, outputs.clone());
+                if let Some(function) = function {
+                    function.strip(path, columns, start + outputs.start..start + outputs.end);
+                }
+                return;
             }
             strip -= of_part;
             start += part.outputs;

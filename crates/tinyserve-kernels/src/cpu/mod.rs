@@ -13,6 +13,7 @@ mod packed;
 mod path;
 mod peak;
 mod pool;
+mod project;
 mod quantised;
 mod rotary;
 mod select;
@@ -37,8 +38,8 @@ pub(crate) use tensor::{CpuWeights, vector};
 use crate::reference;
 use crate::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
-    KernelError, LinearArgs, LinearImage, LinearSpec, MatrixLayout, NormArgs, RotaryAnglesArgs,
-    RotaryArgs, Store, TopLogitsArgs,
+    KernelError, LinearArgs, LinearImage, LinearSpec, MatrixLayout, NormArgs, ProjectArgs,
+    RotaryAnglesArgs, RotaryArgs, Store, TopLogitsArgs,
 };
 use activate::Activate;
 use clock::Clock;
@@ -347,10 +348,12 @@ impl Backend for Cpu {
                 let add = store == Store::Add;
                 return reference::quantised_linear(x.values(), packed, add, out.values_mut());
             }
-            CpuWeights::Packed(packed) => return quantised::linear(self, x, packed, store, out),
+            CpuWeights::Packed(packed) => {
+                return quantised::linear(self, (x, None), packed, store, out, None);
+            }
         };
         if !scalar {
-            linear::linear(self, x, parts, store, out);
+            linear::linear(self, x, parts, store, out, None);
             return;
         }
         let mut start = 0;
@@ -438,6 +441,10 @@ impl Backend for Cpu {
                 dispatch(self.path, Activate { activation, gated, width, x, out });
             }
         });
+    }
+
+    fn project(&self, args: ProjectArgs<'_, Self>) {
+        project::project(self, args);
     }
 
     fn gather_rows(&self, x: &CpuTensor, rows: &[u32], out: &mut CpuTensor) {

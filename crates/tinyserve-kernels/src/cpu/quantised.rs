@@ -9,12 +9,14 @@ use std::sync::PoisonError;
 
 use bytemuck::Zeroable;
 
+use super::activate::InStore;
 use super::columns::Columns;
+use super::norm::Norm;
 use super::packed::{BLOCK, CodeBits, GROUP, Packed, QUAD_BYTES, largest};
 use super::simd::{Kernel, Simd, dispatch};
 use super::tensor::CpuTensor;
 use super::{Cpu, SERIAL_ELEMENTS};
-use crate::Store;
+use crate::{NormKind, Store};
 
 /// Multiply-adds below which waking other threads costs more than it saves.
 const SERIAL_WORK: usize = 128 * 1024;
@@ -62,22 +64,48 @@ impl RowGroup {
     }
 }
 
-/// Quantises rows.
+/// How rows are normalised before they are quantised.
+#[derive(Clone, Copy)]
+pub(super) struct RowNorm<'a> {
+    pub(super) kind: NormKind,
+    pub(super) epsilon: f32,
+    /// `[inputs]`.
+    pub(super) weight: &'a [f32],
+    /// `[inputs]`.
+    pub(super) bias: Option<&'a [f32]>,
+    /// `[rows, inputs]`: room for the normalised rows.
+    pub(super) out: Columns<'a>,
+}
+
+/// Quantises rows, normalised ones if there is a norm.
 struct QuantiseRows<'a> {
-    /// `[rows, inputs]`.
+    /// `[all rows, inputs]`.
     x: &'a [f32],
     inputs: usize,
-    /// `[rows, groups]`.
-    out: &'a mut [RowGroup],
+    norm: Option<RowNorm<'a>>,
+    /// Which rows; nobody else has them.
+    rows: Range<usize>,
+    /// `[all rows, groups]`.
+    out: Columns<'a, RowGroup>,
 }
 
 impl Kernel for QuantiseRows<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, _simd: S) {
+    fn run<S: Simd>(self, simd: S) {
         let groups = self.inputs.div_ceil(GROUP);
-        for (x, out) in self.x.chunks_exact(self.inputs).zip(self.out.chunks_exact_mut(groups)) {
+        for row in self.rows {
+            let mut x = &self.x[row * self.inputs..(row + 1) * self.inputs];
+            if let Some(RowNorm { kind, epsilon, weight, bias, out }) = &self.norm {
+                let (kind, epsilon, bias) = (*kind, *epsilon, *bias);
+                // SAFETY: the row is this kernel's alone.
+                let out = unsafe { out.rows(row..row + 1) };
+                Norm { kind, epsilon, x, weight, bias, out: &mut *out }.run(simd);
+                x = out;
+            }
+            // SAFETY: as above.
+            let out = unsafe { self.out.rows(row..row + 1) };
             let (whole, tail) = x.as_chunks::<GROUP>();
             for (x, out) in whole.iter().zip(&mut *out) {
                 *out = RowGroup::of(x);
@@ -91,8 +119,22 @@ impl Kernel for QuantiseRows<'_> {
     }
 }
 
-/// `out = x·Wᵀ + b`.
-pub(super) fn linear(cpu: &Cpu, x: &CpuTensor, packed: &Packed, store: Store, out: &mut CpuTensor) {
+/// Whether a function can be applied where products with `packed` are stored.
+pub(super) fn stores_activated(packed: &Packed, gated: bool) -> bool {
+    // A block that held ends of both halves would be two threads'.
+    !gated || packed.outputs.is_multiple_of(2 * BLOCK)
+}
+
+/// `out = x·Wᵀ + b`, of normalised rows if there is a norm; and the function of it, if any, which
+/// the matrix has to allow ([`stores_activated`]).
+pub(super) fn linear(
+    cpu: &Cpu,
+    (x, norm): (&CpuTensor, Option<RowNorm<'_>>),
+    packed: &Packed,
+    store: Store,
+    out: &mut CpuTensor,
+    function: Option<&InStore<'_>>,
+) {
     let (rows, groups, path) = (x.rows(), packed.groups(), cpu.path());
     // One operation at a time uses a backend's threads, so this does not wait.
     let mut quantised = cpu.quantised.lock().unwrap_or_else(PoisonError::into_inner);
@@ -101,17 +143,14 @@ pub(super) fn linear(cpu: &Cpu, x: &CpuTensor, packed: &Packed, store: Store, ou
     }
     let quantised = &mut quantised[..rows * groups];
     let (inputs, x) = (packed.inputs, x.values());
+    let groups_of = Columns::new(&mut *quantised, groups);
+    let quantise = |rows| dispatch(path, QuantiseRows { x, inputs, norm, rows, out: groups_of });
     if cpu.threads() == 1 || x.len() < SERIAL_ELEMENTS {
-        dispatch(path, QuantiseRows { x, inputs, out: quantised });
+        quantise(0..rows);
     } else {
         let at_once = rows.div_ceil(4 * cpu.threads());
-        let groups_of = Columns::new(&mut *quantised, groups);
         cpu.pool.run(rows.div_ceil(at_once), &|_, i| {
-            let rows = i * at_once..((i + 1) * at_once).min(rows);
-            let x = &x[rows.start * inputs..rows.end * inputs];
-            // SAFETY: each item has rows of its own.
-            let out = unsafe { groups_of.rows(rows) };
-            dispatch(path, QuantiseRows { x, inputs, out });
+            quantise(i * at_once..((i + 1) * at_once).min(rows));
         });
     }
     let columns = Columns::new(out.values_mut(), packed.outputs);
@@ -125,12 +164,26 @@ pub(super) fn linear(cpu: &Cpu, x: &CpuTensor, packed: &Packed, store: Store, ou
         dispatch(path, Product { packed, x, rows, blocks, columns, add, sums: &mut sums });
     };
     if cpu.threads() == 1 || rows * packed.inputs * packed.outputs < SERIAL_WORK {
-        return run(0, 0..blocks);
+        run(0, 0..blocks);
+        if let Some(function) = function {
+            function.strip(path, columns, 0..function.width);
+        }
+        return;
     }
+    // Gate and up are computed together, and lie in two halves.
+    let halves = if function.is_some_and(|function| function.gated) { 2 } else { 1 };
+    let blocks = blocks / halves;
     // Several strips per thread, so that a thread that is held up does not hold up all.
     let strip = blocks.div_ceil(4 * cpu.threads()).next_multiple_of(2);
     cpu.pool.run(blocks.div_ceil(strip), &|thread, i| {
-        run(thread, i * strip..((i + 1) * strip).min(blocks));
+        let strip = i * strip..((i + 1) * strip).min(blocks);
+        for half in 0..halves {
+            run(thread, half * blocks + strip.start..half * blocks + strip.end);
+        }
+        if let Some(function) = function {
+            let outputs = strip.start * BLOCK..(strip.end * BLOCK).min(function.width);
+            function.strip(path, columns, outputs);
+        }
     });
 }
 
@@ -458,7 +511,9 @@ mod tests {
             let groups = packed.groups();
             let mut x = vec![RowGroup::zeroed(); rows * groups];
             let values = numbers(rows * inputs, 104_729);
-            dispatch(CpuPath::Avx512, QuantiseRows { x: &values, inputs, out: &mut x });
+            let out = Columns::new(&mut x, inputs.div_ceil(GROUP));
+            let all = QuantiseRows { x: &values, inputs, norm: None, rows: 0..rows, out };
+            dispatch(CpuPath::Avx512, all);
             // One row, a batch in two passes, and enough for pairs of blocks.
             for rows in [1, 5, 16, rows] {
                 let product = |out: &mut [f32], vnni: bool| {
