@@ -7,21 +7,23 @@ use proptest::prelude::*;
 use tinyserve_kernels::Cpu;
 use tinyserve_kv::{KvElement, PageId, with_elements};
 
-/// Everything that the pages of a sequence of `tokens` tokens hold: codes and scales as bytes, and
-/// boxes, keys and values of what holds none as numbers.
+/// Everything that the pages of a sequence of `tokens` tokens hold: codes, and as numbers, of which
+/// the two zeros are equal, boxes, ranges of codes, and keys and values of what holds no codes.
 fn written(cache: &Cache, tokens: usize) -> (Vec<u8>, Vec<f32>) {
     let (layout, shape) = (cache.pages.layout(), cache.pages.layout().shape());
     let (mut bytes, mut numbers) = (Vec::new(), Vec::new());
     for (index, &page) in cache.tables[0].pages().iter().enumerate() {
         let held = (tokens - index * layout.page_size()).min(layout.page_size());
-        let codes = shape.format.is_quantised() && held == layout.page_size();
+        let codes = layout.codes().filter(|_| held == layout.page_size());
         for kv_head in 0..shape.kv_heads {
-            if codes {
-                bytes.extend_from_slice(cache.pages.code_page(LAYER, page, kv_head).bytes());
-                numbers.extend(corners(cache, page, kv_head));
+            numbers.extend(corners(cache, page, kv_head));
+            if let Some(codes) = codes {
+                let page = cache.pages.code_page(LAYER, page, kv_head);
+                bytes.extend_from_slice(&page.bytes()[..codes.values().end]);
+                let ranges = page.scales().iter().chain(page.minima());
+                numbers.extend(ranges.map(|x| x.to_f32()));
                 continue;
             }
-            numbers.extend(corners(cache, page, kv_head));
             with_elements!(layout, (_E, O) => {
                 let head = cache.pages.head::<O>(LAYER, page, kv_head);
                 let keys = (0..held).flat_map(|offset| head.key(offset));

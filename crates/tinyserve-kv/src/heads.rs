@@ -50,11 +50,16 @@ impl<'a, T> Places<'a, T> {
     }
 
     #[inline(always)]
-    fn get(&self, page: PageId) -> &'a [T] {
+    fn start(&self, page: PageId) -> usize {
         let index = page.index();
         // Beyond the last page lies padding.
         assert!(index < self.capacity, "a page of the pool");
-        let start = index / GROUP_PAGES * self.group + index % GROUP_PAGES * self.page;
+        index / GROUP_PAGES * self.group + index % GROUP_PAGES * self.page
+    }
+
+    #[inline(always)]
+    fn get(&self, page: PageId) -> &'a [T] {
+        let start = self.start(page);
         &self.from_first[start..start + self.page]
     }
 }
@@ -91,6 +96,23 @@ impl<'a> CodePages<'a> {
     #[must_use]
     pub fn layout(&self) -> CodeLayout {
         self.layout
+    }
+
+    /// The bytes of the layer from the head's first page on.
+    #[inline(always)]
+    #[must_use]
+    pub fn bytes(&self) -> &'a [u8] {
+        self.places.from_first
+    }
+
+    /// Where `page` begins among [`Self::bytes`].
+    ///
+    /// # Panics
+    /// When the page is out of range.
+    #[inline(always)]
+    #[must_use]
+    pub fn start(&self, page: PageId) -> usize {
+        self.places.start(page)
     }
 
     /// Keys and values of `page`; garbage while the page is open.

@@ -129,7 +129,11 @@ impl<E: KvElement + Element, O: KvElement + Element> Head<'_, E, O> {
                 (bytemuck::cast_slice_mut(open), Some((codes, stored)))
             }
         };
-        let store = if sealed.is_some() { O::store_open } else { O::store };
+        let becomes_codes = sealed.is_some();
+        // A closure, so that it is compiled for the instructions of the caller.
+        let store = |x: &[f32], out: &mut [O]| {
+            if becomes_codes { O::store_open(x, out) } else { O::store(x, out) }
+        };
         let (keys, values) = both.split_at_mut(layout.head_elements());
         let row = |token: usize, columns: Range<usize>| {
             let first = columns.start + self.kv_head * dim;

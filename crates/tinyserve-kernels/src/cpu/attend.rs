@@ -36,6 +36,10 @@ const ROW_TILE: usize = 16;
 const SERIAL_WORK: usize = 32 * 1024;
 /// Units that are worked through together: their page lists are held at the same time.
 const WAVE: usize = 512;
+/// Most parts of a list that a thread reads in a row: it asks for the next one's pages meanwhile.
+const MOST_PARTS: usize = 4;
+/// Runs of parts for each thread, when there are enough: fewer might not be shared out evenly.
+const ITEMS_OF_THREAD: usize = 8;
 /// Numbers of a vector of the widest instruction set.
 const MOST_LANES: usize = 16;
 
@@ -99,8 +103,8 @@ pub(super) struct Plan {
     units: Vec<Unit>,
     /// What each unit reads; more than there are units, after a larger call.
     pages: Vec<RwLock<Pages>>,
-    /// What threads take one by one: a unit, and which of its parts.
-    items: Vec<(usize, usize)>,
+    /// What threads take one by one: a unit, and some of its parts.
+    items: Vec<(usize, Range<usize>)>,
     /// A [`State`] for each part, and its [`observe::Records`] when mass is asked for.
     parts: Vec<f32>,
 }
@@ -308,7 +312,12 @@ impl Context<'_> {
             let n = if apart { self.list(unit, chosen).len().div_ceil(part) } else { 1 };
             unit.parts = (first, n);
             first += if n > 1 { n } else { 0 };
-            items.extend((0..n).map(|part| (index, part)));
+        }
+        let total: usize = units.iter().map(|unit| unit.parts.1).sum();
+        let run = (total / (ITEMS_OF_THREAD * cpu.pool.threads())).clamp(1, MOST_PARTS);
+        for (index, unit) in units.iter().enumerate() {
+            let runs = (0..unit.parts.1).step_by(run);
+            items.extend(runs.map(|part| (index, part..(part + run).min(unit.parts.1))));
         }
         let width = self.shape(1).state() + self.records(1).len(part);
         if parts.len() < first * width {
@@ -316,18 +325,21 @@ impl Context<'_> {
         }
         let columns = Columns::new(&mut parts[..first * width], width);
         each(items.len(), false, &|thread, item| {
-            let (index, part) = items[item];
+            let (index, run) = items[item].clone();
             let chosen = pages[index].read().unwrap_or_else(PoisonError::into_inner);
-            let target = if units[index].parts.1 == 1 {
-                Target::Rows
-            } else {
-                // SAFETY: each part is one item's, and nobody reads it before all items are done.
-                Target::Part(unsafe { columns.slice(units[index].parts.0 + part, 0..width) })
-            };
             let tile = &mut scratch(thread).tile;
-            with_element!(self.pages.layout().shape().format, E => {
-                self.attend::<E>((&units[index], part), &chosen, target, tile);
-            });
+            for part in run.clone() {
+                let target = if units[index].parts.1 == 1 {
+                    Target::Rows
+                } else {
+                    let part = units[index].parts.0 + part;
+                    // SAFETY: each part is one item's, and nobody reads it before all are done.
+                    Target::Part(unsafe { columns.slice(part, 0..width) })
+                };
+                with_element!(self.pages.layout().shape().format, E => {
+                    self.attend::<E>((&units[index], part, &run), &chosen, target, tile);
+                });
+            }
         });
         for (unit, pages) in units.iter().zip(pages).filter(|(unit, _)| unit.parts.1 > 1) {
             let (first, n) = unit.parts;
@@ -395,10 +407,11 @@ impl Context<'_> {
         }
     }
 
-    /// Attends to one part of a unit's list, or to all of it.
+    /// Attends to one part of a unit's list, or to all of it; the thread reads the parts `run` in a
+    /// row.
     fn attend<E: KvElement + Element>(
         &self,
-        (unit, part): (&Unit, usize),
+        (unit, part, run): (&Unit, usize, &Range<usize>),
         pages: &Pages,
         target: Target<'_>,
         scratch: &mut TileScratch,
@@ -408,24 +421,43 @@ impl Context<'_> {
             self.reference::<E>(unit, list, pages);
             return;
         }
-        let range = match target {
+        let length = part_pages(self.pages.layout().page_size());
+        let pages_of = |parts: Range<usize>| match target {
             Target::Rows => 0..list.len(),
-            Target::Part(_) => {
-                let length = part_pages(self.pages.layout().page_size());
-                part * length..((part + 1) * length).min(list.len())
-            }
+            Target::Part(_) => parts.start * length..(parts.end * length).min(list.len()),
         };
+        let (range, asked) = (pages_of(part..part + 1), pages_of(run.clone()));
         let mass = &pages.mass;
         let ahead = pages_ahead(self.pages.layout(), unit.rows.len());
         if self.pages.layout().shape().format.is_quantised() {
             let pages = self.pages.code_pages(self.layer, unit.kv_head);
-            let tile =
-                Tile { context: self, unit, pages, list, range, target, ahead, scratch, mass };
+            let tile = Tile {
+                context: self,
+                unit,
+                pages,
+                list,
+                range,
+                target,
+                asked,
+                ahead,
+                scratch,
+                mass,
+            };
             dispatch(self.path, tile);
         } else {
             let pages = self.pages.head_pages::<E>(self.layer, unit.kv_head);
-            let tile =
-                Tile { context: self, unit, pages, list, range, target, ahead, scratch, mass };
+            let tile = Tile {
+                context: self,
+                unit,
+                pages,
+                list,
+                range,
+                target,
+                asked,
+                ahead,
+                scratch,
+                mass,
+            };
             dispatch(self.path, tile);
         }
     }

@@ -83,19 +83,19 @@ pub(crate) trait Simd: Copy {
     // Numbers as bytes: what is added to [`SPLIT`] is rounded to a whole number of at most
     // [`LARGEST`] and split into signed bytes, `low + 256·middle + 65,536·high`.
 
-    /// Splits each element of a sum with [`SPLIT`]: `LANES` bytes of each piece, those of piece `p`
-    /// from word `4·p` of `out` on. Words from the twelfth on may be overwritten with anything.
+    /// Splits each element of a sum with [`SPLIT`]: for every four a word of each piece, and a word
+    /// of anything, into the first `LANES` words of `out`.
     #[inline(always)]
     fn split(self, sums: Self::V, out: &mut [u32]) {
         let mut wide = [0.0; 16];
         self.store(sums, &mut wide);
-        for (word, sums) in wide[..Self::LANES].chunks_exact(4).enumerate() {
-            for piece in 0..PIECES {
+        for (sums, out) in wide[..Self::LANES].chunks_exact(4).zip(out.chunks_exact_mut(4)) {
+            for (piece, out) in out.iter_mut().enumerate().take(PIECES) {
                 let mut bytes = [0; 4];
                 for (byte, &sum) in bytes.iter_mut().zip(sums) {
                     *byte = pieces(sum)[piece];
                 }
-                out[4 * piece + word] = u32::from_le_bytes(bytes);
+                *out = u32::from_le_bytes(bytes);
             }
         }
     }
@@ -341,9 +341,11 @@ mod tests {
             let mut words = [0; 16];
             for (i, x) in self.0.chunks_exact(S::LANES).enumerate() {
                 simd.split(simd.add(simd.load(x), simd.splat(SPLIT)), &mut words);
-                for (piece, words) in self.1.iter_mut().zip(words.chunks_exact(4)) {
-                    let bytes = bytemuck::cast_slice(&words[..S::LANES / 4]);
-                    piece[i * S::LANES..(i + 1) * S::LANES].copy_from_slice(bytes);
+                for (quad, words) in words[..S::LANES].chunks_exact(4).enumerate() {
+                    let at = i * S::LANES + 4 * quad;
+                    for (piece, word) in self.1.iter_mut().zip(words) {
+                        piece[at..at + 4].copy_from_slice(&word.to_le_bytes());
+                    }
                 }
             }
         }

@@ -6,14 +6,15 @@ use half::f16;
 use tinyserve_kv::{CodePages, GROUP_PAGES, HeadPage, KvElement, KvFormat};
 
 use super::observe::Records;
-use super::products::{self, BLOCK, Factors, Pieces, Places, QuadFactors, TINY, Values};
+use super::products::{self, BLOCK, Pieces, Places, QuadFactors, TINY, Values};
 use super::softmax::{self, OnePage, Rows, Shape, State};
-use super::tile::{Chunk, StoredPages, Tile, TileScratch, gather};
+use super::tile::{StoredPages, Tile, TileScratch, gather};
 use crate::cpu::memory::Aligned;
 use crate::cpu::simd::{Element, LARGEST, LINE, Simd};
 
-/// Pages of a block of neighbours from which on they share a look at their boxes.
-const SHARED_LOOK: usize = 5;
+/// Pages of a block of neighbours from which on their boxes are read where they lie; those of fewer
+/// are picked out of their groups, so that enough pages share the work on each query.
+const NEIGHBOURS: usize = 8;
 
 /// Most queries whose values are summed up together.
 const MOST_VALUES: usize = 4;
@@ -24,26 +25,22 @@ const MOST_QUERIES: usize = 8;
 /// Buffers of pages of codes, reused from tile to tile.
 #[derive(Debug, Default)]
 pub(super) struct CodeScratch {
+    /// Where the pages of a chunk begin, and as many after them as memory is asked for ahead.
+    starts: Vec<usize>,
     /// Channels of a query, padded to whole vectors.
     padded: usize,
     /// Queries, scaled to [`LARGEST`] `[queries, padded]`.
-    scaled: Vec<f32>,
-    /// Scaled queries side by side `[queries / LANES, head_dim, LANES]`.
-    columns: Vec<f32>,
+    scaled: Aligned,
     /// What scaled queries count in, and what they do times codes `[queries]`.
     units: Vec<(f32, f32)>,
-    /// A page's box `[2 (max, min), padded]`.
+    /// Boxes that were picked out of their groups `[head_dim, 2 (max, min), BLOCK pages]`.
     corners: Vec<f16>,
-    /// Ranges of channels over the page's widest, `[head_dim, BLOCK pages]` or `[padded]`.
+    /// Ranges of channels over the page's widest, `[padded, BLOCK pages]`.
     ranges: Aligned,
-    /// Minima of channels, `[head_dim, BLOCK pages]` or `[padded]`.
+    /// Minima of channels, `[padded, BLOCK pages]`.
     minima: Aligned,
-    /// Factors of some queries for pages that share a look at their boxes `[quads, queries]`.
-    shared: Vec<QuadFactors>,
-    /// Factors of some queries for one page `[blocks of channels, queries]`.
-    own: Vec<Pieces>,
-    /// `scaled·minima` of one page `[queries]`, in whole blocks.
-    offsets: Vec<f32>,
+    /// Factors of some queries for the pages of a look `[quads, queries]`.
+    factors: Vec<QuadFactors>,
     /// Scales and minima of the values of a chunk, widened `[2, tokens]`.
     value_ranges: Aligned,
     /// Weights times scales of the chunk `[tokens]`.
@@ -53,38 +50,77 @@ pub(super) struct CodeScratch {
 }
 
 impl CodeScratch {
-    /// Scales the queries for codes up to `highest_code`, and puts `lanes` of them side by side.
-    pub(super) fn load_queries<'a>(
+    /// Scales `queries` queries, the one of a number as `query` gives it, for codes up to
+    /// `highest_code`.
+    #[inline(always)]
+    pub(super) fn load_queries<'a, S: Simd>(
         &mut self,
-        (lanes, highest_code): (usize, u8),
-        queries: impl ExactSizeIterator<Item = &'a [f32]>,
+        simd: S,
+        (queries, dim, highest_code): (usize, usize, u8),
+        query: impl Fn(usize) -> &'a [f32],
     ) {
-        self.scaled.clear();
+        self.padded = dim.next_multiple_of(BLOCK);
+        self.scaled.resize(queries * self.padded);
         self.units.clear();
-        self.columns.clear();
-        self.offsets.clear();
-        self.offsets.resize(queries.len().next_multiple_of(BLOCK), 0.0);
-        for (i, query) in queries.enumerate() {
-            let largest = query
-                .iter()
-                .fold(TINY, |largest, &q| if q.abs() > largest { q.abs() } else { largest });
-            let factor = LARGEST / largest;
-            self.padded = query.len().next_multiple_of(BLOCK);
-            self.scaled.extend(query.iter().map(|&q| q * factor));
-            self.scaled.resize((i + 1) * self.padded, 0.0);
+        for (i, scaled) in self.scaled.chunks_exact_mut(self.padded).enumerate() {
+            let query = query(i);
+            let mut largest = simd.splat(TINY);
+            for (q, scaled) in query.chunks(S::LANES).zip(scaled.chunks_exact_mut(S::LANES)) {
+                let q = simd.load_up_to(q);
+                simd.store(q, scaled);
+                let negative = simd.sub(simd.splat(0.0), q);
+                largest = simd.max(q, simd.max(negative, largest));
+            }
+            let largest = simd.highest(largest);
+            scaled[dim..].fill(0.0);
+            let factor = simd.splat(LARGEST / largest);
+            for scaled in scaled.chunks_exact_mut(S::LANES) {
+                simd.store(simd.mul(simd.load(scaled), factor), scaled);
+            }
             let unit = largest / LARGEST;
             self.units.push((unit, unit / f32::from(highest_code)));
-            let (first, lane) = (i / lanes * lanes * query.len(), i % lanes);
-            self.columns.resize(first + lanes * query.len(), 0.0);
-            for (row, &q) in self.columns[first..].chunks_exact_mut(lanes).zip(query) {
-                row[lane] = q * factor;
-            }
         }
-        self.corners.clear();
-        self.corners.resize(2 * self.padded, f16::ZERO);
+        self.corners.resize(2 * dim * BLOCK, f16::ZERO);
         self.ranges.resize(BLOCK * self.padded);
         self.minima.resize(BLOCK * self.padded);
+        // Padding meets queries of nothing.
+        self.ranges[BLOCK * dim..].fill(0.0);
+        self.minima[BLOCK * dim..].fill(0.0);
     }
+}
+
+/// The pages of a chunk.
+#[derive(Clone, Copy)]
+struct ChunkPages<'s, 'a> {
+    /// All bytes of the head's pages.
+    bytes: &'a [u8],
+    /// Where the chunk's pages begin, and those after them.
+    starts: &'s [usize],
+    length: usize,
+    ahead: usize,
+}
+
+impl Rows<u8> for ChunkPages<'_, '_> {
+    #[inline(always)]
+    fn of(&self, page: usize) -> &[u8] {
+        &self.bytes[self.starts[page]..][..self.length]
+    }
+
+    #[inline(always)]
+    fn ahead(&self, _: usize) -> usize {
+        self.ahead
+    }
+}
+
+/// Pages whose boxes are side by side in a look at them.
+struct Look<'a> {
+    pages: Range<usize>,
+    /// The boxes of the look after it, if they are worth asking for: rows of [`GROUP_PAGES`].
+    ahead: &'a [f16],
+    /// Where the boxes of each page are.
+    lanes: [usize; BLOCK],
+    /// The widest range of each lane.
+    widest: [f32; BLOCK],
 }
 
 impl StoredPages for CodePages<'_> {
@@ -111,23 +147,30 @@ impl StoredPages for CodePages<'_> {
     }
 }
 
-impl Rows<u8> for Chunk<'_, '_, CodePages<'_>> {
-    #[inline(always)]
-    fn of(&self, page: usize) -> &[u8] {
-        self.tile.code_page(self.first + page)
-    }
-
-    #[inline(always)]
-    fn ahead(&self, page: usize) -> usize {
-        self.tile.ahead(self.first + page)
-    }
-}
-
 impl Tile<'_, CodePages<'_>> {
-    /// The codes of page `i` of the list.
+    /// Where the codes of page `i` of the list begin among those of all pages of the head.
     #[inline(always)]
-    fn code_page(&self, i: usize) -> &[u8] {
-        self.pages.get(self.unit.table(self.context)[self.list.get(i)]).bytes()
+    fn code_start(&self, i: usize) -> usize {
+        self.pages.start(self.unit.table(self.context)[self.list.get(i)])
+    }
+
+    /// Index in the pool of page `i` of the list.
+    #[inline(always)]
+    fn pool_index(&self, i: usize) -> usize {
+        self.unit.table(self.context)[self.list.get(i)].index()
+    }
+
+    /// Where the listed pages `pages` lie, and those after them that memory is asked for.
+    #[inline(always)]
+    fn find_pages(&self, pages: Range<usize>, starts: &mut Vec<usize>) {
+        starts.clear();
+        for i in pages.start..(pages.end + self.ahead).min(self.asked.end) {
+            starts.push(self.code_start(i));
+        }
+        // At the end of the list nothing is asked for but what is there already.
+        while starts.len() < pages.len() + self.ahead {
+            starts.push(starts[starts.len().saturating_sub(self.ahead)]);
+        }
     }
 
     fn places(&self) -> Places {
@@ -163,15 +206,24 @@ impl Tile<'_, CodePages<'_>> {
         let own = (self.unit.first_visible - 1) / size;
         let last_is_own = self.list.get(pages.end - 1) == own;
         let places = self.places();
-        if pages.start == self.range.start {
+        let mut starts = std::mem::take(&mut scratch.codes.starts);
+        self.find_pages(pages.clone(), &mut starts);
+        let of_chunk = ChunkPages {
+            bytes: self.pages.bytes(),
+            starts: &starts,
+            length: self.pages.layout().bytes(),
+            ahead: self.ahead,
+        };
+        if pages.start == self.asked.start {
             // No page before these asks for them.
-            for i in pages.start..pages.start + self.ahead(pages.start) {
-                for line in self.code_page(i).chunks(LINE) {
+            for i in 0..self.ahead.min(pages.len()) {
+                for line in of_chunk.of(i).chunks(LINE) {
                     simd.prefetch_far(line.as_ptr());
                 }
             }
         }
         let sealed = pages.start..pages.end - usize::from(last_is_own);
+        let places = (of_chunk, places);
         self.code_scores::<S, BITS>(simd, sealed.clone(), (shape, chunk), places, scratch);
         let at = sealed.len() * size;
         let seen = |query: usize| match last_is_own {
@@ -202,9 +254,10 @@ impl Tile<'_, CodePages<'_>> {
             let weights = (&scratch.weights[..], chunk);
             let (shifts, codes) = (&scratch.shifts, &mut scratch.codes);
             let out = (&mut state, shape.queries);
-            let sealed = (sealed.clone(), places);
+            let sealed = (places, sealed.len());
             self.code_values::<S, BITS>(simd, sealed, out, weights, shifts, codes);
         }
+        scratch.codes.starts = starts;
         if last_is_own {
             for query in 0..shape.queries {
                 let shift = if sealed.is_empty() { scratch.shifts[query] } else { 1.0 };
@@ -241,81 +294,96 @@ impl Tile<'_, CodePages<'_>> {
         simd: S,
         pages: Range<usize>,
         (shape, chunk): (Shape, usize),
-        places: Places,
+        places: (ChunkPages<'_, '_>, Places),
         scratch: &mut TileScratch,
     ) {
         let (scores, codes) = (&mut scratch.weights[..], &mut scratch.codes);
-        codes.shared.resize(MOST_QUERIES * places.key_words * (8 / BITS), Default::default());
-        codes.own.resize(MOST_QUERIES * codes.padded / BLOCK, Default::default());
-        let table = self.unit.table(self.context);
-        let index = |i: usize| table[self.list.get(i)].index();
+        codes.factors.resize(MOST_QUERIES * places.1.key_words * (8 / BITS), Default::default());
         let mut first = pages.start;
         while first < pages.end {
-            let block = index(first) / BLOCK;
-            let mut end = first + 1;
-            while end < pages.end && index(end) / BLOCK == block {
+            let look = self.look(simd, first..pages.end, codes);
+            first = look.pages.end;
+            let mut query = 0;
+            while query < shape.queries {
+                let (look, out) = ((&look, pages.start), (&mut *scores, chunk));
+                let of = (query, places);
+                // As many queries as the registers hold sums for, and words enough that no sum
+                // waits.
+                query += match shape.queries - query {
+                    8.. if S::LANES == BLOCK => {
+                        self.scores_of::<S, 8, 1, BITS>(simd, look, of, out, codes)
+                    }
+                    4.. if S::LANES == BLOCK => {
+                        self.scores_of::<S, 4, 1, BITS>(simd, look, of, out, codes)
+                    }
+                    2.. if S::LANES == BLOCK => {
+                        self.scores_of::<S, 2, 2, BITS>(simd, look, of, out, codes)
+                    }
+                    2.. => self.scores_of::<S, 2, 1, BITS>(simd, look, of, out, codes),
+                    _ if S::LANES == BLOCK => {
+                        self.scores_of::<S, 1, 4, BITS>(simd, look, of, out, codes)
+                    }
+                    _ => self.scores_of::<S, 1, 2, BITS>(simd, look, of, out, codes),
+                };
+            }
+        }
+    }
+
+    /// Puts the ranges and minima of the next of the listed pages `pages` side by side.
+    #[inline(always)]
+    fn look<S: Simd>(&self, simd: S, pages: Range<usize>, codes: &mut CodeScratch) -> Look<'_> {
+        let boxes = |index: usize| {
+            let (layer, head) = (self.context.layer, self.unit.kv_head);
+            self.context.pages.group_boxes::<f16>(layer, index / GROUP_PAGES, head)
+        };
+        // Pages from page `i` on that are neighbours in the pool.
+        let neighbours = |i: usize| {
+            let block = self.pool_index(i) / BLOCK;
+            (i..pages.end).take_while(|&i| self.pool_index(i) / BLOCK == block).count()
+        };
+        let dim = self.pages.layout().head_dim();
+        let (first, mut lanes) = (pages.start, [0; BLOCK]);
+        let mut end = first + neighbours(first);
+        let index = self.pool_index(first);
+        let source = if end - first >= NEIGHBOURS {
+            for (lane, i) in lanes.iter_mut().zip(first..end) {
+                *lane = self.pool_index(i) % BLOCK;
+            }
+            (boxes(index), GROUP_PAGES, index / BLOCK * BLOCK % GROUP_PAGES)
+        } else {
+            end = first;
+            for (column, lane) in lanes.iter_mut().enumerate() {
+                if end == pages.end || column > 0 && neighbours(end) >= NEIGHBOURS {
+                    break;
+                }
+                let index = self.pool_index(end);
+                products::pick_box(boxes(index), index % GROUP_PAGES, &mut codes.corners, column);
+                *lane = column;
                 end += 1;
             }
-            let group = block * BLOCK / GROUP_PAGES;
-            let (layer, head) = (self.context.layer, self.unit.kv_head);
-            let boxes = self.context.pages.group_boxes::<f16>(layer, group, head);
-            if end - first >= SHARED_LOOK {
-                // Neighbours in the pool share a look at their boxes.
-                let lane = block * BLOCK % GROUP_PAGES;
-                let rows = shape.head_dim * BLOCK;
-                // Padding meets queries of nothing.
-                codes.ranges[rows..].fill(0.0);
-                codes.minima[rows..].fill(0.0);
-                let (ranges, minima) = (&mut codes.ranges[..rows], &mut codes.minima[..rows]);
-                let widest = products::load_boxes(simd, boxes, lane, ranges, minima);
-                let (run, out) = ((first..end, pages.start), (&mut *scores, chunk));
-                self.run_scores::<S, BITS>(simd, run, (shape.queries, places), &widest, out, codes);
-            } else {
-                for i in first..end {
-                    let lane = index(i) % GROUP_PAGES;
-                    let (page, out) = ((i, pages.start), (&mut *scores, chunk));
-                    let queries = (shape.queries, places);
-                    self.page_scores::<S, BITS>(simd, page, queries, (boxes, lane), out, codes);
-                }
+            (&codes.corners[..], BLOCK, 0)
+        };
+        let (ranges, minima) = (&mut codes.ranges[..dim * BLOCK], &mut codes.minima[..dim * BLOCK]);
+        let widest = products::load_boxes(simd, source, ranges, minima);
+        let mut ahead = &[] as &[f16];
+        if self.ahead > 0 && source.1 == GROUP_PAGES && end < self.asked.end {
+            let index = self.pool_index(end);
+            let lane = index / BLOCK * BLOCK % GROUP_PAGES;
+            // Others lie in lines that have been read.
+            if lane.is_multiple_of(LINE / size_of::<f16>()) {
+                ahead = &boxes(index)[lane..];
             }
-            first = end;
         }
+        Look { pages: first..end, ahead, lanes, widest }
     }
 
-    /// Scores of pages that share a look at their boxes.
+    /// Scores of the pages of a look for `Q` queries; gives `Q`.
     #[inline(always)]
-    fn run_scores<S: Simd, const BITS: usize>(
+    fn scores_of<S: Simd, const Q: usize, const W: usize, const BITS: usize>(
         &self,
         simd: S,
-        (pages, first): (Range<usize>, usize),
-        (queries, places): (usize, Places),
-        widest: &[f32; BLOCK],
-        (scores, chunk): (&mut [f32], usize),
-        codes: &mut CodeScratch,
-    ) {
-        let mut query = 0;
-        while query < queries {
-            let (run, of) = ((pages.clone(), first), (query, places, widest));
-            let out = (&mut *scores, chunk);
-            // As many queries as the registers hold sums for, and words enough that no sum waits.
-            query += match queries - query {
-                8.. if S::LANES == BLOCK => self.run_of::<S, 8, 1, BITS>(simd, run, of, out, codes),
-                4.. if S::LANES == BLOCK => self.run_of::<S, 4, 1, BITS>(simd, run, of, out, codes),
-                2.. if S::LANES == BLOCK => self.run_of::<S, 2, 2, BITS>(simd, run, of, out, codes),
-                2.. => self.run_of::<S, 2, 1, BITS>(simd, run, of, out, codes),
-                _ if S::LANES == BLOCK => self.run_of::<S, 1, 4, BITS>(simd, run, of, out, codes),
-                _ => self.run_of::<S, 1, 2, BITS>(simd, run, of, out, codes),
-            };
-        }
-    }
-
-    /// [`Self::run_scores`] for `Q` queries; gives `Q`.
-    #[inline(always)]
-    fn run_of<S: Simd, const Q: usize, const W: usize, const BITS: usize>(
-        &self,
-        simd: S,
-        (pages, first): (Range<usize>, usize),
-        (query, places, widest): (usize, Places, &[f32; BLOCK]),
+        (look, first): (&Look<'_>, usize),
+        (query, (pages, places)): (usize, (ChunkPages<'_, '_>, Places)),
         (scores, chunk): (&mut [f32], usize),
         codes: &mut CodeScratch,
     ) -> usize {
@@ -324,98 +392,33 @@ impl Tile<'_, CodePages<'_>> {
         for (q, offsets) in offsets.iter_mut().enumerate() {
             let scaled = &codes.scaled[(query + q) * codes.padded..(query + q + 1) * codes.padded];
             let boxes = (&codes.ranges[..], &codes.minima[..]);
-            *offsets = products::factors(simd, scaled, boxes, (&mut codes.shared[q..Q * quads], Q));
+            let out = (&mut codes.factors[q..Q * quads], Q);
+            *offsets = products::factors(simd, scaled, boxes, out);
         }
-        let table = self.unit.table(self.context);
-        for i in pages {
-            let lane = table[self.list.get(i)].index() % BLOCK;
+        let rows = (2 * places.head_dim).div_ceil(look.pages.len());
+        let mut ahead_rows = look.ahead.chunks(GROUP_PAGES);
+        for (i, &lane) in look.pages.clone().zip(&look.lanes) {
             let (mut starts, mut units) = ([0.0; Q], [0.0; Q]);
             for q in 0..Q {
                 let unit = codes.units[query + q];
-                starts[q] = offsets[q][lane] * unit.0;
-                units[q] = unit.1 * widest[lane];
+                starts[q] = offsets[q][lane % BLOCK] * unit.0;
+                units[q] = unit.1 * look.widest[lane % BLOCK];
             }
-            let ahead = if query == 0 { self.ahead(i) } else { 0 };
+            let page = i - first;
+            if query == 0 {
+                for row in ahead_rows.by_ref().take(rows) {
+                    simd.prefetch_far(row.as_ptr());
+                }
+            }
+            let ahead = if query == 0 { page + pages.ahead } else { page };
             products::dots::<S, Q, W, BITS>(
                 simd,
-                (self.code_page(i), self.code_page(i + ahead), places),
-                Factors::Shared(&codes.shared[..Q * quads], lane),
+                (pages.of(page), pages.of(ahead), places),
+                (&codes.factors[..Q * quads], lane),
                 (&starts, &units),
-                (&mut scores[query * chunk + (i - first) * places.size..], chunk),
+                (&mut scores[query * chunk + page * places.size..], chunk),
             );
         }
-        Q
-    }
-
-    /// Scores of one page.
-    #[inline(always)]
-    fn page_scores<S: Simd, const BITS: usize>(
-        &self,
-        simd: S,
-        (i, first): (usize, usize),
-        (queries, places): (usize, Places),
-        (boxes, lane): (&[f16], usize),
-        (scores, chunk): (&mut [f32], usize),
-        codes: &mut CodeScratch,
-    ) {
-        let (padded, dim) = (codes.padded, places.head_dim);
-        let (ranges, minima) = (&mut codes.ranges[..padded], &mut codes.minima[..padded]);
-        let out = (&mut codes.corners[..], ranges, minima);
-        let widest = products::load_box(simd, boxes, lane, out);
-        let offsets = codes.offsets.chunks_exact_mut(S::LANES);
-        for (columns, offsets) in codes.columns.chunks_exact(S::LANES * dim).zip(offsets) {
-            products::page_offsets(simd, columns, &codes.minima[..dim], offsets);
-        }
-        let mut query = 0;
-        while query < queries {
-            let (page, of) = ((i, first), (query, places, widest));
-            let out = (&mut *scores, chunk);
-            query += match queries - query {
-                8.. if S::LANES == BLOCK => {
-                    self.page_of::<S, 8, 1, BITS>(simd, page, of, out, codes)
-                }
-                4.. if S::LANES == BLOCK => {
-                    self.page_of::<S, 4, 1, BITS>(simd, page, of, out, codes)
-                }
-                2.. if S::LANES == BLOCK => {
-                    self.page_of::<S, 2, 2, BITS>(simd, page, of, out, codes)
-                }
-                2.. => self.page_of::<S, 2, 1, BITS>(simd, page, of, out, codes),
-                _ if S::LANES == BLOCK => self.page_of::<S, 1, 4, BITS>(simd, page, of, out, codes),
-                _ => self.page_of::<S, 1, 2, BITS>(simd, page, of, out, codes),
-            };
-        }
-    }
-
-    /// [`Self::page_scores`] for `Q` queries; gives `Q`.
-    #[inline(always)]
-    fn page_of<S: Simd, const Q: usize, const W: usize, const BITS: usize>(
-        &self,
-        simd: S,
-        (i, first): (usize, usize),
-        (query, places, widest): (usize, Places, f32),
-        (scores, chunk): (&mut [f32], usize),
-        codes: &mut CodeScratch,
-    ) -> usize {
-        let padded = codes.padded;
-        let blocks = Q * padded / BLOCK;
-        let (mut starts, mut units) = ([0.0; Q], [0.0; Q]);
-        for q in 0..Q {
-            let scaled = &codes.scaled[(query + q) * padded..(query + q + 1) * padded];
-            let out = (&mut codes.own[q..blocks], Q);
-            products::page_factors(simd, scaled, &codes.ranges[..padded], out);
-            let unit = codes.units[query + q];
-            starts[q] = codes.offsets[query + q] * unit.0;
-            units[q] = unit.1 * widest;
-        }
-        let ahead = if query == 0 { self.ahead(i) } else { 0 };
-        products::dots::<S, Q, W, BITS>(
-            simd,
-            (self.code_page(i), self.code_page(i + ahead), places),
-            Factors::Own(&codes.own[..blocks]),
-            (&starts, &units),
-            (&mut scores[query * chunk + (i - first) * places.size..], chunk),
-        );
         Q
     }
 
@@ -451,12 +454,13 @@ impl Tile<'_, CodePages<'_>> {
         }
     }
 
-    /// Adds the values of the sealed pages `pages`, whose weights begin a chunk's row.
+    /// Adds the values of a chunk's first `count` pages, which are sealed and whose weights begin a
+    /// chunk's row.
     #[inline(always)]
     fn code_values<S: Simd, const BITS: usize>(
         &self,
         simd: S,
-        (pages, places): (Range<usize>, Places),
+        ((pages, places), count): ((ChunkPages<'_, '_>, Places), usize),
         (state, queries): (&mut State<'_>, usize),
         (weights, chunk): (&[f32], usize),
         shifts: &[f32],
@@ -465,7 +469,7 @@ impl Tile<'_, CodePages<'_>> {
         let (size, layout) = (places.size, self.pages.layout());
         // Tokens of a page, with those that only fill its last word.
         let padded = places.value_words * layout.codes_per_word();
-        let tokens = pages.len() * padded;
+        let tokens = count * padded;
         let blocks = tokens.div_ceil(BLOCK);
         let channels = layout.group_channels();
         let (scales, minima) = (layout.scales().start, layout.minima().start);
@@ -474,17 +478,22 @@ impl Tile<'_, CodePages<'_>> {
         codes.pieces.resize(MOST_VALUES * blocks, Default::default());
         for group in 0..layout.groups() {
             let (out_scales, out_minima) = codes.value_ranges.split_at_mut(tokens);
-            for i in 0..pages.len() {
-                let bytes = self.code_page(pages.start + i);
-                let both = [(&mut *out_scales, scales), (&mut *out_minima, minima)];
-                for (out, start) in both {
+            let out = out_scales.chunks_exact_mut(padded).zip(out_minima.chunks_exact_mut(padded));
+            for (i, (out_scales, out_minima)) in out.enumerate() {
+                let bytes = pages.of(i);
+                for (out, start) in [(out_scales, scales), (out_minima, minima)] {
                     let halves = &bytes[start + 2 * group * size..][..2 * size];
                     let halves: &[f16] = bytemuck::cast_slice(halves);
-                    let out = &mut out[i * padded..(i + 1) * padded];
-                    out[size..].fill(0.0);
-                    let vectors = halves.chunks(S::LANES).zip(out[..size].chunks_mut(S::LANES));
-                    for (halves, out) in vectors {
-                        simd.store_up_to(simd.load_up_to(halves), out);
+                    let (out, padding) = out.split_at_mut(size);
+                    padding.fill(0.0);
+                    let mut out = out.chunks_exact_mut(S::LANES);
+                    let mut halves = halves.chunks_exact(S::LANES);
+                    for (halves, out) in halves.by_ref().zip(out.by_ref()) {
+                        simd.store(simd.load_f16(halves), out);
+                    }
+                    let (halves, out) = (halves.remainder(), out.into_remainder());
+                    if !out.is_empty() {
+                        simd.store_tail(simd.load_tail(halves), out);
                     }
                 }
             }
@@ -509,8 +518,8 @@ impl Tile<'_, CodePages<'_>> {
                     *sums = (offset, unit, shifts[query + i]);
                 }
                 let values = Values {
-                    chunk: Chunk { tile: self, first: pages.start },
-                    pages: pages.len(),
+                    chunk: pages,
+                    pages: count,
                     places,
                     pieces: &codes.pieces[..q * blocks],
                 };

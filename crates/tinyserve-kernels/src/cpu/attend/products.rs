@@ -63,34 +63,76 @@ fn number<S: Simd>(simd: S, counts: &[S::Counts; PIECES], (offset, unit): (f32, 
 #[repr(align(64))]
 pub(super) struct QuadFactors([[u32; BLOCK]; PIECES]);
 
-/// The pieces of `BLOCK` numbers, a word for every quad of them; then a row of garbage, which makes
-/// it what one store writes.
+/// The pieces of `BLOCK` numbers, quad by quad a word for each piece; then a word of garbage, which
+/// makes them what one store writes.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(align(64))]
-pub(super) struct Pieces([[u32; BLOCK / QUAD]; PIECES + 1]);
+pub(super) struct Pieces([[u32; PIECES + 1]; BLOCK / QUAD]);
 
-/// Ranges and minima of `BLOCK` neighbouring pages: the widest ranges.
+/// Puts the box of the page in lane `lane` of a group into column `column` of `corners`
+/// `[head_dim, 2 (max, min), BLOCK]`; `boxes` is `[head_dim, 2 (max, min), GROUP_PAGES]`.
+#[inline(always)]
+pub(super) fn pick_box<E: Element>(boxes: &[E], lane: usize, corners: &mut [E], column: usize) {
+    let (lane, column) = (lane % GROUP_PAGES, column % BLOCK);
+    let channels = corners.as_chunks_mut::<{ 2 * BLOCK }>().0.iter_mut();
+    for (corners, boxes) in channels.zip(boxes.as_chunks::<{ 2 * GROUP_PAGES }>().0) {
+        corners[column] = boxes[lane];
+        corners[BLOCK + column] = boxes[GROUP_PAGES + lane];
+    }
+}
+
+/// One channel of [`load_boxes`], not divided; `widest` grows to its ranges.
+#[inline(always)]
+fn load_channel<S: Simd, E: Element>(
+    simd: S,
+    (corners, row, lane): (&[E], usize, usize),
+    ranges: &mut [f32],
+    minima: &mut [f32],
+    widest: &mut [S::V; 2],
+) {
+    for (v, widest) in widest.iter_mut().enumerate().take(BLOCK / S::LANES) {
+        let at = v * S::LANES;
+        let max = E::load(simd, &corners[lane + at..]);
+        let min = E::load(simd, &corners[row + lane + at..]);
+        let range = simd.sub(max, min);
+        simd.store(range, &mut ranges[at..]);
+        simd.store(min, &mut minima[at..]);
+        *widest = simd.max(range, *widest);
+    }
+}
+
+/// Ranges and minima of `BLOCK` pages side by side: the widest ranges.
 ///
-/// `boxes` is `[head_dim, 2 (max, min), GROUP_PAGES]`; ranges are divided by the widest.
+/// `boxes` is `[head_dim, 2 (max, min), row]`, of which the pages are `lane..`; ranges are divided by
+/// the widest.
 #[inline(always)]
 pub(super) fn load_boxes<S: Simd, E: Element>(
     simd: S,
-    boxes: &[E],
-    lane: usize,
+    (boxes, row, lane): (&[E], usize, usize),
     ranges: &mut [f32],
     minima: &mut [f32],
 ) -> [f32; BLOCK] {
-    let mut widest = [simd.splat(TINY); 2];
-    let rows = ranges.chunks_exact_mut(BLOCK).zip(minima.chunks_exact_mut(BLOCK));
-    for (corners, (ranges, minima)) in boxes.chunks_exact(2 * GROUP_PAGES).zip(rows) {
-        for (v, widest) in widest.iter_mut().enumerate().take(BLOCK / S::LANES) {
-            let at = v * S::LANES;
-            let max = E::load(simd, &corners[lane + at..]);
-            let min = E::load(simd, &corners[GROUP_PAGES + lane + at..]);
-            let range = simd.sub(max, min);
-            simd.store(range, &mut ranges[at..]);
-            simd.store(min, &mut minima[at..]);
-            *widest = simd.max(range, *widest);
+    // Channel after channel in turn, so that no maximum waits for the one before it.
+    let mut chains = [[simd.splat(TINY); 2]; CHAINS];
+    let (quads, rest) = ranges.as_chunks_mut::<{ CHAINS * BLOCK }>();
+    let (min_quads, min_rest) = minima.as_chunks_mut::<{ CHAINS * BLOCK }>();
+    let groups = boxes.chunks_exact(CHAINS * 2 * row);
+    let box_rest = groups.remainder();
+    for (boxes, (ranges, minima)) in groups.zip(quads.iter_mut().zip(min_quads)) {
+        for (c, widest) in chains.iter_mut().enumerate() {
+            let corners = (&boxes[2 * c * row..2 * (c + 1) * row], row, lane);
+            let rows = c * BLOCK..(c + 1) * BLOCK;
+            load_channel(simd, corners, &mut ranges[rows.clone()], &mut minima[rows], widest);
+        }
+    }
+    let rows = rest.chunks_exact_mut(BLOCK).zip(min_rest.chunks_exact_mut(BLOCK));
+    for (corners, (ranges, minima)) in box_rest.chunks_exact(2 * row).zip(rows) {
+        load_channel(simd, (corners, row, lane), ranges, minima, &mut chains[0]);
+    }
+    let [mut widest, rest @ ..] = chains;
+    for chain in rest {
+        for (widest, chain) in widest.iter_mut().zip(chain) {
+            *widest = simd.max(chain, *widest);
         }
     }
     // Once a page: divisions are slow.
@@ -109,42 +151,7 @@ pub(super) fn load_boxes<S: Simd, E: Element>(
     out
 }
 
-/// [`load_boxes`] of the page in lane `lane` alone, channel after channel: its widest range.
-///
-/// `corners` is memory for the box, `[2 (max, min), head_dim]`, in whole vectors, as `ranges` and
-/// `minima` are.
-#[inline(always)]
-pub(super) fn load_box<S: Simd, E: Element>(
-    simd: S,
-    boxes: &[E],
-    lane: usize,
-    (corners, ranges, minima): (&mut [E], &mut [f32], &mut [f32]),
-) -> f32 {
-    let (max, min) = corners.split_at_mut(corners.len() / 2);
-    let rows = boxes.chunks_exact(2 * GROUP_PAGES);
-    for (rows, (max, min)) in rows.zip(max.iter_mut().zip(&mut *min)) {
-        (*max, *min) = (rows[lane], rows[GROUP_PAGES + lane]);
-    }
-    let mut widest = simd.splat(TINY);
-    let out = ranges.chunks_exact_mut(S::LANES).zip(minima.chunks_exact_mut(S::LANES));
-    let corners = max.chunks_exact(S::LANES).zip(min.chunks_exact(S::LANES));
-    for ((max, min), (ranges, minima)) in corners.zip(out) {
-        let min = E::load(simd, min);
-        let range = simd.sub(E::load(simd, max), min);
-        simd.store(range, ranges);
-        simd.store(min, minima);
-        widest = simd.max(range, widest);
-    }
-    let widest = simd.highest(widest);
-    let inverse = simd.splat(1.0 / widest);
-    for ranges in ranges.chunks_exact_mut(S::LANES) {
-        simd.store(simd.mul(simd.load(ranges), inverse), ranges);
-    }
-    widest
-}
-
-/// Chains that `scaled·minima` is summed up in, channel by channel in turn: whether many pages or
-/// many queries are side by side, so that a page's score is the same to the last bit.
+/// Chains that channels are summed up in, or compared, in turn.
 const CHAINS: usize = 4;
 
 #[inline(always)]
@@ -185,40 +192,6 @@ pub(super) fn factors<S: Simd>(
     offsets
 }
 
-/// Pieces of `scaled·ranges` for one page, `BLOCK` channels each into every `step`-th of `out`;
-/// `scaled` and `ranges` are whole blocks.
-#[inline(always)]
-pub(super) fn page_factors<S: Simd>(
-    simd: S,
-    scaled: &[f32],
-    ranges: &[f32],
-    (out, step): (&mut [Pieces], usize),
-) {
-    for (block, scaled) in scaled.chunks_exact(BLOCK).enumerate() {
-        let ranges = &ranges[block * BLOCK..(block + 1) * BLOCK];
-        let words = out[block * step].0.as_flattened_mut();
-        for at in (0..BLOCK).step_by(S::LANES) {
-            let (scaled, ranges) = (simd.load(&scaled[at..]), simd.load(&ranges[at..]));
-            let sums = simd.mul_add(ranges, scaled, simd.splat(SPLIT));
-            simd.split(sums, &mut words[at / QUAD..]);
-        }
-    }
-}
-
-/// `scaled·minima` of one page for `LANES` queries, `columns` `[head_dim, LANES]`.
-#[inline(always)]
-pub(super) fn page_offsets<S: Simd>(simd: S, columns: &[f32], minima: &[f32], offsets: &mut [f32]) {
-    let mut sums = [simd.splat(0.0); CHAINS];
-    let quads = columns.chunks(CHAINS * S::LANES).zip(minima.chunks(CHAINS));
-    for (columns, minima) in quads {
-        let channels = columns.chunks_exact(S::LANES).zip(minima);
-        for ((queries, &min), sum) in channels.zip(&mut sums) {
-            *sum = simd.mul_add(simd.load(queries), simd.splat(min), *sum);
-        }
-    }
-    simd.store(joined(simd, sums), offsets);
-}
-
 /// Where the codes of a page lie.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Places {
@@ -233,54 +206,20 @@ pub(super) struct Places {
     pub(super) scales: usize,
 }
 
-/// Factors of the keys of a page for some queries, quad by quad the queries side by side.
-#[derive(Clone, Copy)]
-pub(super) enum Factors<'a> {
-    /// As [`factors`] makes them `[quads, queries]`, and the lane of the page.
-    Shared(&'a [QuadFactors], usize),
-    /// As [`page_factors`] makes them `[blocks of channels, queries]`.
-    Own(&'a [Pieces]),
-}
-
-/// Adds the products of the codes of word `word` of the keys of a block of tokens, which begins at
-/// byte `at` of `page`.
+/// Adds the products of some codes of the keys of a block of tokens with `factors`
+/// `[quads, queries]` of the page in lane `lane`.
 #[inline(always)]
 fn add_word<S: Simd, const Q: usize, const BITS: usize>(
     simd: S,
-    (page, at): (&[u8], usize),
-    word: usize,
-    factors: Factors<'_>,
+    codes: S::Codes,
+    (factors, lane): (&[QuadFactors], usize),
     counts: &mut [[S::Counts; PIECES]; Q],
 ) {
-    let codes = load(simd, page, at);
-    for part in 0..8 / BITS {
+    for (part, rows) in factors.as_chunks::<Q>().0.iter().enumerate() {
         let codes = half::<S, BITS>(simd, codes, part);
-        let quad = word * (8 / BITS) + part;
-        // Never nothing; the compiler leaves out the checks of every query instead.
-        match factors {
-            Factors::Shared(factors, lane) => {
-                let lane = lane % BLOCK;
-                let Some(rows) = factors.get(quad * Q..).and_then(|rows| rows.first_chunk::<Q>())
-                else {
-                    return;
-                };
-                for (row, counts) in rows.iter().zip(&mut *counts) {
-                    for (piece, counts) in row.0.iter().zip(counts) {
-                        *counts = simd.add_products(*counts, codes, piece[lane].cast_signed());
-                    }
-                }
-            }
-            Factors::Own(factors) => {
-                let (block, lane) = (quad / (BLOCK / QUAD), quad % (BLOCK / QUAD));
-                let Some(rows) = factors.get(block * Q..).and_then(|rows| rows.first_chunk::<Q>())
-                else {
-                    return;
-                };
-                for (row, counts) in rows.iter().zip(&mut *counts) {
-                    for (piece, counts) in row.0.iter().zip(counts) {
-                        *counts = simd.add_products(*counts, codes, piece[lane].cast_signed());
-                    }
-                }
+        for (row, counts) in rows.iter().zip(&mut *counts) {
+            for (piece, counts) in row.0.iter().zip(counts) {
+                *counts = simd.add_products(*counts, codes, piece[lane % BLOCK].cast_signed());
             }
         }
     }
@@ -288,39 +227,40 @@ fn add_word<S: Simd, const Q: usize, const BITS: usize>(
 
 /// Scores of the tokens of one page for `Q` queries, into rows of `out` that are `chunk` apart.
 ///
-/// `starts` and `units` say what the scores of each query begin with, and what they count in. `W`
-/// words at a time are summed up apart, so that no product waits for the one before it. Between
-/// the products memory is asked for the keys and scales of the page `ahead`.
+/// `factors` is `[quads, queries]`, of which the page has lane `lane`. `starts` and `units` say what
+/// the scores of each query begin with, and what they count in. `W` words at a time are summed up
+/// apart, so that no product waits for the one before it. Between the products memory is asked for
+/// the keys and scales of the page `ahead`.
 #[inline(always)]
 pub(super) fn dots<S: Simd, const Q: usize, const W: usize, const BITS: usize>(
     simd: S,
     (page, ahead, places): (&[u8], &[u8], Places),
-    factors: Factors<'_>,
+    (factors, lane): (&[QuadFactors], usize),
     (starts, units): (&[f32; Q], &[f32; Q]),
     (out, chunk): (&mut [f32], usize),
 ) {
-    let (words, size) = (places.key_words, places.size);
+    let (row, quads) = (4 * places.size, Q * (8 / BITS));
+    let keys = &page[..places.key_words * row];
     for line in ahead[places.scales..].chunks(LINE) {
         simd.prefetch_far(line.as_ptr());
     }
-    let ahead = ahead.as_ptr();
-    let mut token = 0;
-    while token < size {
+    for (block, token) in (0..places.size).step_by(BLOCK).enumerate() {
         let mut counts = [[[simd.counts(0); PIECES]; Q]; W];
-        let mut word = 0;
-        while word + W <= words {
+        let mut at = block * 4 * BLOCK;
+        let groups = factors.chunks_exact(W * quads);
+        let rest = groups.remainder();
+        for factors in groups {
             for (w, counts) in counts.iter_mut().enumerate() {
-                let at = 4 * ((word + w) * size + token);
-                simd.prefetch_far(ahead.wrapping_add(at));
-                add_word::<S, Q, BITS>(simd, (page, at), word + w, factors, counts);
+                simd.prefetch_far(ahead.as_ptr().wrapping_add(at));
+                let factors = (&factors[w * quads..(w + 1) * quads], lane);
+                add_word::<S, Q, BITS>(simd, load(simd, keys, at), factors, counts);
+                at += row;
             }
-            word += W;
         }
-        while word < words {
-            let at = 4 * (word * size + token);
-            simd.prefetch_far(ahead.wrapping_add(at));
-            add_word::<S, Q, BITS>(simd, (page, at), word, factors, &mut counts[0]);
-            word += 1;
+        for factors in rest.chunks_exact(quads) {
+            simd.prefetch_far(ahead.as_ptr().wrapping_add(at));
+            add_word::<S, Q, BITS>(simd, load(simd, keys, at), (factors, lane), &mut counts[0]);
+            at += row;
         }
         for q in 0..Q {
             let mut sums = counts[0][q];
@@ -332,7 +272,6 @@ pub(super) fn dots<S: Simd, const Q: usize, const W: usize, const BITS: usize>(
             let scores = number(simd, &sums, (starts[q], units[q]));
             simd.store_block(scores, &mut out[q * chunk + token..]);
         }
-        token += BLOCK;
     }
 }
 
@@ -394,7 +333,7 @@ pub(super) fn split<S: Simd>(
         let words = out[block * step].0.as_flattened_mut();
         for at in (0..BLOCK).step_by(S::LANES) {
             let sums = simd.mul_add(simd.load(&products[at..]), factor, simd.splat(SPLIT));
-            simd.split(sums, &mut words[at / QUAD..]);
+            simd.split(sums, &mut words[at..]);
         }
     }
     largest / LARGEST
@@ -449,7 +388,7 @@ impl<P: Rows<u8>> Values<'_, P> {
                     }
                     for (row, counts) in rows.iter().zip(&mut counts) {
                         for piece in 0..PIECES {
-                            let x = row.0[piece][lane].cast_signed();
+                            let x = row.0[lane][piece].cast_signed();
                             for (counts, &codes) in counts.iter_mut().zip(&halves) {
                                 counts[piece] = simd.add_products(counts[piece], codes, x);
                             }

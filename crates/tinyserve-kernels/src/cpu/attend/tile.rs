@@ -130,6 +130,8 @@ pub(super) struct Tile<'a, P> {
     /// Which pages of the list are read; it begins with a part.
     pub(super) range: Range<usize>,
     pub(super) target: Target<'a>,
+    /// Pages of the list, `range` among them, that this thread reads in a row.
+    pub(super) asked: Range<usize>,
     /// Pages from one to the one that memory is asked for meanwhile.
     pub(super) ahead: usize,
     pub(super) scratch: &'a mut TileScratch,
@@ -152,8 +154,8 @@ impl<P: StoredPages> Kernel for Tile<'_, P> {
         if P::CODES {
             // Scores are written in whole blocks, wherever their page ends.
             chunk = (chunk + products::BLOCK).next_multiple_of(products::BLOCK);
-            let queries = (0..shape.queries).map(|query| self.query(query));
-            scratch.codes.load_queries((S::LANES, self.pages.highest_code()), queries);
+            let queries = (shape.queries, shape.head_dim, self.pages.highest_code());
+            scratch.codes.load_queries(simd, queries, |query| self.query(query));
         }
         scratch.weights.resize(shape.queries * chunk);
         scratch.shifts.resize(shape.queries, 0.0);
@@ -233,7 +235,7 @@ impl<P: StoredPages> Tile<'_, P> {
     /// Pages from page `i` to the one that memory is asked for meanwhile: none at the end.
     #[inline(always)]
     pub(super) fn ahead(&self, i: usize) -> usize {
-        if i + self.ahead < self.range.end { self.ahead } else { 0 }
+        if i + self.ahead < self.asked.end { self.ahead } else { 0 }
     }
 }
 
@@ -323,7 +325,7 @@ impl<E: KvElement + Element> Tile<'_, HeadPages<'_, E>> {
             if shape.queries == group { most } else { self.visible(&pages, query / group) }
         };
         let whole_vectors = size.is_multiple_of(S::LANES);
-        if pages.start == self.range.start {
+        if pages.start == self.asked.start {
             // No page before these asks for them.
             for i in pages.start..pages.start + self.ahead(pages.start) {
                 let page = self.page(i);

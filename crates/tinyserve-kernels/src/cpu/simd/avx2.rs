@@ -154,24 +154,19 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn split(self, sums: __m256, out: &mut [u32]) {
-        let mut words = [0; 8];
+        let out = &mut out[..8];
         intrinsic!({
-            // The first, second and third bytes of four numbers side by side, then of eight.
+            // The first bytes of four numbers side by side, then their second ones and so on.
             let order = _mm256_setr_epi8(
                 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9, 13, 2,
                 6, 10, 14, 3, 7, 11, 15,
             );
-            let fours = _mm256_shuffle_epi8(_mm256_castps_si256(sums), order);
-            let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-            let eights = _mm256_permutevar8x32_epi32(fours, order);
-            let (flip, above) = (i64::from_le_bytes([0x80; 8]), i64::from_le_bytes([ABOVE; 8]));
-            let eights = _mm256_xor_si256(eights, _mm256_setr_epi64x(flip, flip, 0, 0));
-            let eights = _mm256_sub_epi8(eights, _mm256_setr_epi64x(0, 0, above, 0));
-            _mm256_storeu_si256(words.as_mut_ptr().cast(), eights);
+            let pieces = _mm256_shuffle_epi8(_mm256_castps_si256(sums), order);
+            let above = i32::from_ne_bytes([ABOVE; 4]);
+            let flip = i32::from_ne_bytes([0x80; 4]);
+            let flip = _mm256_setr_epi32(flip, flip, above, 0, flip, flip, above, 0);
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), _mm256_sub_epi8(pieces, flip));
         });
-        out[..2].copy_from_slice(&words[..2]);
-        out[4..6].copy_from_slice(&words[2..4]);
-        out[8..10].copy_from_slice(&words[4..6]);
     }
     #[inline(always)]
     fn split_quads(self, sums: &[__m256; 4], [low, middle, high]: [&mut [u32]; PIECES]) {

@@ -190,16 +190,10 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
             let order = _mm512_broadcast_i32x4(_mm_setr_epi8(
                 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
             ));
-            let fours = _mm512_shuffle_epi8(_mm512_castps_si512(sums), order);
-            // Then those of all sixteen.
-            let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-            let pieces = _mm512_permutexvar_epi32(order, fours);
+            let pieces = _mm512_shuffle_epi8(_mm512_castps_si512(sums), order);
             let above = i32::from_ne_bytes([ABOVE; 4]);
             let flip = i32::from_ne_bytes([0x80; 4]);
-            let flip = _mm512_setr_epi32(
-                flip, flip, flip, flip, flip, flip, flip, flip, above, above, above, above, 0, 0,
-                0, 0,
-            );
+            let flip = _mm512_broadcast_i32x4(_mm_setr_epi32(flip, flip, above, 0));
             _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_sub_epi8(pieces, flip));
         });
     }
