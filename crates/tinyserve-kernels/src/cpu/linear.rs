@@ -90,8 +90,8 @@ pub(super) fn linear(
         return;
     }
     if let (Some(function), [gate, up]) = (function.filter(|function| function.gated), parts) {
-        // What is computed together lies in two parts.
-        let target = gate.outputs.div_ceil(threads * STRIPS_PER_THREAD).next_multiple_of(STRIP);
+        // What is computed together lies in two parts, half a strip in each.
+        let target = gate.outputs.div_ceil(threads * STRIPS_PER_THREAD).next_multiple_of(STRIP / 2);
         cpu.pool.run(gate.outputs.div_ceil(target), &|thread, strip| {
             let strip = strip * target..((strip + 1) * target).min(gate.outputs);
             run(thread, gate, 0, strip.clone());
