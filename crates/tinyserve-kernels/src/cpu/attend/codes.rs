@@ -5,6 +5,7 @@ use std::ops::Range;
 use half::f16;
 use tinyserve_kv::{CodePages, GROUP_PAGES, HeadPage, KvElement, KvFormat};
 
+use super::ahead::{ChunkPages, NextPages};
 use super::observe::Records;
 use super::products::{self, BLOCK, Pieces, Places, QuadFactors, TINY, Values};
 use super::softmax::{self, OnePage, Rows, Shape, State};
@@ -28,7 +29,7 @@ const MOST_QUERIES: usize = 8;
 /// Buffers of pages of codes, reused from tile to tile.
 #[derive(Debug, Default)]
 pub(super) struct CodeScratch {
-    /// Where the pages of a chunk begin, and as many after them as memory is asked for ahead.
+    /// Where the pages of a chunk begin, and the next chunk's.
     starts: Vec<usize>,
     /// Channels of a query, padded to whole vectors.
     padded: usize,
@@ -89,65 +90,6 @@ impl CodeScratch {
         // Padding meets queries of nothing.
         self.ranges[BLOCK * dim..].fill(0.0);
         self.minima[BLOCK * dim..].fill(0.0);
-    }
-}
-
-/// The pages of a chunk.
-#[derive(Clone, Copy)]
-struct ChunkPages<'s, 'a> {
-    /// All bytes of the head's pages.
-    bytes: &'a [u8],
-    /// Where the chunk's pages begin.
-    starts: &'s [usize],
-    length: usize,
-}
-
-impl Rows<u8> for ChunkPages<'_, '_> {
-    #[inline(always)]
-    fn of(&self, page: usize) -> &[u8] {
-        &self.bytes[self.starts[page]..][..self.length]
-    }
-
-    #[inline(always)]
-    fn ahead(&self, _: usize) -> usize {
-        0
-    }
-}
-
-/// The next chunk's pages, whose lines memory is asked for one by one: in bursts memory would be busy
-/// in some steps of a chunk and wait in others, and so would what comes after a burst.
-pub(super) struct NextPages<'s, 'a> {
-    pages: ChunkPages<'s, 'a>,
-    /// Pages that have been begun, the next line, and lines from it on of its page.
-    begun: usize,
-    line: *const u8,
-    left: usize,
-}
-
-impl<'s, 'a> NextPages<'s, 'a> {
-    fn new(pages: ChunkPages<'s, 'a>) -> Self {
-        Self { pages, begun: 0, line: std::ptr::null(), left: 0 }
-    }
-
-    /// Asks for the next line; says whether there was one.
-    #[inline(always)]
-    pub(super) fn ask<S: Simd>(&mut self, simd: S) -> bool {
-        if self.left == 0 {
-            let Some(&start) = self.pages.starts.get(self.begun) else { return false };
-            self.begun += 1;
-            self.line = self.pages.bytes.as_ptr().wrapping_add(start);
-            self.left = self.pages.length.div_ceil(LINE);
-        }
-        simd.prefetch_far(self.line);
-        self.line = self.line.wrapping_add(LINE);
-        self.left -= 1;
-        true
-    }
-
-    /// Asks for all lines that are left.
-    #[inline(always)]
-    fn ask_rest<S: Simd>(&mut self, simd: S) {
-        while self.ask(simd) {}
     }
 }
 
@@ -254,13 +196,12 @@ impl Tile<'_, CodePages<'_>> {
         let mut next = NextPages::new(ChunkPages { bytes, starts: next_starts, length });
         let sealed = pages.start..pages.end - usize::from(last_is_own);
         let places = (of_chunk, places);
-        let next_pages = &mut next;
         self.code_scores::<S, BITS>(
             simd,
             sealed.clone(),
             (shape, chunk),
             places,
-            (next_pages, scratch),
+            (&mut next, scratch),
         );
         let at = sealed.len() * size;
         let seen = |query: usize| match last_is_own {

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use tinyserve_kv::GROUP_PAGES;
 
-use super::codes::NextPages;
+use super::ahead::NextPages;
 use super::softmax::{Rows, State};
 use crate::cpu::simd::{Element, LARGEST, PIECES, SPLIT, Simd};
 
@@ -171,7 +171,8 @@ fn joined<S: Simd>(simd: S, [a, b, c, d]: [S::V; CHAINS]) -> S::V {
 /// Pieces of `scaled·ranges` for `BLOCK` pages, quad by quad into every `step`-th of `out`, and
 /// `scaled·minima`.
 ///
-/// `scaled` is `[padded]`, `ranges` and `minima` are `[padded, BLOCK]`.
+/// `scaled` is `[padded]`, `ranges` and `minima` are `[padded, BLOCK]`. For each quad so many lines of
+/// the next pages are asked for.
 #[inline(always)]
 pub(super) fn factors<S: Simd>(
     simd: S,
