@@ -324,3 +324,20 @@ impl EvictionName {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_have_names_and_numbers() {
+        let of = |text: &str| Device::try_from(text.to_owned());
+        assert_eq!(of("cuda"), Ok(Device::Cuda(0)));
+        for device in [Device::Auto, Device::Cpu, Device::Cuda(3)] {
+            assert_eq!(of(&String::from(device)), Ok(device));
+        }
+        for wrong in ["gpu", "cuda:", "cuda:x", "cuda:-1", ""] {
+            assert!(of(wrong).unwrap_err().contains("cuda:N"), "{wrong}");
+        }
+    }
+}
