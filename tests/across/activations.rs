@@ -51,13 +51,13 @@ impl Backend for Recorder {
     fn copy_page(&self, pages: &mut HostPages, copy: PageCopy) {
         self.cpu.copy_page(pages, copy);
     }
-    fn download_page(
+    fn download_pages<E: From<KernelError>>(
         &self,
         pages: &HostPages,
-        page: PageId,
-        out: &mut Vec<u8>,
-    ) -> Result<(), KernelError> {
-        self.cpu.download_page(pages, page, out)
+        ids: &[PageId],
+        take: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.cpu.download_pages(pages, ids, take)
     }
     fn upload_page(
         &self,

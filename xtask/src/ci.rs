@@ -34,6 +34,9 @@ enum Action {
 /// lm-eval installs more than everything else together: developers run it by hand.
 const OPENAI_ONLY: crate::clients::Args = crate::clients::Args { no_lm_eval: true };
 
+/// Orders of threads in which the emulator runs the CUDA kernels.
+const SEEDS: &str = "TINYSERVE_TEST_CUDA_SEEDS";
+
 const STEPS: &[Step] = &[
     Step { name: "format", action: Action::Cargo(&["fmt", "--all", "--check"], &[]) },
     Step {
@@ -59,7 +62,28 @@ const STEPS: &[Step] = &[
     },
     Step { name: "no dependency that compiles C", action: Action::NoCBuilders },
     Step { name: "licences of the dependencies", action: Action::Licences },
-    Step { name: "tests", action: Action::Cargo(&["test", "--workspace", "--locked"], &[]) },
+    Step {
+        name: "tests",
+        action: Action::Cargo(&["test", "--workspace", "--locked"], &[(SEEDS, "0-7")]),
+    },
+    Step {
+        name: "CUDA kernels under the checker",
+        action: Action::Cargo(
+            &[
+                "test",
+                "--locked",
+                "-p",
+                "tinyserve-cuda-emulator",
+                "--test",
+                "conformance",
+                "--test",
+                "copies",
+                "--test",
+                "cublas",
+            ],
+            &[("TINYSERVE_TEST_CUDA", "checker"), (SEEDS, "0-0")],
+        ),
+    },
     Step { name: "clients of the server", action: Action::Clients },
     Step { name: "the page in a browser", action: Action::Page },
 ];
@@ -203,7 +227,7 @@ mod tests {
         .unwrap_err();
         assert_eq!(ran, ["format", "lints"]);
         let message = format!("{error:#}");
-        assert!(message.starts_with("step 2 of 9, lints, failed after "), "{message}");
+        assert!(message.starts_with("step 2 of 10, lints, failed after "), "{message}");
         assert!(message.ends_with(": a warning"), "{message}");
     }
 

@@ -6,6 +6,7 @@ use anyhow::Result;
 use clap::Args;
 use serde_json::{Value, json};
 use tinyserve::Device;
+use tinyserve::kernels::conformance::Table;
 use tinyserve::kernels::{CpuPath, CudaDevice, FusedRow, FusedTable, cublas_version};
 
 use crate::exit::Quiet;
@@ -36,10 +37,11 @@ pub(crate) fn doctor(args: &DoctorArgs) -> Result<()> {
     let tests = match (args.self_test, args.cpu, args.device) {
         (false, ..) => Vec::new(),
         (true, _, Some(Device::Cuda(number))) => vec![self_test::run_cuda(number)?],
-        (true, Some(path), _) => vec![self_test::run(path)?],
+        (true, Some(path), _) => vec![self_test::run(&mut Table::new(), path)?],
         (true, None, _) => {
-            let paths = machine.paths.iter().copied();
-            paths.map(self_test::run).collect::<Result<Vec<_>>>()?
+            let mut table = Table::new();
+            let paths = machine.paths.iter();
+            paths.map(|&path| self_test::run(&mut table, path)).collect::<Result<Vec<_>>>()?
         }
     };
     if args.json {

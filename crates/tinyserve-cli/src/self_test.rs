@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::Result;
 use serde_json::{Value, json};
 use tinyserve::TinyServeError;
-use tinyserve::kernels::conformance::{self, CaseOutcome};
+use tinyserve::kernels::conformance::{self, CaseOutcome, Table};
 use tinyserve::kernels::{
     Backend, Cpu, CpuOptions, CpuPath, Cuda, DType, HostTensor, KernelError, LinearArgs,
     LinearPart, LinearSpec, MatrixLayout, Store, WeightFormat,
@@ -29,10 +29,10 @@ pub(crate) struct PathReport {
     bandwidths: Vec<(&'static str, f64)>,
 }
 
-/// Runs all cases on `path`.
-pub(crate) fn run(path: CpuPath) -> Result<PathReport> {
+/// Runs all cases of `table` on `path`.
+pub(crate) fn run(table: &mut Table, path: CpuPath) -> Result<PathReport> {
     let cpu = Cpu::new(CpuOptions { threads: None, path: Some(path) });
-    report(path.name(), cpu.and_then(|cpu| conformance::run(&cpu)))
+    report(path.name(), cpu.and_then(|cpu| table.run(&cpu)))
 }
 
 /// Runs all cases on a CUDA device.

@@ -527,19 +527,22 @@ pub trait Backend: Send + Sized {
     /// Called after pages were released. A backend that keeps nothing elsewhere does nothing.
     fn forget_free_pages(&self, _pages: &mut Self::KvPages, _pool: &PagePool) {}
 
-    /// Appends the bytes of a full page to `out`, as [`tinyserve_kv::HostPages::read_page`] has
-    /// them, whatever the device's own layout is.
+    /// Gives the bytes of full pages to `take`, one after the other, as
+    /// [`tinyserve_kv::HostPages::read_page`] has them, whatever the device's own layout is. While
+    /// one page is taken, a device copies the next.
+    ///
+    /// `take` calls no operation of the backend.
     ///
     /// # Errors
-    /// When the device fails; what was appended is then garbage.
-    fn download_page(
+    /// When the device fails, or `take` does: no page is taken then any more.
+    fn download_pages<E: From<KernelError>>(
         &self,
         pages: &Self::KvPages,
-        page: PageId,
-        out: &mut Vec<u8>,
-    ) -> Result<(), KernelError>;
+        ids: &[PageId],
+        take: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E>;
 
-    /// Puts a full page back that [`Self::download_page`] wrote, here or on another device.
+    /// Puts a full page back that [`Self::download_pages`] wrote, here or on another device.
     ///
     /// # Errors
     /// When the device fails; the page is then garbage.

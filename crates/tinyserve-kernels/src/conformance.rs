@@ -8,6 +8,8 @@ mod attention;
 mod dense;
 mod input;
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fmt;
 
 use crate::{Backend, Cpu, KernelError};
@@ -47,11 +49,53 @@ impl fmt::Display for CaseOutcome {
 /// # Errors
 /// When a backend refuses memory, weights or a selection that every backend has to accept.
 pub fn run<B: Backend>(backend: &B) -> Result<Vec<CaseOutcome>, KernelError> {
-    let reference = Cpu::reference();
-    let mut outcomes = Vec::new();
-    dense::run(backend, &reference, &mut outcomes)?;
-    attention::run(backend, &reference, &mut outcomes)?;
-    Ok(outcomes)
+    Table::new().run(backend)
+}
+
+/// The table, for backends that are run more than once: it keeps what the reference gave.
+#[derive(Debug)]
+pub struct Table {
+    reference: Cpu,
+    /// By operation and case.
+    dense: HashMap<String, Vec<f32>>,
+    attention: HashMap<String, attention::Attended>,
+}
+
+impl Default for Table {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Table {
+    /// A table whose cases were not computed yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { reference: Cpu::reference(), dense: HashMap::new(), attention: HashMap::new() }
+    }
+
+    /// Runs every case on `backend`.
+    ///
+    /// # Errors
+    /// As [`run`].
+    pub fn run<B: Backend>(&mut self, backend: &B) -> Result<Vec<CaseOutcome>, KernelError> {
+        let mut outcomes = Vec::new();
+        dense::run(backend, self, &mut outcomes)?;
+        attention::run(backend, self, &mut outcomes)?;
+        Ok(outcomes)
+    }
+}
+
+/// What the reference gives for `case`, computed where it was not yet.
+fn known<T>(
+    all: &mut HashMap<String, T>,
+    case: String,
+    compute: impl FnOnce() -> Result<T, KernelError>,
+) -> Result<&T, KernelError> {
+    Ok(match all.entry(case) {
+        Entry::Occupied(known) => known.into_mut(),
+        Entry::Vacant(new) => new.insert(compute()?),
+    })
 }
 
 /// Largest difference, relative to the largest value of `expected`.

@@ -122,13 +122,13 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
         self.inner.forget_free_pages(pages, pool);
     }
 
-    fn download_page(
+    fn download_pages<E: From<KernelError>>(
         &self,
         pages: &B::KvPages,
-        page: PageId,
-        out: &mut Vec<u8>,
-    ) -> Result<(), KernelError> {
-        self.inner.download_page(pages, page, out)
+        ids: &[PageId],
+        take: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.inner.download_pages(pages, ids, take)
     }
 
     fn upload_page(

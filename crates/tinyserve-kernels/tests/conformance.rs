@@ -4,10 +4,11 @@ use tinyserve_kernels::{Cpu, CpuOptions, CpuPath, conformance};
 
 #[test]
 fn every_path_passes_the_table() {
+    let mut table = conformance::Table::new();
     for path in CpuPath::available() {
         for threads in [1, 3] {
             let options = CpuOptions { threads: Some(threads), path: Some(path) };
-            let outcomes = conformance::run(&Cpu::new(options).unwrap()).unwrap();
+            let outcomes = table.run(&Cpu::new(options).unwrap()).unwrap();
             assert!(!outcomes.is_empty());
             let failed: Vec<String> = outcomes
                 .iter()

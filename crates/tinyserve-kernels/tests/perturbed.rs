@@ -4,7 +4,7 @@ use tinyserve_kernels::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, Cpu, CpuLinear, CpuOptions,
     CpuTensor, CpuVector, EmbedArgs, HostTensor, KernelError, LinearArgs, LinearSpec, MassArgs,
     NormArgs, ObserveArgs, ProjectActivation, ProjectArgs, RotaryAnglesArgs, RotaryArgs,
-    TopLogitsArgs, conformance,
+    TopLogitsArgs, conformance::Table,
 };
 use tinyserve_kv::{HostPages, KvLayout, PageCopy, PageId, TokenMove};
 
@@ -69,17 +69,16 @@ impl Backend for Perturbed {
             self.cpu.copy_page(pages, copy);
         }
     }
-    fn download_page(
+    fn download_pages<E: From<KernelError>>(
         &self,
         pages: &HostPages,
-        page: PageId,
-        out: &mut Vec<u8>,
-    ) -> Result<(), KernelError> {
-        self.cpu.download_page(pages, page, out)?;
-        if self.op == "download_page" {
-            out.fill(0);
-        }
-        Ok(())
+        ids: &[PageId],
+        mut take: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.cpu.download_pages(pages, ids, |bytes| match self.op {
+            "download_pages" => take(&vec![0; bytes.len()]),
+            _ => take(bytes),
+        })
     }
     fn upload_page(
         &self,
@@ -225,9 +224,9 @@ fn reborrow<'a>(args: &'a mut ObserveArgs<'_, CpuTensor>) -> ObserveArgs<'a, Cpu
 }
 
 /// Operations of the table that fail when `op` of a backend is wrong.
-fn failing(op: &'static str, fault: Fault) -> Vec<&'static str> {
+fn failing(table: &mut Table, op: &'static str, fault: Fault) -> Vec<&'static str> {
     let cpu = Cpu::new(CpuOptions { threads: Some(1), path: None }).unwrap();
-    let outcomes = conformance::run(&Perturbed { cpu, op, fault }).unwrap();
+    let outcomes = table.run(&Perturbed { cpu, op, fault }).unwrap();
     let mut failing: Vec<_> =
         outcomes.iter().filter(|outcome| !outcome.passed()).map(|outcome| outcome.op).collect();
     failing.dedup();
@@ -236,6 +235,8 @@ fn failing(op: &'static str, fault: Fault) -> Vec<&'static str> {
 
 #[test]
 fn a_wrong_result_fails_its_operation_and_no_other() {
+    let mut table = Table::new();
+    let mut failing = |op, fault| failing(&mut table, op, fault);
     let pages = ["append_kv and attend", "move_tokens and attend", "select and attend"];
     for fault in [Fault::Nudge, Fault::Nan] {
         for op in ["embed", "rotary", "project", "gather_rows", "top_logits"] {
@@ -260,7 +261,7 @@ fn a_wrong_result_fails_its_operation_and_no_other() {
         }
     }
     assert!(!failing("attend stats", Fault::Nudge).is_empty());
-    for op in ["copy_page", "download_page", "upload_page"] {
+    for op in ["copy_page", "download_pages", "upload_page"] {
         assert!(!failing(op, Fault::Nudge).is_empty(), "{op}");
     }
     assert!(failing("none", Fault::Nudge).is_empty());

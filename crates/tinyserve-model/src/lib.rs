@@ -42,7 +42,7 @@ pub use incremental::IncrementalDecoder;
 pub use load::LoadOptions;
 pub use model::Model;
 pub use perplexity::{Perplexity, PerplexityWindow, perplexity_windows};
-pub use plan::{LargestStep, MemoryPlan};
+pub use plan::{DeviceLimits, LargestStep, MemoryPlan};
 pub use rope::{RopeConfig, RopeScaling};
 pub use sampler::{
     SampleContext, SampledToken, Sampler, SamplingParams, logprob, top_logprobs, top_logprobs_of,

@@ -1,6 +1,6 @@
 //! How much memory a model and its cache take, known before anything is loaded.
 
-use tinyserve_kernels::{DType, LinearSize, WeightFormat};
+use tinyserve_kernels::{CudaWorkload, DType, Heads, LinearSize, WeightFormat};
 use tinyserve_kv::KvLayout;
 
 use crate::load::matrix_format;
@@ -23,6 +23,17 @@ pub struct LargestStep {
     pub logits: usize,
     /// Threads that compute it.
     pub threads: usize,
+}
+
+/// What a device's buffers are planned for, beside the largest step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceLimits {
+    /// Most tokens of a sequence.
+    pub context: usize,
+    /// Bytes of the device's memory that are free.
+    pub free: u64,
+    /// Whether selectors on the host see keys.
+    pub gathers_keys: bool,
 }
 
 /// What a process takes to run a model: where its memory goes.
@@ -83,6 +94,59 @@ impl MemoryPlan {
             layout,
             kept_boxes: 0,
             pages,
+        }
+    }
+
+    /// The plan of the same pages on a device of its own, whose backend has buffers of its own.
+    #[must_use]
+    pub fn on_device(
+        self,
+        checkpoint: &Checkpoint,
+        format: WeightFormat,
+        largest: LargestStep,
+        limits: DeviceLimits,
+    ) -> Self {
+        let config = checkpoint.config();
+        let stored = checkpoint.dtype();
+        let outputs = config.matrices().map(|(_, outputs)| outputs);
+        let matrix = |(inputs, outputs): (usize, usize)| inputs.saturating_mul(outputs);
+        let table = (config.hidden_size, config.vocab_size.max(config.max_positions));
+        // A part of a matrix lies beside it until it is in its place.
+        let largest_matrix = config.matrices().into_iter().chain([table]).map(matrix).max();
+        let loading_bytes = match format {
+            WeightFormat::Stored => largest_matrix.unwrap_or(0).saturating_mul(stored.size()),
+            _ => 0,
+        };
+        // Matrices without a bias have one of zeros.
+        let biases = outputs.iter().sum::<usize>() * config.layers
+            + 2 * config.vocab_size
+            + config.max_positions;
+        let page = (self.layout.bytes_per_page() as u64).max(1);
+        let workload = CudaWorkload {
+            layout: self.layout,
+            heads: Heads {
+                q_heads: config.q_heads,
+                kv_heads: config.kv_heads,
+                head_dim: config.head_dim,
+            },
+            activations: &config.activations(largest),
+            tokens: largest.tokens,
+            sequences: largest.sequences,
+            logits: (largest.logits, config.vocab_size),
+            context: limits.context,
+            pages: usize::try_from(limits.free / page).unwrap_or(usize::MAX).min(self.pages),
+            widest: (
+                config.matrices().map(|(inputs, _)| inputs).into_iter().max().unwrap_or(0),
+                outputs.into_iter().max().unwrap_or(0),
+            ),
+            weights: (stored, format),
+            gathers_keys: limits.gathers_keys,
+        };
+        Self {
+            loading_bytes: loading_bytes as u64,
+            scratch_bytes: workload.scratch_bytes().saturating_add(4 * biases as u64),
+            open_pages: workload.open_pages(),
+            ..self
         }
     }
 
@@ -191,24 +255,45 @@ impl ModelConfig {
 
     /// Bytes of one layer's weights.
     fn block_bytes(&self, stored: DType, format: WeightFormat) -> u64 {
+        let gpt2 = self.architecture == Architecture::Gpt2;
+        let (attention, mlp) = (gpt2 || self.attention_bias, gpt2 || self.mlp_bias);
+        let biased = [attention, attention, mlp, mlp];
+        let sizes = self.matrices().into_iter().zip(biased);
+        sizes.fold(0, |sum: u64, ((inputs, outputs), biased)| {
+            let format = matrix_format(format, inputs);
+            sum.saturating_add(LinearSize { inputs, outputs, biased, stored, format }.bytes())
+        })
+    }
+
+    /// Inputs and outputs of the matrices of a layer.
+    fn matrices(&self) -> [(usize, usize); 4] {
         let (hidden, wide) = (self.hidden_size, self.intermediate_size);
         let q = self.q_heads * self.head_dim;
         let (in_width, mlp_in) = match self.architecture {
             Architecture::Gpt2 => (3 * hidden, wide),
             Architecture::Llama => (q + 2 * self.kv_heads * self.head_dim, 2 * wide),
         };
-        let gpt2 = self.architecture == Architecture::Gpt2;
-        let (attention, mlp) = (gpt2 || self.attention_bias, gpt2 || self.mlp_bias);
-        let sizes = [
-            (hidden, in_width, attention),
-            (q, hidden, attention),
-            (hidden, mlp_in, mlp),
-            (wide, hidden, mlp),
-        ];
-        sizes.into_iter().fold(0, |sum: u64, (inputs, outputs, biased)| {
-            let format = matrix_format(format, inputs);
-            sum.saturating_add(LinearSize { inputs, outputs, biased, stored, format }.bytes())
-        })
+        [(hidden, in_width), (q, hidden), (hidden, mlp_in), (wide, hidden)]
+    }
+
+    /// Rows and columns of the activations that are alive together.
+    fn activations(&self, largest: LargestStep) -> [(usize, usize); 10] {
+        let q = self.q_heads * self.head_dim;
+        let [(hidden, qkv), _, (_, mlp_in), (wide, _)] = self.matrices();
+        let LargestStep { tokens, logits, .. } = largest;
+        [
+            (tokens, hidden),
+            (tokens, hidden),
+            (tokens, qkv),
+            (tokens, self.head_dim),
+            (tokens, q),
+            (tokens, mlp_in),
+            (tokens, wide),
+            (logits, hidden),
+            // Logits are computed in one place and told in another.
+            (logits, self.vocab_size),
+            (logits, self.vocab_size),
+        ]
     }
 
     /// The embeddings and the output head.
@@ -256,13 +341,9 @@ impl ModelConfig {
     /// Bytes of activations in `largest`, and of the buffers of its threads.
     fn scratch_bytes(&self, format: WeightFormat, largest: LargestStep) -> u64 {
         let q = self.q_heads * self.head_dim;
-        let gate = if self.architecture == Architecture::Llama { 2 } else { 1 };
-        let wide = (gate + 1) * self.intermediate_size;
-        let qkv = q + 2 * self.kv_heads * self.head_dim;
-        let row = 2 * self.hidden_size + qkv + self.head_dim + q + wide;
-        // Logits are computed in one place and told in another.
-        let logits_row = self.hidden_size + 2 * self.vocab_size;
-        let (tokens, logits) = (largest.tokens as u64, largest.logits as u64);
+        let tokens = largest.tokens as u64;
+        let activations = self.activations(largest).into_iter();
+        let activations = activations.map(|(rows, columns)| rows as u64 * columns as u64);
         let quantised = match format {
             WeightFormat::Stored => 0,
             _ => {
@@ -270,9 +351,7 @@ impl ModelConfig {
                 widest.div_ceil(ROW_GROUP) * ROW_GROUP_BYTES * tokens
             }
         };
-        4 * (row as u64 * tokens + logits_row as u64 * logits)
-            + quantised
-            + THREAD_BYTES * largest.threads as u64
+        4 * activations.sum::<u64>() + quantised + THREAD_BYTES * largest.threads as u64
     }
 }
 

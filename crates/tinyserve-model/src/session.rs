@@ -76,15 +76,14 @@ impl<B: Backend> KvCache<B> {
         let header = Header::new(identity, prefix.salt, self.layout(), counts);
         let file = Replacement::create(path)?;
         let mut out = BufWriter::with_capacity(BUFFER_BYTES, file.file());
-        let mut bytes = Vec::new();
         let failed = |error: std::io::Error| file::unwritable(path, &error);
         let mut write = || -> Result<(), ModelError> {
             header.write(tokens, &mut out).map_err(failed)?;
-            for (index, &page) in table.pages()[..pages].iter().enumerate() {
-                bytes.clear();
-                backend.download_page(&self.pages, page, &mut bytes)?;
-                file::write_page(index, &bytes, &mut out).map_err(failed)?;
-            }
+            let mut index = 0;
+            backend.download_pages(&self.pages, &table.pages()[..pages], |bytes| {
+                index += 1;
+                file::write_page(index - 1, bytes, &mut out).map_err(failed)
+            })?;
             std::io::Write::flush(&mut out).map_err(failed)
         };
         let written = write();

@@ -1,8 +1,8 @@
 //! The memory of an engine, planned before its model is loaded.
 
-use tinyserve_kernels::Cpu;
+use tinyserve_kernels::{Cpu, Cuda};
 use tinyserve_kv::PageSummary;
-use tinyserve_model::{Checkpoint, LargestStep, MemoryPlan};
+use tinyserve_model::{Checkpoint, DeviceLimits, LargestStep, MemoryPlan};
 use tinyserve_sched::MOST_SCORED_TOKENS;
 
 use crate::{AttentionMode, TinyServeConfig, TinyServeError, memory};
@@ -37,7 +37,8 @@ impl PlannedMemory {
         checkpoint: &Checkpoint,
         threads: usize,
     ) -> Result<Self, TinyServeError> {
-        Self::with(config, checkpoint, threads, (memory::process(), memory::available()))
+        let memory = (memory::process(), memory::available());
+        Self::with(config, checkpoint, threads, memory, None)
     }
 
     /// Plans an engine whose weights and pages lie on a device of its own, with `free` bytes of
@@ -50,7 +51,7 @@ impl PlannedMemory {
         checkpoint: &Checkpoint,
         free: u64,
     ) -> Result<Self, TinyServeError> {
-        Self::with(config, checkpoint, 1, (0, Some(free)))
+        Self::with(config, checkpoint, 1, (0, Some(free)), Some(free))
     }
 
     fn with(
@@ -58,6 +59,7 @@ impl PlannedMemory {
         checkpoint: &Checkpoint,
         threads: usize,
         (resident, available): (u64, Option<u64>),
+        on_device: Option<u64>,
     ) -> Result<Self, TinyServeError> {
         let layout = config.kv_layout(checkpoint.config(), checkpoint.dtype())?;
         let weights = config.weights.resolve(checkpoint.dtype())?;
@@ -74,8 +76,14 @@ impl PlannedMemory {
             None => layout.pages_for(limit).saturating_mul(sequences),
         };
         let pages = pages.min(u32::MAX as usize);
-        let wanted = MemoryPlan::new(checkpoint, weights, layout, step, pages);
+        let mut wanted = MemoryPlan::new(checkpoint, weights, layout, step, pages);
         let policy = config.selection_policy();
+        if let Some(free) = on_device {
+            let gathers_keys = !Cuda::has_kernels(&policy);
+            let limits =
+                DeviceLimits { context: limit, free: free / replicas as u64, gathers_keys };
+            wanted = wanted.on_device(checkpoint, weights, step, limits);
+        }
         let keeps = config.attention != AttentionMode::Dense
             && config.cuda_devices().is_empty()
             && Cpu::has_kernels(&policy);

@@ -23,11 +23,18 @@ struct Access {
 struct Cell {
   Access w, r1, r2;
 };
+// What is known of 4 KB: a cell for each byte, and for each word whether its bytes differ. As long as a word was
+// accessed as a whole, its first cell stands for all four.
+struct Page {
+  Cell cells[4096];
+  bool split[1024];
+};
 static std::map<uintptr_t, size_t> allocations;
-static std::unordered_map<uintptr_t, std::unique_ptr<Cell[]>> shadow;
+static uintptr_t last_begin, last_end;  // the allocation that was accessed last
+static std::unordered_map<uintptr_t, std::unique_ptr<Page>> shadow;
 static uint32_t block_id = 1, launch_first = 1;
 static uintptr_t module_begin, module_end, last_page;
-static Cell* last_cells;
+static Page* last_shadow;
 static int phdr(dl_phdr_info* i, size_t, void* self) {
   uintptr_t lo = ~0ull, hi = 0;
   for (int k = 0; k < i->dlpi_phnum; k++)
@@ -48,16 +55,33 @@ void on_launch(const Kernel*) {
   launch_first = ++block_id;
 }
 void on_block_start() { block_id++; }
-static Cell* cells(uintptr_t a) {
+static Page& page_of(uintptr_t a) {
   uintptr_t p = a >> 12;
-  if (p != last_page || !last_cells) {
-    auto& c = shadow[p];
-    if (!c)
-      c = std::make_unique<Cell[]>(4096);
+  if (p != last_page || !last_shadow) {
+    auto& page = shadow[p];
+    if (!page)
+      page = std::make_unique<Page>();
     last_page = p;
-    last_cells = c.get();
+    last_shadow = page.get();
   }
-  return last_cells + (a & 4095);
+  return *last_shadow;
+}
+// The cell of the byte at x, or of its whole word, and the byte after those it stands for.
+static Cell& cell_of(uintptr_t& x, uintptr_t end) {
+  Page& page = page_of(x);
+  size_t byte = x & 4095, word = byte / 4;
+  bool whole = byte % 4 == 0 && end - x >= 4;
+  if (!page.split[word] && whole) {
+    x += 4;
+    return page.cells[byte];
+  }
+  if (!page.split[word]) {
+    Cell* first = &page.cells[word * 4];
+    first[1] = first[2] = first[3] = *first;
+    page.split[word] = true;
+  }
+  x++;
+  return page.cells[byte];
 }
 static const char* where(uint32_t off, char* b, size_t n) {
   char self[300], cmd[400];
@@ -111,20 +135,31 @@ static void access(uintptr_t a, size_t n, bool is_write, bool atomic, void* ret)
   } else if (!shared) {
     if (a >= module_begin && a < module_end)
       return;
-    auto it = allocations.upper_bound(a);
-    if (it == allocations.begin() || (--it, a + n > it->first + it->second))
-      report("out of bounds", a, n, is_write, pc, nullptr, "global");
+    if (a < last_begin || a + n > last_end) {
+      auto it = allocations.upper_bound(a);
+      if (it == allocations.begin() || (--it, a + n > it->first + it->second))
+        report("out of bounds", a, n, is_write, pc, nullptr, "global");
+      last_begin = it->first;
+      last_end = it->first + it->second;
+    }
   }
   // A structure is read in pieces that its size is a multiple of, of 16 bytes at most.
   if (a % std::min<size_t>(n & -n, 16))
     report("misaligned", a, n, is_write, pc, nullptr, shared ? "shared" : "global");
-  for (uintptr_t x = a; x < a + n; x++) {
-    Cell& c = *cells(x);
-    const char* sp = shared ? "shared" : "global";
-    auto live = [&](const Access& o) { return shared ? o.block == block_id : o.block >= launch_first; };
-    auto clash = [&](const Access& o) {
-      return live(o) && !(atomic && o.atomic) && (o.block != block_id || !ordered(o, f));
-    };
+  const char* sp = shared ? "shared" : "global";
+  auto live = [&](const Access& o) { return shared ? o.block == block_id : o.block >= launch_first; };
+  auto clash = [&](const Access& o) {
+    return live(o) && !(atomic && o.atomic) && (o.block != block_id || !ordered(o, f));
+  };
+  Access me;
+  me.block = block_id;
+  me.tid = f->number;
+  me.barriers = f->barriers;
+  me.warp_syncs = f->warp_syncs;
+  me.atomic = atomic;
+  me.pc = pc;
+  for (uintptr_t x = a, end = a + n; x < end;) {
+    Cell& c = cell_of(x, end);
     if (shared && !is_write && !live(c.w))
       report("read of unset", a, n, is_write, pc, nullptr, sp);
     if (clash(c.w))
@@ -135,13 +170,6 @@ static void access(uintptr_t a, size_t n, bool is_write, bool atomic, void* ret)
       if (clash(c.r2))
         report("race", a, n, is_write, pc, &c.r2, sp);
     }
-    Access me;
-    me.block = block_id;
-    me.tid = f->number;
-    me.barriers = f->barriers;
-    me.warp_syncs = f->warp_syncs;
-    me.atomic = atomic;
-    me.pc = pc;
     if (is_write) {
       c.w = me;
       c.r1 = c.r2 = Access{};
@@ -171,4 +199,7 @@ extern "C" void __tsan_func_exit() {}
 extern "C" void __tsan_read_range(void* p, size_t n) { emu::access(uintptr_t(p), n, false, false, RA); }
 extern "C" void __tsan_write_range(void* p, size_t n) { emu::access(uintptr_t(p), n, true, false, RA); }
 extern "C" void cuda_emulator_track(const void* p, size_t n) { emu::allocations[uintptr_t(p)] = n; }
-extern "C" void cuda_emulator_untrack(const void* p) { emu::allocations.erase(uintptr_t(p)); }
+extern "C" void cuda_emulator_untrack(const void* p) {
+  emu::allocations.erase(uintptr_t(p));
+  emu::last_begin = emu::last_end = 0;
+}

@@ -1,10 +1,12 @@
 // A look-alike of libcublas beside the emulator: the part of its interface that the backend uses.
 //
 // Products are computed at once, one number after the other, from the memory of the emulated device.
+#include <dlfcn.h>
+
 #include <cstdint>
 #include <cstring>
 #define API extern "C" __attribute__((visibility("default")))
-enum { SUCCESS = 0, INVALID = 7, NOT_SUPPORTED = 15, R_32F = 0, R_16F = 2, R_16BF = 14, COMPUTE_32F = 68, OP_T = 1 };
+enum { SUCCESS = 0, INVALID = 7, EXECUTION_FAILED = 13, NOT_SUPPORTED = 15, R_32F = 0, R_16F = 2, R_16BF = 14, COMPUTE_32F = 68, OP_T = 1 };
 static float from_bits(uint32_t bits) {
   float x;
   memcpy(&x, &bits, 4);
@@ -34,7 +36,17 @@ API int cublasDestroy_v2(void* handle) {
   delete (int*)handle;
   return SUCCESS;
 }
-API int cublasSetStream_v2(void*, void*) { return SUCCESS; }
+static void* stream;
+API int cublasSetStream_v2(void*, void* s) {
+  stream = s;
+  return SUCCESS;
+}
+// Has the emulator run what the product comes after.
+static bool finish_stream() {
+  void* driver = dlopen("libcuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  auto synchronize = driver ? (int (*)(void*))dlsym(driver, "cuStreamSynchronize") : nullptr;
+  return synchronize && synchronize(stream) == 0;
+}
 API int cublasGetProperty(int part, int* value) {
   *value = part == 0 ? 12 : 0;
   return SUCCESS;
@@ -47,6 +59,8 @@ API int cublasGemmEx(void* handle, int op_a, int op_b, int m, int n, int k, cons
     return INVALID;
   if (op_a != OP_T || op_b == OP_T || type_a != type_b || type_c != R_32F || compute != COMPUTE_32F)
     return NOT_SUPPORTED;
+  if (!finish_stream())
+    return EXECUTION_FAILED;
   float scale = *(const float*)alpha, keep = *(const float*)beta;
   for (int column = 0; column < n; column++)
     for (int row = 0; row < m; row++) {

@@ -298,6 +298,7 @@ struct Kernel {
   unsigned n_params;
   const unsigned* param_sizes;
   Kernel* next;
+  uint64_t launches = 0;
 };
 extern Kernel* registry;
 template <class... A>

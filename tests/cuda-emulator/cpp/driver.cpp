@@ -1,13 +1,17 @@
 // A look-alike of libcuda over the emulator: enough of the driver's interface for cudarc.
 //
-// Work runs at once, in the calling thread; between begin and end of a capture it is recorded instead. Where
-// CUDA's rules are stricter than what would work here, as for captures, they are applied. A kernel that fails
-// while it runs leaves the context usable, unlike CUDA's, so that tests of one process stay apart.
+// Work waits in its stream until somebody waits for it, the host or another stream, and then runs in that
+// thread: what nobody ordered before a read has not happened yet, so that a missing event shows. Between begin
+// and end of a capture it is recorded instead. Where CUDA's rules are stricter than what would work here, as
+// for captures, they are applied. A kernel that fails while it runs leaves the context usable, unlike CUDA's, so
+// that tests of one process stay apart.
 //
 // The environment describes the device: CUDA_EMULATOR_DEVICES, _DRIVER (12000 is CUDA 12.0), _CAPABILITY
 // (90 is 9.0), _MEMORY (bytes), _SEED (order of threads and blocks), _FAIL (a kernel whose launches fail), _SKIP (one whose launches do nothing).
 #include <chrono>
+#include <deque>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -27,15 +31,22 @@ enum {
   NOT_PERMITTED = 800,
   CAPTURE_UNSUPPORTED = 900
 };
+typedef std::function<CUresult()> Op;
 struct Graph {
-  std::vector<std::function<CUresult()>> ops;
+  std::vector<Op> ops;
+  std::vector<const char*> kernels;
 };
 struct Stream {
   Graph* cap = nullptr;
+  std::deque<Op> waiting;
+  uint64_t run = 0;  // operations that are not waiting any more
+  CUresult failed = OK;
 };
 struct Event {
-  double t = 0;
+  std::shared_ptr<double> t = std::make_shared<double>(0);
   Graph* cap = nullptr;
+  Stream* stream = nullptr;  // null until it is recorded
+  uint64_t position = 0;     // operations of the stream before it
 };
 struct Module {
   std::string image;
@@ -47,7 +58,11 @@ static long setting(const char* name, long otherwise) {
   const char* text = getenv(name);
   return text ? strtol(text, nullptr, 10) : otherwise;
 }
-static size_t total_memory() { return size_t(setting("CUDA_EMULATOR_MEMORY", long(4) << 30)); }
+// What a test leaves; 0 is what the environment says.
+static size_t limit;
+static size_t total_memory() {
+  return limit ? limit : size_t(setting("CUDA_EMULATOR_MEMORY", long(4) << 30));
+}
 static uint64_t seed = uint64_t(setting("CUDA_EMULATOR_SEED", 0));
 // A kernel whose launches fail; none when empty.
 static std::string failing = getenv("CUDA_EMULATOR_FAIL") ? getenv("CUDA_EMULATOR_FAIL") : "";
@@ -55,8 +70,12 @@ static const std::string skipped = getenv("CUDA_EMULATOR_SKIP") ? getenv("CUDA_E
 static std::recursive_mutex mu;
 static Stream null_stream;
 static int ctx_obj;
-static size_t used;
-static std::vector<std::pair<char*, size_t>> mem;
+static size_t used, peak;
+static std::vector<std::pair<char*, size_t>> mem, pinned;
+// Never deleted: others may wait for what was in them.
+static std::vector<Stream*> streams = {&null_stream};
+// Times that the host waited for something that had not run.
+static uint64_t waits;
 static Stream* st(void* s) {
   return s == nullptr || s == (void*)1 || s == (void*)2 ? &null_stream : (Stream*)s;
 }
@@ -70,16 +89,46 @@ static bool valid(CUdeviceptr p, size_t n) {
       return true;
   return n == 0;
 }
-static CUresult submit(void* s, std::function<CUresult()> f) {
+static CUresult submit(void* s, Op f) {
   std::lock_guard<std::recursive_mutex> l(mu);
-  if (st(s)->cap) {
+  if (st(s)->cap)
     st(s)->cap->ops.push_back(std::move(f));
-    return OK;
+  else
+    st(s)->waiting.push_back(std::move(f));
+  return OK;
+}
+// Runs a stream up to an operation, and what that waits for elsewhere.
+static void run_until(Stream* s, uint64_t position) {
+  std::lock_guard<std::recursive_mutex> l(mu);
+  while (s->run < position && !s->waiting.empty()) {
+    Op f = std::move(s->waiting.front());
+    s->waiting.pop_front();
+    s->run++;
+    CUresult r = f();
+    if (r && !s->failed)
+      s->failed = r;
   }
-  return f();
+}
+// What went wrong in a stream since somebody asked.
+static CUresult finish(Stream* s, uint64_t position) {
+  std::lock_guard<std::recursive_mutex> l(mu);
+  run_until(s, position);
+  return std::exchange(s->failed, OK);
+}
+static CUresult finish(Stream* s) {
+  std::lock_guard<std::recursive_mutex> l(mu);
+  return finish(s, s->run + s->waiting.size());
+}
+static void run_everything() {
+  std::lock_guard<std::recursive_mutex> l(mu);
+  for (size_t i = 0; i < streams.size(); i++)
+    run_until(streams[i], streams[i]->run + streams[i]->waiting.size());
 }
 static CUresult alloc(CUdeviceptr* p, size_t n) {
   std::lock_guard<std::recursive_mutex> l(mu);
+  // What waits may free some.
+  if (used + n > total_memory())
+    run_everything();
   if (used + n > total_memory())
     return OOM;
   char* q = (char*)aligned_alloc(256, (n + 511) / 256 * 256);
@@ -87,6 +136,7 @@ static CUresult alloc(CUdeviceptr* p, size_t n) {
     return OOM;
   memset(q, 0xCD, n);
   used += n;
+  peak = std::max(peak, used);
   mem.push_back({q, n});
   cuda_emulator_track(q, n);
   *p = (CUdeviceptr)q;
@@ -169,35 +219,46 @@ API cuCtxGetCurrent(void** c) {
   *c = &ctx_obj;
   return OK;
 }
-API cuCtxSynchronize() { return OK; }
+API cuCtxSynchronize() {
+  run_everything();
+  return OK;
+}
 API cuMemGetInfo_v2(size_t* f, size_t* t) {
+  run_everything();
   *t = total_memory();
   *f = *t - used;
   return OK;
 }
 API cuStreamCreate(void** s, unsigned) {
-  *s = new Stream;
+  std::lock_guard<std::recursive_mutex> l(mu);
+  streams.push_back(new Stream);
+  *s = streams.back();
   return OK;
 }
-API cuStreamCreateWithPriority(void** s, unsigned, int) {
-  *s = new Stream;
-  return OK;
+API cuStreamCreateWithPriority(void** s, unsigned flags, int) { return cuStreamCreate(s, flags); }
+API cuStreamDestroy_v2(void* s) { return finish(st(s)); }
+API cuStreamSynchronize(void* s) {
+  std::lock_guard<std::recursive_mutex> l(mu);
+  waits += !st(s)->waiting.empty();
+  return st(s)->cap ? CAPTURE_UNSUPPORTED : finish(st(s));
 }
-API cuStreamDestroy_v2(void* s) {
-  delete (Stream*)s;
-  return OK;
-}
-API cuStreamSynchronize(void* s) { return st(s)->cap ? CAPTURE_UNSUPPORTED : OK; }
 // CUDA's rules of a capture: its stream may not wait for work outside of it (905), and nobody may wait for an
 // event that was recorded inside of it (907).
 API cuStreamWaitEvent(void* s, void* e, unsigned) {
   Event* v = (Event*)e;
   Graph* c = st(s)->cap;
-  if (v->t == 0 || v->cap == c)
+  if (!v->stream)
     return OK;
-  return c ? 905 : 907;
+  if (v->cap != c)
+    return c ? 905 : 907;
+  if (c || v->stream == st(s))
+    return OK;
+  return submit(s, [other = v->stream, position = v->position] {
+    run_until(other, position);
+    return OK;
+  });
 }
-API cuStreamQuery(void*) { return OK; }
+API cuStreamQuery(void* s) { return finish(st(s)); }
 API cuEventCreate(void** e, unsigned) {
   *e = new Event;
   return OK;
@@ -207,30 +268,80 @@ API cuEventDestroy_v2(void* e) {
   return OK;
 }
 API cuEventRecord(void* e, void* s) {
-  ((Event*)e)->t = now();
-  ((Event*)e)->cap = st(s)->cap;
+  std::lock_guard<std::recursive_mutex> l(mu);
+  Event* v = (Event*)e;
+  v->cap = st(s)->cap;
+  v->stream = st(s);
+  if (v->cap)
+    return OK;
+  v->t = std::make_shared<double>(0);
+  st(s)->waiting.push_back([t = v->t] {
+    *t = now();
+    return OK;
+  });
+  v->position = v->stream->run + v->stream->waiting.size();
   return OK;
 }
-API cuEventSynchronize(void* e) { return ((Event*)e)->cap ? 907 : OK; }
-API cuEventQuery(void*) { return OK; }
+API cuEventSynchronize(void* e) {
+  Event* v = (Event*)e;
+  if (v->cap)
+    return 907;
+  std::lock_guard<std::recursive_mutex> l(mu);
+  waits += v->stream && v->stream->run < v->position;
+  return v->stream ? finish(v->stream, v->position) : OK;
+}
+API cuEventQuery(void* e) {
+  Event* v = (Event*)e;
+  return v->stream ? finish(v->stream, v->position) : OK;
+}
 API cuEventElapsedTime(float* ms, void* a, void* b) {
-  *ms = float(((Event*)b)->t - ((Event*)a)->t);
+  *ms = float(*((Event*)b)->t - *((Event*)a)->t);
   return OK;
 }
 API cuMemAlloc_v2(CUdeviceptr* p, size_t n) { return alloc(p, n); }
 // Stricter than CUDA: a graph owns no memory.
 API cuMemAllocAsync(CUdeviceptr* p, size_t n, void* s) {
-  return st(s)->cap ? CAPTURE_UNSUPPORTED : alloc(p, n);
+  if (st(s)->cap)
+    return CAPTURE_UNSUPPORTED;
+  // What was freed before, in this stream, is there again.
+  std::lock_guard<std::recursive_mutex> l(mu);
+  run_until(st(s), st(s)->run + st(s)->waiting.size());
+  return alloc(p, n);
 }
-API cuMemFree_v2(CUdeviceptr p) { return release(p); }
-API cuMemFreeAsync(CUdeviceptr p, void*) { return release(p); }
+API cuMemFree_v2(CUdeviceptr p) {
+  run_everything();
+  return release(p);
+}
+API cuMemFreeAsync(CUdeviceptr p, void* s) {
+  if (!valid(p, 1))
+    return INVALID;
+  return st(s)->cap ? release(p) : submit(s, [=] { return release(p); });
+}
 API cuMemHostAlloc(void** p, size_t n, unsigned) {
+  std::lock_guard<std::recursive_mutex> l(mu);
   *p = aligned_alloc(4096, (n + 4095) / 4096 * 4096);
-  return *p ? OK : OOM;
+  if (!*p)
+    return OOM;
+  pinned.push_back({(char*)*p, n});
+  return OK;
 }
 API cuMemFreeHost(void* p) {
-  free(p);
-  return OK;
+  std::lock_guard<std::recursive_mutex> l(mu);
+  run_everything();
+  for (size_t i = 0; i < pinned.size(); i++)
+    if (pinned[i].first == p) {
+      pinned.erase(pinned.begin() + i);
+      free(p);
+      return OK;
+    }
+  return INVALID;
+}
+static bool is_pinned(const void* p, size_t n) {
+  std::lock_guard<std::recursive_mutex> l(mu);
+  for (auto& m : pinned)
+    if ((char*)p >= m.first && (char*)p + n <= m.first + m.second)
+      return true;
+  return false;
 }
 static CUresult copy(void* s, void* d, const void* src, size_t n, bool okd, bool oks) {
   if (!okd || !oks)
@@ -240,17 +351,32 @@ static CUresult copy(void* s, void* d, const void* src, size_t n, bool okd, bool
     return OK;
   });
 }
+// Memory that is not pinned is read before the call returns, and written when it returns.
 API cuMemcpyHtoDAsync_v2(CUdeviceptr d, const void* s, size_t n, void* q) {
-  return copy(q, (void*)d, s, n, valid(d, n), true);
+  if (st(q)->cap || is_pinned(s, n))
+    return copy(q, (void*)d, s, n, valid(d, n), true);
+  if (!valid(d, n))
+    return INVALID;
+  return submit(q, [=, bytes = std::string((const char*)s, n)] {
+    memcpy((void*)d, bytes.data(), n);
+    return OK;
+  });
 }
 API cuMemcpyDtoHAsync_v2(void* d, CUdeviceptr s, size_t n, void* q) {
-  return copy(q, d, (void*)s, n, true, valid(s, n));
+  CUresult r = copy(q, d, (void*)s, n, true, valid(s, n));
+  if (r || st(q)->cap || is_pinned(d, n))
+    return r;
+  waits++;
+  return finish(st(q));
 }
 API cuMemcpyDtoDAsync_v2(CUdeviceptr d, CUdeviceptr s, size_t n, void* q) {
   return copy(q, (void*)d, (void*)s, n, valid(d, n), valid(s, n));
 }
 API cuMemcpyHtoD_v2(CUdeviceptr d, const void* s, size_t n) { return cuMemcpyHtoDAsync_v2(d, s, n, nullptr); }
-API cuMemcpyDtoH_v2(void* d, CUdeviceptr s, size_t n) { return cuMemcpyDtoHAsync_v2(d, s, n, nullptr); }
+API cuMemcpyDtoH_v2(void* d, CUdeviceptr s, size_t n) {
+  CUresult r = cuMemcpyDtoHAsync_v2(d, s, n, nullptr);
+  return r ? r : finish(&null_stream);
+}
 API cuMemsetD8Async(CUdeviceptr d, unsigned char v, size_t n, void* q) {
   if (!valid(d, n))
     return INVALID;
@@ -296,10 +422,12 @@ API cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, 
     vals.emplace_back((char*)params[i], (char*)params[i] + k->param_sizes[i]);
   if (!gx || !gy || !gz || !bx || !by || !bz)
     return INVALID;
+  // As a launch that takes too much: CUDA runs what comes after it.
+  if (failing == k->name)
+    return OUT_OF_RESOURCES;
+  if (st(s)->cap)
+    st(s)->cap->kernels.push_back(k->name);
   return submit(s, [=]() mutable -> CUresult {
-    // As a launch that takes too much: CUDA runs what comes after it.
-    if (failing == k->name)
-      return OUT_OF_RESOURCES;
     if (skipped == k->name)
       return OK;
     std::vector<void*> p;
@@ -336,6 +464,9 @@ API cuGraphInstantiateWithFlags(void** e, void* g, unsigned long long) {
 }
 API cuGraphUpload(void*, void*) { return OK; }
 API cuGraphLaunch(void* e, void* s) {
+  for (const char* kernel : ((Graph*)e)->kernels)
+    if (failing == kernel)
+      return OUT_OF_RESOURCES;
   for (auto& f : ((Graph*)e)->ops)
     if (CUresult r = submit(s, f))
       return r;
@@ -351,6 +482,27 @@ API cuGraphDestroy(void* g) {
 }
 // What the launches from now on are ordered by.
 extern "C" __attribute__((visibility("default"))) void cuda_emulator_seed(uint64_t value) { seed = value; }
+// Times that the host waited for a stream or an event with work before it.
+extern "C" __attribute__((visibility("default"))) uint64_t cuda_emulator_waits() { return waits; }
+// Kernels that were not launched so far, with spaces between them.
+extern "C" __attribute__((visibility("default"))) const char* cuda_emulator_idle() {
+  static std::string names;
+  names.clear();
+  for (emu::Kernel* k = emu::registry; k; k = k->next)
+    if (!k->launches)
+      names += std::string(names.empty() ? "" : " ") + k->name;
+  return names.c_str();
+}
+// Bytes that were allocated at most since the last call.
+extern "C" __attribute__((visibility("default"))) uint64_t cuda_emulator_peak() {
+  run_everything();
+  return std::exchange(peak, used);
+}
+// Leaves so many bytes free; all of them again when it is none.
+extern "C" __attribute__((visibility("default"))) void cuda_emulator_leave(uint64_t bytes) {
+  run_everything();
+  limit = bytes ? used + bytes : 0;
+}
 // Has launches of a kernel fail from now on; of none when the name is empty.
 extern "C" __attribute__((visibility("default"))) void cuda_emulator_fail(const char* name) { failing = name; }
 API cuGetErrorName(int e, const char** s) {

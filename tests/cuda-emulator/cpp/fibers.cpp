@@ -316,8 +316,10 @@ extern "C" int cuda_emulator_launch(const char* name, const unsigned g[3], const
   error.clear();
   kernel = nullptr;
   for (Kernel* k = registry; k; k = k->next)
-    if (!strcmp(k->name, name))
+    if (!strcmp(k->name, name)) {
       kernel = k;
+      k->launches++;
+    }
   auto out = [&](const char* m) {
     if (err && errlen)
       snprintf(err, errlen, "%s", m);

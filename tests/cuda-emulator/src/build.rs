@@ -32,6 +32,9 @@ const PARTS: [&str; 3] = ["fibers", "driver", "checker"];
 /// The folder beside libcuda.so that holds the look-alike of cuBLAS.
 pub(crate) const CUBLAS: &str = "cublas";
 
+/// The program that runs kernels with mistakes, its source and its folder.
+const BROKEN: &str = "broken";
+
 /// One object file: its name, its source, and how it is compiled.
 struct Unit {
     name: String,
@@ -41,28 +44,55 @@ struct Unit {
 
 /// The folder that holds `libcuda.so` of `build`.
 pub(crate) fn folder(build: Build) -> Result<PathBuf, Unavailable> {
+    made(build.name(), "libcuda.so", |compiler, sources, folder| {
+        compile(build, compiler, sources, folder);
+    })
+}
+
+/// The program that runs kernels with mistakes under the checker.
+pub(crate) fn broken() -> Result<PathBuf, Unavailable> {
+    let folder = made(BROKEN, BROKEN, |compiler, _, folder| {
+        let cpp = cpp();
+        let unit = |name: &str, flags| {
+            let source = cpp.join(format!("{name}.cpp"));
+            compile_unit(compiler, &Unit { name: name.to_owned(), source, flags }, folder);
+        };
+        unit("fibers", vec!["-O2", "-DCUDA_EMULATOR_CHECK"]);
+        unit("checker", vec!["-O2", "-DCUDA_EMULATOR_CHECK"]);
+        unit(BROKEN, vec!["-O1", "-fsanitize=thread"]);
+        let mut arguments = vec![OsString::from("-o"), folder.join(BROKEN).into()];
+        arguments.extend([BROKEN, "fibers", "checker"].map(|name| object(folder, name).into()));
+        arguments.push("-ldl".into());
+        compiler.run(arguments);
+    })?;
+    Ok(folder.join(BROKEN))
+}
+
+/// The folder of that name, in which `compile` makes `product` unless it is there.
+fn made(
+    name: &str,
+    product: &str,
+    compile: impl FnOnce(&Compiler, &Sources, &Path),
+) -> Result<PathBuf, Unavailable> {
     // Two threads would compile the same, and get in each other's way.
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _guard = ONE_AT_A_TIME.lock();
     let compiler = Compiler::find()?;
     let sources = Sources::read();
-    let done = target().join("cuda-emulator").join(format!(
-        "{}-{:016x}",
-        build.name(),
-        sources.hash(&compiler)
-    ));
-    if done.join("libcuda.so").exists() {
+    let hash = sources.hash(&compiler);
+    let done = target().join("cuda-emulator").join(format!("{name}-{hash:016x}"));
+    if done.join(product).exists() {
         return Ok(done);
     }
     // Made aside and then put in place whole: another process may be at it, too.
     let aside = done.with_extension(std::process::id().to_string());
     fs::create_dir_all(&aside).unwrap_or_else(|e| panic!("{}: {e}", aside.display()));
-    eprintln!("compiling the CUDA emulator ({} build) with {}", build.name(), compiler.name());
-    compile(build, &compiler, &sources, &aside);
+    eprintln!("compiling the CUDA emulator ({name} build) with {}", compiler.name());
+    compile(&compiler, &sources, &aside);
     if fs::rename(&aside, &done).is_err() {
         // The other process was faster.
         let _ = fs::remove_dir_all(&aside);
-        assert!(done.join("libcuda.so").exists(), "{} could not be made", done.display());
+        assert!(done.join(product).exists(), "{} could not be made", done.display());
     }
     Ok(done)
 }
@@ -180,12 +210,16 @@ fn entries(ptx: &str) -> Vec<&str> {
         .collect()
 }
 
+fn cpp() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("cpp")
+}
+
 fn kernels() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../kernels")
 }
 
 fn compile(build: Build, compiler: &Compiler, sources: &Sources, folder: &Path) {
-    let cpp = Path::new(env!("CARGO_MANIFEST_DIR")).join("cpp");
+    let cpp = cpp();
     let checks = build == Build::Checker;
     let defined: &[&str] = if checks { &["-DCUDA_EMULATOR_CHECK"] } else { &[] };
     let mut units = Vec::new();
@@ -203,25 +237,13 @@ fn compile(build: Build, compiler: &Compiler, sources: &Sources, folder: &Path) 
         let flags = if checks { vec!["-O1", "-fsanitize=thread"] } else { vec!["-O2"] };
         units.push(Unit { name: format!("kernel_{name}"), source, flags });
     }
-    let object = |unit: &Unit| folder.join(format!("{}.o", unit.name));
     let next = AtomicUsize::new(0);
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(units.len());
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
                 while let Some(unit) = units.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let common =
-                        ["-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-w", "-c", "-I"];
-                    let mut arguments: Vec<OsString> = common.map(OsString::from).to_vec();
-                    arguments.extend([cpp.clone().into(), "-I".into(), kernels().into()]);
-                    arguments.extend(Compiler::machine_flags().into_iter().map(OsString::from));
-                    arguments.extend(unit.flags.iter().map(OsString::from));
-                    arguments.extend([
-                        unit.source.clone().into(),
-                        "-o".into(),
-                        object(unit).into(),
-                    ]);
-                    compiler.run(arguments);
+                    compile_unit(compiler, unit, folder);
                 }
             });
         }
@@ -230,7 +252,7 @@ fn compile(build: Build, compiler: &Compiler, sources: &Sources, folder: &Path) 
     let mut arguments: Vec<OsString> =
         ["-shared", "-Wl,-soname,libcuda.so", "-o"].map(OsString::from).to_vec();
     arguments.push(folder.join("libcuda.so").into());
-    arguments.extend(units.iter().map(|unit| object(unit).into()));
+    arguments.extend(units.iter().map(|unit| object(folder, &unit.name).into()));
     arguments.push("-ldl".into());
     compiler.run(arguments);
     // Apart, so that a process sees it only if it is told to.
@@ -242,6 +264,21 @@ fn compile(build: Build, compiler: &Compiler, sources: &Sources, folder: &Path) 
             .to_vec();
     arguments.extend([cublas.join("libcublas.so").into(), cpp.join("cublas.cpp").into()]);
     compiler.run(arguments);
+}
+
+fn compile_unit(compiler: &Compiler, unit: &Unit, folder: &Path) {
+    let common = ["-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-w", "-c", "-I"];
+    let mut arguments: Vec<OsString> = common.map(OsString::from).to_vec();
+    arguments.extend([cpp().into(), "-I".into(), kernels().into()]);
+    arguments.extend(Compiler::machine_flags().into_iter().map(OsString::from));
+    arguments.extend(unit.flags.iter().map(OsString::from));
+    arguments.extend([unit.source.clone().into(), "-o".into()]);
+    arguments.push(object(folder, &unit.name).into());
+    compiler.run(arguments);
+}
+
+fn object(folder: &Path, name: &str) -> PathBuf {
+    folder.join(format!("{name}.o"))
 }
 
 #[cfg(test)]

@@ -95,6 +95,10 @@ pub fn folder(build: Build) -> Result<PathBuf, Unavailable> {
 pub struct Emulator {
     seed: Symbol<unsafe extern "C" fn(u64)>,
     fail: Symbol<unsafe extern "C" fn(*const c_char)>,
+    waits: Symbol<unsafe extern "C" fn() -> u64>,
+    idle: Symbol<unsafe extern "C" fn() -> *const c_char>,
+    peak: Symbol<unsafe extern "C" fn() -> u64>,
+    leave: Symbol<unsafe extern "C" fn(u64)>,
     /// Loaded as long as the process: the bindings' own search for libcuda.so is answered by it.
     _library: Library,
 }
@@ -110,6 +114,36 @@ impl Emulator {
     pub fn fail(&self, kernel: &CStr) {
         // SAFETY: the function copies the name; the library is never unloaded.
         unsafe { (self.fail)(kernel.as_ptr()) };
+    }
+
+    /// Times that the host has waited so far, for work that had not run.
+    #[must_use]
+    pub fn waits(&self) -> u64 {
+        // SAFETY: the function reads a number; the library is never unloaded.
+        unsafe { (self.waits)() }
+    }
+
+    /// Bytes of the device's memory that were in use at most since it was last asked.
+    #[must_use]
+    pub fn peak(&self) -> u64 {
+        // SAFETY: the function reads and sets a number; the library is never unloaded.
+        unsafe { (self.peak)() }
+    }
+
+    /// Has somebody else take the device's memory but for so many bytes; `None` gives it back.
+    pub fn leave_free(&self, bytes: Option<u64>) {
+        // SAFETY: the function stores a number; the library is never unloaded.
+        unsafe { (self.leave)(bytes.unwrap_or(0)) };
+    }
+
+    /// Kernels that were not launched so far, in the order of the alphabet.
+    #[must_use]
+    pub fn idle_kernels(&self) -> Vec<String> {
+        // SAFETY: the function fills a string of its own; the library is never unloaded.
+        let names = unsafe { CStr::from_ptr((self.idle)()) }.to_string_lossy().into_owned();
+        let mut names: Vec<String> = names.split_whitespace().map(str::to_owned).collect();
+        names.sort();
+        names
     }
 }
 
@@ -174,6 +208,14 @@ pub fn cublas_folder(build: Build) -> Result<PathBuf, Unavailable> {
     Ok(folder(build)?.join(build::CUBLAS))
 }
 
+/// The program that runs kernels with one mistake each, and says what the checker finds in them.
+///
+/// # Errors
+/// When there is no C++ compiler.
+pub fn broken_kernels() -> Result<PathBuf, Unavailable> {
+    build::broken()
+}
+
 /// Says which orders of threads the emulator runs.
 const SEEDS_VARIABLE: &str = "TINYSERVE_TEST_CUDA_SEEDS";
 
@@ -231,11 +273,19 @@ fn load(build: Build) -> Result<Emulator, Unavailable> {
     // SAFETY: the library is ours; loading it runs constructors that fill a list of kernels.
     let library = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_LOCAL) };
     let library = library.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    // SAFETY: the name and the type are those of cpp/driver.cpp.
-    let seed = unsafe { library.get(b"cuda_emulator_seed\0") };
-    let seed = seed.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    // SAFETY: as above.
-    let fail = unsafe { library.get(b"cuda_emulator_fail\0") };
-    let fail = fail.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    Ok(Emulator { seed, fail, _library: library })
+    // SAFETY: the names and the types are those of cpp/driver.cpp.
+    let functions = unsafe {
+        (
+            library.get(b"cuda_emulator_seed\0"),
+            library.get(b"cuda_emulator_fail\0"),
+            library.get(b"cuda_emulator_waits\0"),
+            library.get(b"cuda_emulator_idle\0"),
+            library.get(b"cuda_emulator_peak\0"),
+            library.get(b"cuda_emulator_leave\0"),
+        )
+    };
+    let (Ok(seed), Ok(fail), Ok(waits), Ok(idle), Ok(peak), Ok(leave)) = functions else {
+        panic!("{}: a function of cpp/driver.cpp is missing", path.display());
+    };
+    Ok(Emulator { seed, fail, waits, idle, peak, leave, _library: library })
 }

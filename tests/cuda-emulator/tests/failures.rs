@@ -81,7 +81,7 @@ fn failures_leave_the_engine_usable_and_memory_comes_back() {
     assert_eq!(free(), before, "memory that was not given back");
     a_step_that_is_replayed(emulator);
     assert_eq!(free(), before, "memory that was not given back");
-    no_memory_for_a_pool_or_a_step();
+    no_memory_for_a_pool_or_a_step(emulator);
     assert_eq!(free(), before, "memory that was not given back");
 }
 
@@ -94,6 +94,9 @@ fn a_step_that_is_replayed(emulator: &tinyserve_cuda_emulator::Emulator) {
         assert!(table.len() < 60, "no step came again");
         engine.step(&mut table, &[7]).unwrap();
     }
+    let waits = emulator.waits();
+    engine.step(&mut table, &[7]).unwrap();
+    assert_eq!(emulator.waits() - waits, 1, "a step waits for its logits, and for nothing else");
     emulator.fail(c"rotary");
     let sentence = engine.step(&mut table, &[7]).unwrap_err().to_string();
     emulator.fail(c"");
@@ -105,7 +108,7 @@ fn a_step_that_is_replayed(emulator: &tinyserve_cuda_emulator::Emulator) {
     assert_eq!(engine.prompt(&tokens).unwrap(), other.prompt(&tokens).unwrap());
 }
 
-fn no_memory_for_a_pool_or_a_step() {
+fn no_memory_for_a_pool_or_a_step(emulator: &tinyserve_cuda_emulator::Emulator) {
     let mut engine = Engine::new(Cuda::new(0).unwrap(), KvFormat::F16);
     let layout = engine.model.config().kv_layout(16, KvFormat::F16).unwrap();
     let many = free() / layout.bytes_per_page() + 64;
@@ -121,13 +124,12 @@ fn no_memory_for_a_pool_or_a_step() {
     let sentence = engine.model.backend().allocate_pages(wide, 1).unwrap_err().to_string();
     assert!(sentence.contains("open_page_dtype is f32, expected f16 on a CUDA"), "{sentence}");
     // Somebody else takes nearly all of it.
-    let few = (free() - (16 << 10)) / layout.bytes_per_page() / 64 * 64;
-    let taken = engine.model.backend().allocate_pages(layout, few).unwrap();
+    emulator.leave_free(Some(16 << 10));
     let tokens: Vec<u32> = (0..100).collect();
     let sentence = engine.prompt(&tokens).unwrap_err().to_string();
     let told = ["no memory for", "bytes asked for", "free; lower", "--kv-cache-dtype"];
     assert!(told.iter().all(|words| sentence.contains(words)), "{sentence}");
-    drop(taken);
+    emulator.leave_free(None);
     let logits = engine.prompt(&tokens).unwrap();
     assert!(logits.iter().all(|x| x.is_finite()));
 }

@@ -127,6 +127,12 @@ impl<B: Backend> Runner<B> {
     }
 }
 
+/// Selects that share of the pages, at any length, behind `dense_layers`.
+fn selecting(ratio: f64, dense_layers: usize) -> SelectionPolicy {
+    let budget = Budget::Ratio(ratio);
+    SelectionPolicy { budget, min_context: 0, dense_layers, ..SelectionPolicy::default() }
+}
+
 fn argmax(logits: &[f32]) -> u32 {
     let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b]).then(b.cmp(&a)));
     best.unwrap() as u32
@@ -176,14 +182,9 @@ fn a_budget_for_every_page_is_dense_to_the_last_bit() {
     }
     let (checkpoint, cases) = golden("llama-gqa");
     let longest = cases.iter().max_by_key(|case| case.ids.len()).unwrap();
-    for format in [KvFormat::F32, KvFormat::F16, KvFormat::Bf16] {
+    for format in KvFormat::ALL {
         let mut runner = Runner::new(Cuda::new(0).unwrap(), &checkpoint, 16, format);
-        let policy = SelectionPolicy {
-            budget: Budget::Ratio(1.0),
-            min_context: 0,
-            dense_layers: 0,
-            ..SelectionPolicy::default()
-        };
+        let policy = selecting(1.0, 0);
         let dense = runner.greedy(&longest.ids, 64, 6, Attention::Dense);
         let sparse = runner.greedy(&longest.ids, 64, 6, Attention::Policy(&policy));
         assert_eq!(dense, sparse, "{format}");
@@ -198,12 +199,7 @@ fn steps_that_come_again_are_replayed_and_change_nothing() {
     }
     let (checkpoint, cases) = golden("llama-gqa");
     let longest = cases.iter().max_by_key(|case| case.ids.len()).unwrap();
-    let policy = SelectionPolicy {
-        budget: Budget::Ratio(0.3),
-        min_context: 0,
-        dense_layers: 1,
-        ..SelectionPolicy::default()
-    };
+    let policy = selecting(0.3, 1);
     for (format, attention) in [
         (KvFormat::F16, Attention::Dense),
         (KvFormat::Bf16, Attention::Policy(&policy)),
@@ -232,12 +228,7 @@ fn batches_of_one_bucket_are_one_graph() {
     }
     let (checkpoint, cases) = golden("llama-gqa");
     let longest = cases.iter().max_by_key(|case| case.ids.len()).unwrap();
-    let policy = SelectionPolicy {
-        budget: Budget::Ratio(0.3),
-        min_context: 0,
-        dense_layers: 1,
-        ..SelectionPolicy::default()
-    };
+    let policy = selecting(0.3, 1);
     // Long enough that pages are left out, and not so long that a step reaches another bucket.
     let lengths = [66, 70, 68, 72];
     for (format, fused) in [(KvFormat::F16, true), (KvFormat::Bf16, false)] {
@@ -313,13 +304,7 @@ fn selection_gives_what_it_gives_on_the_cpu() {
     }
     let (checkpoint, cases) = golden("llama-gqa");
     let longest = cases.iter().max_by_key(|case| case.ids.len()).unwrap();
-    let policy = SelectionPolicy {
-        budget: Budget::Ratio(0.3),
-        min_context: 0,
-        dense_layers: 0,
-        recent_pages: 1,
-        ..SelectionPolicy::default()
-    };
+    let policy = SelectionPolicy { recent_pages: 1, ..selecting(0.3, 0) };
     for format in [KvFormat::F32, KvFormat::F16, KvFormat::Bf16] {
         let cpu = Cpu::new(CpuOptions { threads: Some(1), path: None }).unwrap();
         let mut on_cpu = Runner::new(cpu, &checkpoint, 4, format);

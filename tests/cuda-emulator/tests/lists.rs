@@ -1,12 +1,12 @@
-//! The page lists that kernels choose are those of the reference, ties included.
+//! The page lists that kernels choose are those of the CPU backend, ties included.
 
 use tinyserve_cuda_emulator::ready;
 use tinyserve_kernels::{
-    AppendKvArgs, AttendArgs, AttendSequence, Attention, Backend, Cuda, Heads,
+    AppendKvArgs, AttendArgs, AttendSequence, Attention, Backend, Cpu, CpuOptions, Cuda, Heads,
+    PageLists,
 };
 use tinyserve_kv::{
-    Budget, HostPages, KvFormat, KvLayout, KvShape, NewToken, PagePool, PageSelector, PageTable,
-    Scorer, SelectFields, SelectInput, SelectionPolicy, Slot,
+    Budget, KvFormat, KvLayout, KvShape, PagePool, PageTable, Scorer, SelectionPolicy, Slot,
 };
 
 const HEADS: Heads = Heads { q_heads: 4, kv_heads: 2, head_dim: 8 };
@@ -26,102 +26,91 @@ impl Whole {
     }
 }
 
-/// Lists of the device and of the reference for the newest token.
-fn lists(cuda: &Cuda, policy: &SelectionPolicy, layout: KvLayout, seed: u64) -> [Vec<Vec<u32>>; 2] {
-    let size = layout.page_size();
-    let capacity = layout.pages_for(TOKENS) + 70;
-    let mut pool = PagePool::new(capacity).unwrap();
-    let mut pages = cuda.allocate_pages(layout, capacity).unwrap();
-    let mut host = HostPages::new(layout, capacity).unwrap();
-    let mut table = PageTable::new(size);
-    // Not from a border of the boxes' groups on.
-    for _ in 0..3 {
-        pool.allocate().unwrap();
-    }
-    assert!(table.extend(&mut pool, TOKENS).unwrap().is_none());
-    let mut numbers = Whole(seed);
-    let rows: Vec<f32> = (0..TOKENS * HEADS.qkv_width()).map(|_| numbers.next()).collect();
-    let slots: Vec<Slot> = (0..TOKENS).map(|token| table.slot(token)).collect();
-    let mut qkv = cuda.tensor(HEADS.qkv_width());
-    cuda.upload(&rows, &mut qkv);
-    let args = AppendKvArgs { layer: 0, heads: HEADS, qkv: &qkv, slots: &slots, pages: &mut pages };
-    cuda.append_kv(args);
-    host.append_tokens(
-        0,
-        rows.chunks_exact(HEADS.qkv_width()).zip(&slots).map(|(row, &slot)| NewToken {
-            slot,
-            keys: &row[HEADS.k_columns()],
-            values: &row[HEADS.v_columns()],
-        }),
-    );
-    let query = &rows[(TOKENS - 1) * HEADS.qkv_width()..][HEADS.q_columns()];
-    let mut last = cuda.tensor(HEADS.qkv_width());
-    cuda.upload(&rows[(TOKENS - 1) * HEADS.qkv_width()..], &mut last);
-    let mut out = cuda.tensor(HEADS.q_columns().len());
-    let sequence = AttendSequence {
-        rows: 0..1,
-        first_position: TOKENS - 1,
-        pages: table.pages(),
-        attention: Attention::Policy(policy),
-    };
-    cuda.attend(AttendArgs {
-        layer: 0,
-        heads: HEADS,
-        qkv: &last,
-        scale: 0.35,
-        sequences: &[sequence],
-        pages: &pages,
-        measure_recall: false,
-        page_lists: None,
-        sequence_stats: None,
-        observe: None,
-        out: &mut out,
-    })
-    .unwrap();
-    let found = cuda.page_lists().unwrap();
-    let mut boxes = Vec::new();
-    let expected = (0..HEADS.kv_heads).map(|kv_head| {
-        host.boxes_f32(0, table.pages(), kv_head, &mut boxes);
-        let keys = tinyserve_kv::HostKeys {
-            pages: &host,
+/// A sequence in the pages of a backend, of which the newest row attends.
+struct Cache<B: Backend> {
+    pages: B::KvPages,
+    table: PageTable,
+    newest: B::Tensor,
+}
+
+impl<B: Backend> Cache<B> {
+    fn new(backend: &B, layout: KvLayout, rows: &[f32]) -> Self {
+        let capacity = layout.pages_for(TOKENS) + 70;
+        let mut pool = PagePool::new(capacity).unwrap();
+        let mut pages = backend.allocate_pages(layout, capacity).unwrap();
+        let mut table = PageTable::new(layout.page_size());
+        // Not from a border of the boxes' groups on.
+        for _ in 0..3 {
+            pool.allocate().unwrap();
+        }
+        assert!(table.extend(&mut pool, TOKENS).unwrap().is_none());
+        let slots: Vec<Slot> = (0..TOKENS).map(|token| table.slot(token)).collect();
+        let mut qkv = backend.tensor(HEADS.qkv_width());
+        backend.upload(rows, &mut qkv);
+        backend.append_kv(AppendKvArgs {
             layer: 0,
-            kv_head,
-            table: table.pages(),
-            tokens: TOKENS,
-        };
-        let width = HEADS.group() * HEADS.head_dim;
-        let input = SelectInput::new(SelectFields {
-            layer: 0,
-            kv_head,
-            tokens: TOKENS,
-            page_size: size,
-            head_dim: HEADS.head_dim,
-            scale: 0.35,
-            queries: &query[kv_head * width..(kv_head + 1) * width],
-            boxes: &boxes,
-            keys: Some(&keys),
+            heads: HEADS,
+            qkv: &qkv,
+            slots: &slots,
+            pages: &mut pages,
         });
-        let mut list = Vec::new();
-        assert!(policy.select(&input, &mut list));
-        list
-    });
-    let expected = expected.collect();
-    [found, expected]
+        let mut newest = backend.tensor(HEADS.qkv_width());
+        backend.upload(&rows[(TOKENS - 1) * HEADS.qkv_width()..], &mut newest);
+        Self { pages, table, newest }
+    }
+
+    /// Attention, and the lists that the backend tells; one on a device tells none here.
+    fn attend(&self, backend: &B, policy: &SelectionPolicy) -> PageLists {
+        let mut lists = PageLists::default();
+        let sequence = AttendSequence {
+            rows: 0..1,
+            first_position: TOKENS - 1,
+            pages: self.table.pages(),
+            attention: Attention::Policy(policy),
+        };
+        let attended = backend.attend(AttendArgs {
+            layer: 0,
+            heads: HEADS,
+            qkv: &self.newest,
+            scale: 0.35,
+            sequences: &[sequence],
+            pages: &self.pages,
+            measure_recall: false,
+            page_lists: Some(&mut lists),
+            sequence_stats: None,
+            observe: None,
+            out: &mut backend.tensor(HEADS.q_columns().len()),
+        });
+        attended.unwrap();
+        lists
+    }
+}
+
+/// The policies of each page size.
+fn policies() -> [(usize, Vec<(Budget, &'static str)>); 3] {
+    [
+        (4, vec![(Budget::Ratio(0.3), "box"), (Budget::Ratio(0.05), "box")]),
+        (16, vec![(Budget::Tokens(100), "box")]),
+        (8, vec![(Budget::Ratio(0.5), "mean-std"), (Budget::Ratio(0.2), "box")]),
+    ]
 }
 
 #[test]
-fn kernels_list_what_the_reference_lists() {
+fn kernels_list_what_the_cpu_lists() {
     let Some(ready) = ready() else { return };
+    let simd = Cpu::new(CpuOptions { threads: Some(1), path: None }).unwrap();
+    let cpus = [Cpu::reference(), simd];
     ready.orders(|seed| {
-        for fused in [None, Some(true), Some(false)] {
-            let cuda = Cuda::new(0).unwrap().use_fused_kernel(fused);
-            for (i, format) in KvFormat::ALL.into_iter().enumerate() {
-                for (page_size, budget, scorer) in [
-                    (4, Budget::Ratio(0.3), "box"),
-                    (16, Budget::Tokens(100), "box"),
-                    (4, Budget::Ratio(0.05), "box"),
-                    (8, Budget::Ratio(0.5), "mean-std"),
-                ] {
+        let mut cuda = Cuda::new(0).unwrap();
+        let mut numbers = Whole(7 + seed);
+        let rows: Vec<f32> = (0..TOKENS * HEADS.qkv_width()).map(|_| numbers.next()).collect();
+        for (i, format) in KvFormat::ALL.into_iter().enumerate() {
+            for (page_size, policies) in policies() {
+                let Heads { kv_heads, head_dim, .. } = HEADS;
+                let shape = KvShape { layers: 1, kv_heads, head_dim, page_size, format };
+                let layout = KvLayout::new(shape).unwrap();
+                let on_device = Cache::new(&cuda, layout, &rows);
+                for (budget, scorer) in policies {
                     // Codes stand for numbers that are not whole: moments of them are rounded.
                     if scorer != "box" && format.is_quantised() {
                         continue;
@@ -135,18 +124,23 @@ fn kernels_list_what_the_reference_lists() {
                         min_context: 0,
                         ..SelectionPolicy::default()
                     };
-                    let shape = KvShape {
-                        layers: 1,
-                        kv_heads: HEADS.kv_heads,
-                        head_dim: HEADS.head_dim,
-                        page_size,
-                        format,
-                    };
-                    let layout = KvLayout::new(shape).unwrap();
-                    let [found, expected] = lists(&cuda, &policy, layout, 7 + seed);
-                    let case = format!("{format}, {page_size}, {budget:?}, {scorer}, {fused:?}");
-                    assert_eq!(found, expected, "{case}");
-                    assert!(found[0].len() < layout.pages_for(TOKENS), "{case}");
+                    let case = format!("order {seed}, {format}, {page_size}, {budget:?}, {scorer}");
+                    let expected = cpus
+                        .each_ref()
+                        .map(|cpu| Cache::new(cpu, layout, &rows).attend(cpu, &policy));
+                    assert_eq!(expected[0], expected[1], "{case}: the two paths of the CPU");
+                    for fused in [None, Some(true), Some(false)] {
+                        cuda = cuda.use_fused_kernel(fused);
+                        on_device.attend(&cuda, &policy);
+                        let lists = cuda.page_lists().unwrap();
+                        assert_eq!(lists.len(), HEADS.kv_heads, "{case}, fused {fused:?}");
+                        let mut found = PageLists::default();
+                        for (kv_head, list) in lists.iter().enumerate() {
+                            found.push((0, 0, kv_head), list);
+                            assert!(list.len() < layout.pages_for(TOKENS), "{case}: it selects");
+                        }
+                        assert_eq!(found, expected[0], "{case}, fused {fused:?}");
+                    }
                 }
             }
         }

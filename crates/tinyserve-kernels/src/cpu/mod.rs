@@ -246,14 +246,18 @@ impl Backend for Cpu {
         pages.forget_free(pool);
     }
 
-    fn download_page(
+    fn download_pages<E: From<KernelError>>(
         &self,
         pages: &HostPages,
-        page: PageId,
-        out: &mut Vec<u8>,
-    ) -> Result<(), KernelError> {
-        pages.read_page(page, out);
-        Ok(())
+        ids: &[PageId],
+        mut take: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut bytes = Vec::new();
+        ids.iter().try_for_each(|&page| {
+            bytes.clear();
+            pages.read_page(page, &mut bytes);
+            take(&bytes)
+        })
     }
 
     fn upload_page(

@@ -1,22 +1,18 @@
 //! Projections in fewer passes: rows are normalised where they are quantised, and a function is
-//! applied strip by strip where the product is stored.
+//! applied strip by strip where the product is stored, unless that is so little that no thread but
+//! the caller's would be asked for it.
 
 use super::activate::InStore;
 use super::columns::Columns;
 use super::quantised::RowNorm;
 use super::tensor::{CpuLinear, CpuTensor, CpuWeights};
-use super::{Cpu, CpuPath, linear, quantised};
+use super::{Cpu, CpuPath, SERIAL_ELEMENTS, linear, quantised};
 use crate::backend::project_step_by_step;
-use crate::{Backend, NormArgs, ProjectActivation, ProjectArgs, Store};
+use crate::{ActivateArgs, Backend, NormArgs, ProjectActivation, ProjectArgs, Store};
 
 /// `out = f(norm(x)·Wᵀ + b)`.
 pub(super) fn project(cpu: &Cpu, args: ProjectArgs<'_, Cpu>) {
-    let gated = args.activate.as_ref().is_some_and(|activate| activate.gated);
-    let fuses = match &args.linear.weights {
-        CpuWeights::Packed(packed) => quantised::stores_activated(packed, gated),
-        CpuWeights::Stored { parts, .. } => linear::stores_activated(parts, gated),
-    };
-    if cpu.path() == CpuPath::Scalar || !fuses {
+    if cpu.path() == CpuPath::Scalar {
         return project_step_by_step(cpu, args);
     }
     let ProjectArgs { norm, linear, activate, out } = args;
@@ -26,6 +22,14 @@ pub(super) fn project(cpu: &Cpu, args: ProjectArgs<'_, Cpu>) {
         return store(cpu, norm, linear, out, None);
     };
     product.resize(rows);
+    let in_store = match &linear.weights {
+        CpuWeights::Packed(packed) => quantised::stores_activated(packed, gated),
+        CpuWeights::Stored { parts, .. } => linear::stores_activated(parts, gated),
+    };
+    if !in_store || rows * linear.outputs < SERIAL_ELEMENTS {
+        store(cpu, norm, linear, product, None);
+        return cpu.activate(ActivateArgs { activation, gated, x: product, out });
+    }
     let function = InStore { activation, gated, width, out: Columns::new(out.values_mut(), width) };
     store(cpu, norm, linear, product, Some(&function));
 }

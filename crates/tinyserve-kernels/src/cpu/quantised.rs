@@ -155,16 +155,16 @@ pub(super) fn linear(
     }
     let columns = Columns::new(out.values_mut(), packed.outputs);
     let (x, add, blocks) = (&*quantised, store == Store::Add, packed.blocks());
-    let run = |thread: usize, blocks: Range<usize>| {
+    let run = |thread: usize, blocks: Range<usize>, after: Option<usize>| {
         // Never waited for: each thread has its own.
         let mut sums = cpu.sums[thread].lock().unwrap_or_else(PoisonError::into_inner);
         if rows > STREAM_ROWS {
             sums.resize(PAIR * BLOCK * rows.min(rows_at_once(packed)));
         }
-        dispatch(path, Product { packed, x, rows, blocks, columns, add, sums: &mut sums });
+        dispatch(path, Product { packed, x, rows, blocks, after, columns, add, sums: &mut sums });
     };
     if cpu.threads() == 1 || rows * packed.inputs * packed.outputs < SERIAL_WORK {
-        run(0, 0..blocks);
+        run(0, 0..blocks, None);
         if let Some(function) = function {
             function.strip(path, columns, 0..function.width);
         }
@@ -178,7 +178,9 @@ pub(super) fn linear(
     cpu.pool.run(blocks.div_ceil(strip), &|thread, i| {
         let strip = i * strip..((i + 1) * strip).min(blocks);
         for half in 0..halves {
-            run(thread, half * blocks + strip.start..half * blocks + strip.end);
+            let first = half * blocks + strip.start;
+            let after = (half + 1 < halves).then_some(first + blocks);
+            run(thread, first..half * blocks + strip.end, after);
         }
         if let Some(function) = function {
             let outputs = strip.start * BLOCK..(strip.end * BLOCK).min(function.width);
@@ -199,6 +201,8 @@ struct Product<'a> {
     x: &'a [RowGroup],
     rows: usize,
     blocks: Range<usize>,
+    /// The block that is read next, if it is known.
+    after: Option<usize>,
     columns: Columns<'a>,
     add: bool,
     /// `[rows at once][PAIR][BLOCK]`, where there are more than [`STREAM_ROWS`].
@@ -234,7 +238,8 @@ impl Product<'_> {
                 }
             }
             while block < blocks.end {
-                tiles.stream::<S, FOUR>(simd, rows.clone(), block, blocks.end);
+                let next = if block + 1 < blocks.end { Some(block + 1) } else { self.after };
+                tiles.stream::<S, FOUR>(simd, rows.clone(), block, next);
                 block += 1;
             }
         }
@@ -322,24 +327,26 @@ impl Tiles<'_> {
         simd: S,
         rows: Range<usize>,
         block: usize,
-        end: usize,
+        next: Option<usize>,
     ) {
         let most = if S::LANES == 16 { 8 } else { 2 };
         let passes = rows.len().div_ceil(most);
-        let share = (block + 1 < end).then(|| LINES.div_ceil(passes));
+        let share = LINES.div_ceil(passes);
         let mut row = rows.start;
         for pass in 0..passes {
-            let lines = share.map(|share| pass * share..((pass + 1) * share).min(LINES));
+            let lines = pass * share..((pass + 1) * share).min(LINES);
+            let ahead = next.map(|next| (self.packed.block(next), lines));
+            let ahead = ahead.as_ref();
             let n = (rows.end - row).div_ceil(passes - pass);
             match n {
-                8 => self.stream_tile::<S, FOUR, 8>(simd, row, block, lines.as_ref()),
-                7 => self.stream_tile::<S, FOUR, 7>(simd, row, block, lines.as_ref()),
-                6 => self.stream_tile::<S, FOUR, 6>(simd, row, block, lines.as_ref()),
-                5 => self.stream_tile::<S, FOUR, 5>(simd, row, block, lines.as_ref()),
-                4 => self.stream_tile::<S, FOUR, 4>(simd, row, block, lines.as_ref()),
-                3 => self.stream_tile::<S, FOUR, 3>(simd, row, block, lines.as_ref()),
-                2 => self.stream_tile::<S, FOUR, 2>(simd, row, block, lines.as_ref()),
-                _ => self.stream_tile::<S, FOUR, 1>(simd, row, block, lines.as_ref()),
+                8 => self.stream_tile::<S, FOUR, 8>(simd, row, block, ahead),
+                7 => self.stream_tile::<S, FOUR, 7>(simd, row, block, ahead),
+                6 => self.stream_tile::<S, FOUR, 6>(simd, row, block, ahead),
+                5 => self.stream_tile::<S, FOUR, 5>(simd, row, block, ahead),
+                4 => self.stream_tile::<S, FOUR, 4>(simd, row, block, ahead),
+                3 => self.stream_tile::<S, FOUR, 3>(simd, row, block, ahead),
+                2 => self.stream_tile::<S, FOUR, 2>(simd, row, block, ahead),
+                _ => self.stream_tile::<S, FOUR, 1>(simd, row, block, ahead),
             }
             row += n;
         }
@@ -351,22 +358,22 @@ impl Tiles<'_> {
         simd: S,
         row: usize,
         block: usize,
-        lines: Option<&Range<usize>>,
+        ahead: Option<&(&[u8], Range<usize>)>,
     ) {
         let (groups, zeros) = (0..self.packed.groups(), [[simd.block_zero(); 1]; R]);
-        let sums = self.tile::<S, FOUR, R, 1>(simd, (row, block), &groups, lines, zeros);
+        let sums = self.tile::<S, FOUR, R, 1>(simd, (row, block), &groups, ahead, zeros);
         self.finish_tile(simd, row, block, &sums);
     }
 
     /// Adds the products of `panel`, some groups, of rows `row..row + R` with blocks
-    /// `block..block + O`. Asks for `lines` of each record of the block that follows.
+    /// `block..block + O`. Asks for some lines of each record of the block that comes next.
     #[inline(always)]
     fn tile<S: Simd, const FOUR: bool, const R: usize, const O: usize>(
         &self,
         simd: S,
         (row, block): (usize, usize),
         panel: &Range<usize>,
-        lines: Option<&Range<usize>>,
+        ahead: Option<&(&[u8], Range<usize>)>,
         mut sums: [[S::Block; O]; R],
     ) -> [[S::Block; O]; R] {
         let bits = if FOUR { CodeBits::Four } else { CodeBits::Eight };
@@ -380,8 +387,8 @@ impl Tiles<'_> {
             std::array::from_fn::<_, R, _>(|r| &x[r][..panel.end]),
         );
         for group in panel.clone() {
-            if let Some(lines) = lines {
-                let next = w[O - 1].as_ptr().wrapping_add((groups + group) * bytes);
+            if let Some((next, lines)) = ahead {
+                let next = next.as_ptr().wrapping_add(group * bytes);
                 for line in lines.start..lines.end.min(bytes.div_ceil(LINE_BYTES)) {
                     simd.prefetch(next.wrapping_add(line * LINE_BYTES));
                 }
@@ -520,7 +527,8 @@ mod tests {
                     let columns = Columns::new(out, outputs);
                     let (x, blocks) = (&x[..rows * groups], 0..packed.blocks());
                     let sums = &mut vec![0.0; PAIR * BLOCK * rows];
-                    let product = Product { packed, x, rows, blocks, columns, add: false, sums };
+                    let (after, add) = (None, false);
+                    let product = Product { packed, x, rows, blocks, after, columns, add, sums };
                     if vnni {
                         dispatch(CpuPath::Avx512, product);
                     } else {

@@ -11,16 +11,18 @@ mod plan;
 
 use tinyserve_kv::SelectionPolicy;
 
+use super::bucket::bucket;
 use super::error::CudaError;
 use super::launch::{Arg, Launcher, Shape};
 use super::memory::{Buffer, Upload, grown};
 use super::pages::CudaPages;
+use super::workload::{CudaWorkload, f32s};
 use super::{Cuda, CudaTensor};
 use crate::{AttendArgs, AttendStats, Heads, KernelError};
 pub use fused::{FusedRow, FusedTable};
 use kernels::{ATTEND_1, ATTEND_4, ATTEND_8, ATTEND_ANY, FUSED_1, FUSED_4, FUSED_8, SCORE_MOMENTS};
 use observe::measure;
-use plan::{Layout, MOST_QUERIES, Scored, TilePlan, TileRecord, part_pages};
+use plan::{Layout, MOST_QUERIES, Scored, TilePlan, TileRecord, page_bucket, part_pages};
 
 /// As `ATTEND_STATE` in kernels/attend.cuh.
 const STATE: usize = 3;
@@ -54,6 +56,48 @@ pub(super) struct Scratch {
     dense: Option<Buffer>,
     dense_states: Option<Buffer>,
     dense_records: Upload,
+}
+
+/// Most bytes of the buffers of both kinds of calls.
+pub(super) fn most_bytes(workload: &CudaWorkload<'_>) -> u64 {
+    let CudaWorkload { layout, heads, tokens, sequences, context, pages, .. } = *workload;
+    let Heads { q_heads, kv_heads, head_dim } = heads;
+    let of_sequence = layout.pages_for(context);
+    // Rows that are read in parts: those of decodes, whose pages are all different, and those that
+    // share a pass with no other row.
+    let part = part_pages(layout.page_size());
+    let alone = match (MOST_QUERIES / heads.group(), layout.shape().format.is_quantised()) {
+        (0 | 1, _) => tokens,
+        (_, true) => layout.pages_for(tokens).min(tokens),
+        (_, false) => 0,
+    };
+    let parts = alone
+        .saturating_mul(of_sequence.div_ceil(part))
+        .saturating_add(pages / part)
+        .saturating_add(sequences);
+    let tiles = bucket(tokens.max(sequences));
+    let listed = pages.saturating_add(sequences);
+    let scored = [bucket(sequences), kv_heads, page_bucket(of_sequence)];
+    let call = [
+        f32s(&[parts, q_heads, head_dim + STATE]),
+        f32s(&[tiles, size_of::<TileRecord>() / 4]),
+        // Tables, lists, lengths, numbers of tiles that are scored.
+        f32s(&[listed]),
+        f32s(&[listed, kv_heads]),
+        f32s(&[tiles, kv_heads]),
+        f32s(&[tiles]),
+        // Scores: by the kernels that are launched apart, and by the one that does all.
+        f32s(&scored),
+        f32s(&scored),
+        // Where recall is measured: the dense result, and states of both.
+        f32s(&[tiles, q_heads, head_dim]),
+        f32s(&[tiles, q_heads, STATE]),
+        f32s(&[tiles, q_heads, STATE]),
+        f32s(&[tiles, size_of::<TileRecord>() / 4]),
+    ];
+    let call = call.into_iter().fold(0, u64::saturating_add);
+    let keys = if workload.gathers_keys { f32s(&[kv_heads, context, head_dim]) } else { 0 };
+    call.saturating_mul(2).saturating_add(keys)
 }
 
 /// What the launches of a call have in common.

@@ -7,15 +7,42 @@ use cudarc::cublas::result::gemm_ex;
 use cudarc::cublas::{CudaBlas, sys};
 
 use super::Cuda;
+use super::bucket::MOST_ROWS;
 use super::error::CudaError;
 use super::launch::{Arg, Launcher, Shape};
 use super::memory::{Buffer, grown};
 use super::tensor::{CudaMatrix, CudaTensor};
-use crate::DType;
+use super::workload::{CudaWorkload, f32s};
+use crate::{DType, WeightFormat};
 
 /// Rows that are multiplied at once: what lies between is then a few tens of MB at most.
 const ROWS: usize = 256;
 const WHAT: &str = "a product by cuBLAS";
+
+/// What the library takes on a device of compute capability 9.0, the most of all, as its manual
+/// says (`cublasSetWorkspace`).
+const WORKSPACE_BYTES: u64 = 32 << 20;
+
+/// Most bytes of what products take, where they are multiplied by cuBLAS.
+pub(super) fn most_bytes(workload: &CudaWorkload<'_>) -> u64 {
+    let CudaWorkload { tokens, logits: (logits, vocab), widest: (inputs, outputs), .. } = *workload;
+    let (dtype, format) = workload.weights;
+    let multiplies = tokens.max(logits) > MOST_ROWS && format == WeightFormat::Stored;
+    if !multiplies || version().is_err() {
+        return 0;
+    }
+    let outputs = if logits > MOST_ROWS { outputs.max(vocab) } else { outputs };
+    let rows = ROWS.min(tokens.max(logits));
+    // Parts of two bytes, counted in fours.
+    let halves = match dtype {
+        DType::F32 => 0,
+        DType::F16 => 2,
+        DType::Bf16 => 3,
+    };
+    let sums = f32s(&[rows, outputs]).saturating_add(f32s(&[rows]));
+    let parts = f32s(&[(halves * rows * inputs).div_ceil(2)]);
+    WORKSPACE_BYTES.saturating_add(sums).saturating_add(parts)
+}
 
 /// The library, and buffers that products reuse.
 #[derive(Debug, Default)]

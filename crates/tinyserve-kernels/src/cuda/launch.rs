@@ -44,6 +44,7 @@ const MODULES: &[(&str, &str)] = modules!(
     "move_tokens",
     "norm",
     "observe",
+    "pack_pages",
     "rotary",
     "rows",
     "score_moments",

@@ -3,12 +3,14 @@
 use std::sync::OnceLock;
 
 use super::Cuda;
-use super::bucket::{MOST_ROWS, filled};
+use super::bucket::{MOST_ROWS, bucket, filled};
 use super::cublas::{Products, Target};
 use super::error::CudaError;
 use super::launch::{Arg, Launcher, Shape};
 use super::memory::{Buffer, Staging, Upload, grown};
 use super::tensor::{CudaLinear, CudaMatrix, CudaWeights};
+use super::workload::CudaWorkload;
+use super::workload::f32s;
 use crate::cpu::{CodeBits, CpuWeights, GROUP};
 use crate::{
     Cpu, CpuLinear, CpuOptions, DType, EmbedArgs, KernelError, LinearArgs, LinearSpec,
@@ -31,6 +33,16 @@ pub(super) struct Scratch {
     codes: Option<Buffer>,
     scales: Option<Buffer>,
     sums: Option<Buffer>,
+}
+
+/// Most bytes of quantised rows.
+pub(super) fn most_bytes(workload: &CudaWorkload<'_>) -> u64 {
+    if workload.weights.1 == WeightFormat::Stored {
+        return 0;
+    }
+    let groups = workload.widest.0.div_ceil(GROUP);
+    let n = bucket(workload.tokens.max(workload.logits.0)) * groups;
+    f32s(&[n, GROUP / 4]) + 2 * f32s(&[n])
 }
 
 /// Takes a linear layer over from a checkpoint.

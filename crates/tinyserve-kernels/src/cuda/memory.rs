@@ -1,9 +1,10 @@
 //! Device memory, and what is sent to it.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use bytemuck::Pod;
-use cudarc::driver::{CudaSlice, DevicePtr, PinnedHostSlice, sys};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, PinnedHostSlice, sys};
 
 use super::device::driver_error;
 use super::error::CudaError;
@@ -11,6 +12,9 @@ use super::launch::{Arg, Launcher};
 
 /// Bytes of a staging buffer for weights: large enough to hide the call, small enough to pin.
 const STAGE_BYTES: usize = 8 << 20;
+
+/// Bytes up to which a buffer grows to the next power of two.
+const LARGE_BYTES: usize = 1 << 20;
 
 /// Bytes on a device; given back when dropped, behind the work that is under way.
 #[derive(Debug)]
@@ -113,6 +117,28 @@ impl Buffer {
     }
 }
 
+impl Buffer {
+    /// Writes pinned `bytes` at its start, once `stream` comes to it.
+    pub(super) fn write_on(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        bytes: &[u8],
+    ) -> Result<(), CudaError> {
+        let mut to = self.slice.slice_mut(..bytes.len());
+        stream.memcpy_htod(bytes, &mut to).map_err(driver_error("copying to the device"))
+    }
+
+    /// Reads pinned `bytes` from its start, once `stream` comes to it.
+    pub(super) fn read_on(
+        &self,
+        stream: &Arc<CudaStream>,
+        bytes: &mut [u8],
+    ) -> Result<(), CudaError> {
+        let from = self.slice.slice(..bytes.len());
+        stream.memcpy_dtoh(&from, bytes).map_err(driver_error("copying from the device"))
+    }
+}
+
 /// A buffer that grows, and keeps what was sent last: what has not changed is not sent again.
 #[derive(Debug, Default)]
 pub(super) struct Upload {
@@ -160,8 +186,16 @@ pub(super) fn grown<'a>(
     }
     match buffer {
         Some(buffer) => Ok(buffer),
-        empty => Ok(empty.insert(Buffer::zeroed(device, bytes.next_power_of_two(), what)?)),
+        empty => Ok(empty.insert(Buffer::zeroed(device, room(bytes), what)?)),
     }
+}
+
+/// Bytes of a buffer that is to hold `bytes`: more than that, so that a slightly larger step, or
+/// one that comes again, finds it where it is.
+pub(super) fn room(bytes: usize) -> usize {
+    let power = bytes.next_power_of_two();
+    // Of large ones, at most a quarter is room to grow.
+    if bytes <= LARGE_BYTES { power } else { bytes.next_multiple_of(power / 8) }
 }
 
 /// Two pinned buffers that take turns, so that reading a file and copying to the device overlap.

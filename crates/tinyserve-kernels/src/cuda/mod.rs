@@ -1,6 +1,7 @@
 //! The CUDA backend: kernels of `kernels/`, embedded as PTX, behind the operations of the seam.
 //!
-//! Work goes to one stream, in order, and the host waits only where something is downloaded.
+//! Steps go to one stream, in order, and the host waits only where something is downloaded. Pages that
+//! are saved or restored cross the bus on a second one.
 //! Launches of small steps wait until then, and are replayed as one graph where they came before. An
 //! operation that fails leaves its cause behind, and those after it do nothing, until
 //! [`Backend::check`] tells; the device's memory stays as it was.
@@ -8,6 +9,7 @@
 mod append;
 mod attend;
 mod bucket;
+mod copies;
 mod cublas;
 mod device;
 mod error;
@@ -21,6 +23,7 @@ mod pages;
 mod queue;
 mod tensor;
 mod top_logits;
+mod workload;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -31,6 +34,7 @@ pub use device::CudaDevice;
 pub use error::{CudaError, CudaVersion};
 pub use pages::CudaPages;
 pub use tensor::{CudaLinear, CudaTensor, CudaVector};
+pub use workload::CudaWorkload;
 
 use crate::{
     ActivateArgs, Activation, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs,
@@ -61,6 +65,7 @@ pub struct Cuda {
     use_fused: Option<bool>,
     use_graphs: bool,
     state: Mutex<State>,
+    copies: Mutex<copies::Copies>,
 }
 
 /// What operations reuse, and what went wrong.
@@ -88,12 +93,20 @@ impl Cuda {
     /// When there is no driver, no such device, or one of them is too old.
     pub fn new(ordinal: usize) -> Result<Self, KernelError> {
         let (context, device) = device::open(ordinal)?;
-        // SAFETY: all work goes to one stream, in order, so that no buffer needs to be watched.
+        // SAFETY: steps go to one stream, in order, and copies of pages to another, ordered by events
+        // of their own, so that no buffer needs to be watched.
         // Watching would wait inside captures for what is outside.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(device::driver_error("making a stream"))?;
         let launcher = Launcher::new(context, stream);
-        Ok(Self { launcher, device, use_fused: None, use_graphs: true, state: Mutex::default() })
+        Ok(Self {
+            launcher,
+            device,
+            use_fused: None,
+            use_graphs: true,
+            state: Mutex::default(),
+            copies: Mutex::default(),
+        })
     }
 
     /// Whether decode steps score, select and attend in one launch where there is a kernel for it;
@@ -129,6 +142,11 @@ impl Cuda {
     #[must_use]
     pub fn device(&self) -> &CudaDevice {
         &self.device
+    }
+
+    fn copies(&self) -> MutexGuard<'_, copies::Copies> {
+        // A stage is waited for before it is used again, whatever happened.
+        self.copies.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -196,13 +214,13 @@ impl Backend for Cuda {
         }
     }
 
-    fn download_page(
+    fn download_pages<E: From<KernelError>>(
         &self,
         pages: &CudaPages,
-        page: PageId,
-        out: &mut Vec<u8>,
-    ) -> Result<(), KernelError> {
-        Ok(pages.read_page(&self.launcher, page, out)?)
+        ids: &[PageId],
+        take: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.copies().download(&self.launcher, pages, ids, take)
     }
 
     fn upload_page(
@@ -211,7 +229,12 @@ impl Backend for Cuda {
         page: PageId,
         bytes: &[u8],
     ) -> Result<(), KernelError> {
-        Ok(pages.write_page(&self.launcher, page, bytes)?)
+        assert_eq!(bytes.len(), pages.layout().bytes_per_page(), "bytes of a page");
+        self.copies().upload(&self.launcher, pages, page, bytes)?;
+        if let Some(open) = &mut pages.open {
+            open.close_page(page);
+        }
+        Ok(())
     }
 
     fn move_tokens(&self, pages: &mut CudaPages, moves: &[TokenMove]) -> Result<(), KernelError> {

@@ -2,7 +2,6 @@
 
 use tinyserve_kv::{GROUP_PAGES, KvFormat, KvLayout, PageId};
 
-use super::error::CudaError;
 use super::launch::{Arg, Launcher};
 use super::memory::Buffer;
 use super::open::OpenPages;
@@ -123,80 +122,9 @@ impl CudaPages {
         self.open.as_ref().and_then(|open| open.slot(page)).unwrap_or(u32::MAX)
     }
 
-    /// Appends the bytes of a full page to `out`, as [`tinyserve_kv::HostPages::read_page`] has them.
-    pub(super) fn read_page(
-        &self,
-        device: &Launcher,
-        page: PageId,
-        out: &mut Vec<u8>,
-    ) -> Result<(), CudaError> {
-        assert!(page.index() < self.capacity, "page {} of {}", page.index(), self.capacity);
-        let (shape, element) = (self.layout.shape(), self.layout.shape().format.element_bytes());
-        let mut group = vec![0; self.layout.group_box_elements() * element];
-        for layer in 0..shape.layers {
-            for kv_head in 0..shape.kv_heads {
-                let start = out.len();
-                out.resize(start + self.layout.head_bytes(), 0);
-                self.pages.read(
-                    device,
-                    self.head_start(layer, page, kv_head),
-                    &mut out[start..],
-                )?;
-            }
-            for kv_head in 0..shape.kv_heads {
-                self.boxes.read(device, self.group_start(layer, page, kv_head), &mut group)?;
-                let own = group.chunks_exact(element).skip(page.index() % GROUP_PAGES);
-                own.step_by(GROUP_PAGES).for_each(|corner| out.extend_from_slice(corner));
-            }
-        }
-        Ok(())
-    }
-
-    /// Puts a full page back.
-    pub(super) fn write_page(
-        &mut self,
-        device: &Launcher,
-        page: PageId,
-        bytes: &[u8],
-    ) -> Result<(), CudaError> {
-        assert!(page.index() < self.capacity, "page {} of {}", page.index(), self.capacity);
-        assert_eq!(bytes.len(), self.layout.bytes_per_page(), "bytes of a page");
-        let (shape, element) = (self.layout.shape(), self.layout.shape().format.element_bytes());
-        let mut group = vec![0; self.layout.group_box_elements() * element];
-        let mut rest = bytes;
-        for layer in 0..shape.layers {
-            for kv_head in 0..shape.kv_heads {
-                let (head, others) = rest.split_at(self.layout.head_bytes());
-                self.pages.write(device, self.head_start(layer, page, kv_head), head)?;
-                rest = others;
-            }
-            for kv_head in 0..shape.kv_heads {
-                let start = self.group_start(layer, page, kv_head);
-                self.boxes.read(device, start, &mut group)?;
-                let (own, others) = rest.split_at(2 * shape.head_dim * element);
-                let places = group.chunks_exact_mut(element).skip(page.index() % GROUP_PAGES);
-                for (place, corner) in places.step_by(GROUP_PAGES).zip(own.chunks_exact(element)) {
-                    place.copy_from_slice(corner);
-                }
-                self.boxes.write(device, start, &group)?;
-                rest = others;
-            }
-        }
-        if let Some(open) = &mut self.open {
-            open.close_page(page);
-        }
-        Ok(())
-    }
-
-    /// Offset of a head of a page, in bytes.
-    fn head_start(&self, layer: usize, page: PageId, kv_head: usize) -> usize {
-        layer * self.layer_bytes() + self.layout.head_range(page.index(), kv_head).start
-    }
-
-    /// Offset of the boxes of a head of a page's group, in bytes.
-    fn group_start(&self, layer: usize, page: PageId, kv_head: usize) -> usize {
-        let offset = self.layout.box_offset(page.index() / GROUP_PAGES, kv_head);
-        self.boxes_start(layer) + offset * self.layout.shape().format.element_bytes()
+    /// Groups of pages in each layer.
+    pub(super) fn groups(&self) -> usize {
+        self.capacity.div_ceil(GROUP_PAGES)
     }
 
     /// Bytes of keys and values of a layer.

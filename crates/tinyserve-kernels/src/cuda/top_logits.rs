@@ -5,7 +5,8 @@ use super::bucket::{bucket, filled};
 use super::error::CudaError;
 use super::launch::{Arg, Launcher, Shape};
 use super::memory::{Buffer, Upload, grown};
-use crate::TopLogitsArgs;
+use super::workload::f32s;
+use crate::{MOST_TOP_LOGITS, TopLogitsArgs};
 
 /// As `LOGITS_SLICE` in kernels/top_logits.cu.
 const SLICE: usize = 8192;
@@ -21,6 +22,13 @@ pub(super) struct Scratch {
     found: Option<Buffer>,
     /// What came to the host.
     records: Vec<u32>,
+}
+
+/// Most bytes of the buffers for `rows` rows.
+pub(super) fn most_bytes(rows: usize, vocab: usize) -> u64 {
+    let record = 2 + 2 * MOST_TOP_LOGITS;
+    let slices = vocab.div_ceil(SLICE);
+    f32s(&[bucket(rows), slices, record]).saturating_add(f32s(&[bucket(rows), record]))
 }
 
 /// Finds them, and waits for what was found: a few bytes.

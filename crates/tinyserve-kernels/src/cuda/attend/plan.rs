@@ -311,7 +311,7 @@ impl Layout {
 }
 
 /// Pages that launches are made for, so that steps of nearly the same length are alike.
-fn page_bucket(pages: usize) -> usize {
+pub(super) fn page_bucket(pages: usize) -> usize {
     if pages == 0 { 0 } else { pages.next_power_of_two().max(LEAST_BUCKET) }
 }
 
