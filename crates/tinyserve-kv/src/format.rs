@@ -129,10 +129,10 @@ pub trait KvElement: bytemuck::Pod + PartialOrd + Send + Sync {
         Self::store(x, out);
     }
 
-    /// The lowest stored value that is not below `x`; NaN for NaN.
+    /// The lowest stored value that is not below `x`; finite input stays finite, NaN is NaN.
     fn at_least(x: f32) -> Self;
 
-    /// The highest stored value that is not above `x`; NaN for NaN.
+    /// The highest stored value that is not above `x`; finite input stays finite, NaN is NaN.
     fn at_most(x: f32) -> Self;
 }
 
@@ -213,8 +213,9 @@ impl KvElement for f16 {
 
     #[inline]
     fn at_least(x: f32) -> Self {
-        let near = Self::from_f32(x);
-        Self::from_bits(raised(near.to_bits(), f16::to_f32(near) < x))
+        let near = <Self as KvElement>::from_f32(x);
+        let higher = f16::to_f32(near) < x.min(F16_MAX);
+        Self::from_bits(raised(near.to_bits(), higher))
     }
 
     #[inline]
@@ -243,8 +244,9 @@ impl KvElement for bf16 {
 
     #[inline]
     fn at_least(x: f32) -> Self {
-        let near = Self::from_f32(x);
-        Self::from_bits(raised(near.to_bits(), bf16::to_f32(near) < x))
+        let near = <Self as KvElement>::from_f32(x);
+        let higher = bf16::to_f32(near) < x.min(BF16_MAX);
+        Self::from_bits(raised(near.to_bits(), higher))
     }
 
     #[inline]

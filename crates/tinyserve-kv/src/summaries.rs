@@ -90,8 +90,8 @@ impl HostPages {
     /// which may be open and is read in any case.
     ///
     /// What is not there yet is made. It stays until tokens of the page are written again, so a
-    /// page's keys are read once for each scorer that is used. In the element type of the boxes, a
-    /// summary takes what as many boxes take.
+    /// page's keys are read once for each scorer that is used. In the element type of the boxes,
+    /// rounded outwards, a summary takes what as many boxes take, and bounds what it bounded.
     ///
     /// # Errors
     /// When the system refuses the memory.
@@ -152,7 +152,6 @@ impl HostPages {
         let Some(memory) = &mut head.boxes else { return Ok(()) };
         let boxes = memory.elements_mut::<E>(0..groups * length);
         let mut corners = vec![0.0; 2 * summary.boxes() * dim];
-        let mut rounded = vec![E::zeroed(); corners.len()];
         let mut of_page = Vec::new();
         let full = &keys.table[..keys.table.len().saturating_sub(1)];
         for (number, page) in full.iter().enumerate() {
@@ -162,14 +161,14 @@ impl HostPages {
             }
             keys.keys(number, &mut of_page);
             summary.summarise(&of_page, size, &mut corners);
-            E::store(&corners, &mut rounded);
             let group_boxes = &mut boxes[group * length..(group + 1) * length];
             let places = group_boxes.chunks_exact_mut(2 * dim * GROUP_PAGES);
-            for (corners, places) in rounded.chunks_exact(2 * dim).zip(places) {
+            for (corners, places) in corners.chunks_exact(2 * dim).zip(places) {
                 let (min, max) = corners.split_at(dim);
                 for (rows, (&min, &max)) in
                     places.chunks_exact_mut(2 * GROUP_PAGES).zip(min.iter().zip(max))
                 {
+                    let (max, min) = (E::at_least(max), E::at_most(min));
                     (rows[lane], rows[GROUP_PAGES + lane]) = (max, min);
                 }
             }

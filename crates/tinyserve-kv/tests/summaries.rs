@@ -66,6 +66,15 @@ fn grow(
     }
 }
 
+/// How far from `x` its neighbours in boxes of `format` are, at most.
+fn slack(format: KvFormat, x: f32) -> f32 {
+    match format {
+        KvFormat::F32 => 0.0,
+        KvFormat::Bf16 => x.abs() / 128.0 + 1e-40,
+        KvFormat::F16 | KvFormat::Int8 | KvFormat::Int4 => x.abs() / 1024.0 + 6e-8,
+    }
+}
+
 /// Every scorer's boxes of every full page, of the kept ones and of the keys.
 fn check(pages: &HostPages, table: &PageTable) -> Result<(), TestCaseError> {
     let (layout, shape) = (pages.layout(), pages.layout().shape());
@@ -79,23 +88,25 @@ fn check(pages: &HostPages, table: &PageTable) -> Result<(), TestCaseError> {
         let mut corners = vec![0.0; 2 * summary.boxes() * dim];
         let mut of_page = Vec::new();
         with_element!(shape.format, E => {
-            let mut expected = vec![E::from_f32(0.0); corners.len()];
             let found = pages.with_summaries::<E, _>(scorer, keys, |kept| {
                 for number in 0..table.pages().len().saturating_sub(1) {
                     keys.keys(number, &mut of_page);
                     summary.summarise(&of_page, layout.page_size(), &mut corners);
-                    E::store(&corners, &mut expected);
                     let page = table.pages()[number].index();
                     let boxes = kept.group(page / GROUP_PAGES);
-                    for (i, expected) in expected.iter().enumerate() {
+                    for (i, &exact) in corners.iter().enumerate() {
                         // `[boxes, 2 (min, max), head_dim]` beside `[boxes, head_dim, 2 (max, min)]`.
                         let (one, row, channel) = (i / (2 * dim), i / dim % 2, i % dim);
                         let place = 2 * (one * dim + channel) + 1 - row;
                         let found = boxes[place * GROUP_PAGES + page % GROUP_PAGES];
-                        prop_assert_eq!(
-                            KvElement::to_f32(found).to_bits(),
-                            KvElement::to_f32(*expected).to_bits(),
-                            "{:?}, page {}, channel {}", scorer, number, channel
+                        let found = KvElement::to_f32(found);
+                        let outwards = if row == 0 { exact - found } else { found - exact };
+                        prop_assert!(
+                            (0.0..=slack(shape.format, exact)).contains(&outwards)
+                                || found.is_nan() && exact.is_nan()
+                                || found.abs() == 65_504.0 && found.abs() <= exact.abs(),
+                            "{:?}, page {}, channel {}: {} is kept of {}",
+                            scorer, number, channel, found, exact
                         );
                     }
                 }

@@ -5,6 +5,7 @@
 //! one a part of it; then the parts are merged. The parts depend on nothing but the list, so that
 //! neither the batch nor the number of threads shows in the result.
 
+mod ahead;
 mod codes;
 mod count;
 mod observe;

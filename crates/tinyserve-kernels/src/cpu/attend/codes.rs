@@ -5,16 +5,20 @@ use std::ops::Range;
 use half::f16;
 use tinyserve_kv::{CodePages, GROUP_PAGES, HeadPage, KvElement, KvFormat};
 
+use super::ahead::{ChunkPages, NextPages};
 use super::observe::Records;
 use super::products::{self, BLOCK, Pieces, Places, QuadFactors, TINY, Values};
 use super::softmax::{self, OnePage, Rows, Shape, State};
-use super::tile::{StoredPages, Tile, TileScratch, gather};
+use super::tile::{StoredPages, Tile, TileScratch, chunk_pages, gather};
 use crate::cpu::memory::Aligned;
 use crate::cpu::simd::{Element, LARGEST, LINE, Simd};
 
 /// Pages of a block of neighbours from which on their boxes are read where they lie; those of fewer
 /// are picked out of their groups, so that enough pages share the work on each query.
 const NEIGHBOURS: usize = 8;
+
+/// Most bytes of a chunk's pages that memory is asked for while the chunk before it is computed.
+const MOST_ASKED: usize = 256 * 1024;
 
 /// Most queries whose values are summed up together.
 const MOST_VALUES: usize = 4;
@@ -25,7 +29,7 @@ const MOST_QUERIES: usize = 8;
 /// Buffers of pages of codes, reused from tile to tile.
 #[derive(Debug, Default)]
 pub(super) struct CodeScratch {
-    /// Where the pages of a chunk begin, and as many after them as memory is asked for ahead.
+    /// Where the pages of a chunk begin, and the next chunk's.
     starts: Vec<usize>,
     /// Channels of a query, padded to whole vectors.
     padded: usize,
@@ -89,29 +93,6 @@ impl CodeScratch {
     }
 }
 
-/// The pages of a chunk.
-#[derive(Clone, Copy)]
-struct ChunkPages<'s, 'a> {
-    /// All bytes of the head's pages.
-    bytes: &'a [u8],
-    /// Where the chunk's pages begin, and those after them.
-    starts: &'s [usize],
-    length: usize,
-    ahead: usize,
-}
-
-impl Rows<u8> for ChunkPages<'_, '_> {
-    #[inline(always)]
-    fn of(&self, page: usize) -> &[u8] {
-        &self.bytes[self.starts[page]..][..self.length]
-    }
-
-    #[inline(always)]
-    fn ahead(&self, _: usize) -> usize {
-        self.ahead
-    }
-}
-
 /// Pages whose boxes are side by side in a look at them.
 struct Look<'a> {
     pages: Range<usize>,
@@ -160,17 +141,15 @@ impl Tile<'_, CodePages<'_>> {
         self.unit.table(self.context)[self.list.get(i)].index()
     }
 
-    /// Where the listed pages `pages` lie, and those after them that memory is asked for.
+    /// Where the listed pages `pages` begin, and the next chunk's, if memory is asked for them.
     #[inline(always)]
-    fn find_pages(&self, pages: Range<usize>, starts: &mut Vec<usize>) {
+    fn find_pages(&self, pages: &Range<usize>, starts: &mut Vec<usize>) {
+        let chunk = chunk_pages(self.pages.layout().page_size());
+        let near = chunk * self.pages.layout().bytes() <= MOST_ASKED && self.unit.rows.len() == 1;
+        let ahead = if near { chunk } else { 0 };
+        let end = (pages.end + ahead).min(self.asked.end).max(pages.end);
         starts.clear();
-        for i in pages.start..(pages.end + self.ahead).min(self.asked.end) {
-            starts.push(self.code_start(i));
-        }
-        // At the end of the list nothing is asked for but what is there already.
-        while starts.len() < pages.len() + self.ahead {
-            starts.push(starts[starts.len().saturating_sub(self.ahead)]);
-        }
+        starts.extend((pages.start..end).map(|i| self.code_start(i)));
     }
 
     fn places(&self) -> Places {
@@ -181,7 +160,6 @@ impl Tile<'_, CodePages<'_>> {
             key_words: layout.key_words(),
             value_words: layout.value_words(),
             values: layout.values().start,
-            scales: layout.scales().start,
         }
     }
 
@@ -207,24 +185,24 @@ impl Tile<'_, CodePages<'_>> {
         let last_is_own = self.list.get(pages.end - 1) == own;
         let places = self.places();
         let mut starts = std::mem::take(&mut scratch.codes.starts);
-        self.find_pages(pages.clone(), &mut starts);
-        let of_chunk = ChunkPages {
-            bytes: self.pages.bytes(),
-            starts: &starts,
-            length: self.pages.layout().bytes(),
-            ahead: self.ahead,
-        };
-        if pages.start == self.asked.start {
-            // No page before these asks for them.
-            for i in 0..self.ahead.min(pages.len()) {
-                for line in of_chunk.of(i).chunks(LINE) {
-                    simd.prefetch_far(line.as_ptr());
-                }
-            }
+        self.find_pages(&pages, &mut starts);
+        let (bytes, length) = (self.pages.bytes(), self.pages.layout().bytes());
+        let (own_starts, next_starts) = starts.split_at(pages.len());
+        let of_chunk = ChunkPages { bytes, starts: own_starts, length };
+        if pages.start == self.asked.start && self.unit.rows.len() == 1 {
+            // No chunk before this one asks for them.
+            NextPages::new(of_chunk).ask_rest(simd);
         }
+        let mut next = NextPages::new(ChunkPages { bytes, starts: next_starts, length });
         let sealed = pages.start..pages.end - usize::from(last_is_own);
         let places = (of_chunk, places);
-        self.code_scores::<S, BITS>(simd, sealed.clone(), (shape, chunk), places, scratch);
+        self.code_scores::<S, BITS>(
+            simd,
+            sealed.clone(),
+            (shape, chunk),
+            places,
+            (&mut next, scratch),
+        );
         let at = sealed.len() * size;
         let seen = |query: usize| match last_is_own {
             true => self.unit.first_visible + query / shape.group - own * size,
@@ -254,9 +232,10 @@ impl Tile<'_, CodePages<'_>> {
             let weights = (&scratch.weights[..], chunk);
             let (shifts, codes) = (&scratch.shifts, &mut scratch.codes);
             let out = (&mut state, shape.queries);
-            let sealed = (places, sealed.len());
+            let sealed = (places, sealed.len(), &mut next);
             self.code_values::<S, BITS>(simd, sealed, out, weights, shifts, codes);
         }
+        next.ask_rest(simd);
         scratch.codes.starts = starts;
         if last_is_own {
             for query in 0..shape.queries {
@@ -295,18 +274,18 @@ impl Tile<'_, CodePages<'_>> {
         pages: Range<usize>,
         (shape, chunk): (Shape, usize),
         places: (ChunkPages<'_, '_>, Places),
-        scratch: &mut TileScratch,
+        (next, scratch): (&mut NextPages<'_, '_>, &mut TileScratch),
     ) {
         let (scores, codes) = (&mut scratch.weights[..], &mut scratch.codes);
         codes.factors.resize(MOST_QUERIES * places.1.key_words * (8 / BITS), Default::default());
         let mut first = pages.start;
         while first < pages.end {
-            let look = self.look(simd, first..pages.end, codes);
+            let look = self.look(simd, first..pages.end, next, codes);
             first = look.pages.end;
             let mut query = 0;
             while query < shape.queries {
                 let (look, out) = ((&look, pages.start), (&mut *scores, chunk));
-                let of = (query, places);
+                let of = (query, places, &mut *next);
                 // As many queries as the registers hold sums for, and words enough that no sum
                 // waits.
                 query += match shape.queries - query {
@@ -331,7 +310,13 @@ impl Tile<'_, CodePages<'_>> {
 
     /// Puts the ranges and minima of the next of the listed pages `pages` side by side.
     #[inline(always)]
-    fn look<S: Simd>(&self, simd: S, pages: Range<usize>, codes: &mut CodeScratch) -> Look<'_> {
+    fn look<S: Simd>(
+        &self,
+        simd: S,
+        pages: Range<usize>,
+        next: &mut NextPages<'_, '_>,
+        codes: &mut CodeScratch,
+    ) -> Look<'_> {
         let boxes = |index: usize| {
             let (layer, head) = (self.context.layer, self.unit.kv_head);
             self.context.pages.group_boxes::<f16>(layer, index / GROUP_PAGES, head)
@@ -364,7 +349,7 @@ impl Tile<'_, CodePages<'_>> {
             (&codes.corners[..], BLOCK, 0)
         };
         let (ranges, minima) = (&mut codes.ranges[..dim * BLOCK], &mut codes.minima[..dim * BLOCK]);
-        let widest = products::load_boxes(simd, source, ranges, minima);
+        let widest = products::load_boxes(simd, source, ranges, minima, next);
         let mut ahead = &[] as &[f16];
         if self.ahead > 0 && source.1 == GROUP_PAGES && end < self.asked.end {
             let index = self.pool_index(end);
@@ -383,7 +368,11 @@ impl Tile<'_, CodePages<'_>> {
         &self,
         simd: S,
         (look, first): (&Look<'_>, usize),
-        (query, (pages, places)): (usize, (ChunkPages<'_, '_>, Places)),
+        (query, (pages, places), next): (
+            usize,
+            (ChunkPages<'_, '_>, Places),
+            &mut NextPages<'_, '_>,
+        ),
         (scores, chunk): (&mut [f32], usize),
         codes: &mut CodeScratch,
     ) -> usize {
@@ -393,7 +382,13 @@ impl Tile<'_, CodePages<'_>> {
             let scaled = &codes.scaled[(query + q) * codes.padded..(query + q + 1) * codes.padded];
             let boxes = (&codes.ranges[..], &codes.minima[..]);
             let out = (&mut codes.factors[q..Q * quads], Q);
-            *offsets = products::factors(simd, scaled, boxes, out);
+            *offsets = products::factors(
+                simd,
+                scaled,
+                boxes,
+                out,
+                (&mut *next, if Q < 4 { 4 / Q } else { 0 }),
+            );
         }
         let rows = (2 * places.head_dim).div_ceil(look.pages.len());
         let mut ahead_rows = look.ahead.chunks(GROUP_PAGES);
@@ -410,10 +405,9 @@ impl Tile<'_, CodePages<'_>> {
                     simd.prefetch_far(row.as_ptr());
                 }
             }
-            let ahead = if query == 0 { page + pages.ahead } else { page };
             products::dots::<S, Q, W, BITS>(
                 simd,
-                (pages.of(page), pages.of(ahead), places),
+                (pages.of(page), places, &mut *next),
                 (&codes.factors[..Q * quads], lane),
                 (&starts, &units),
                 (&mut scores[query * chunk + page * places.size..], chunk),
@@ -460,7 +454,11 @@ impl Tile<'_, CodePages<'_>> {
     fn code_values<S: Simd, const BITS: usize>(
         &self,
         simd: S,
-        ((pages, places), count): ((ChunkPages<'_, '_>, Places), usize),
+        ((pages, places), count, next): (
+            (ChunkPages<'_, '_>, Places),
+            usize,
+            &mut NextPages<'_, '_>,
+        ),
         (state, queries): (&mut State<'_>, usize),
         (weights, chunk): (&[f32], usize),
         shifts: &[f32],
@@ -481,6 +479,10 @@ impl Tile<'_, CodePages<'_>> {
             let out = out_scales.chunks_exact_mut(padded).zip(out_minima.chunks_exact_mut(padded));
             for (i, (out_scales, out_minima)) in out.enumerate() {
                 let bytes = pages.of(i);
+                if group == 0 {
+                    next.ask(simd);
+                    next.ask(simd);
+                }
                 for (out, start) in [(out_scales, scales), (out_minima, minima)] {
                     let halves = &bytes[start + 2 * group * size..][..2 * size];
                     let halves: &[f16] = bytemuck::cast_slice(halves);
@@ -524,14 +526,15 @@ impl Tile<'_, CodePages<'_>> {
                     pieces: &codes.pieces[..q * blocks],
                 };
                 let (range, target) = (group * channels..end, (&mut *state, query));
+                let next = &mut *next;
                 match sums {
                     _ if q == MOST_VALUES => {
-                        values.add::<S, MOST_VALUES, BITS>(simd, range, target, &sums);
+                        values.add::<S, MOST_VALUES, BITS>(simd, range, target, &sums, next);
                     }
                     [first, second, ..] if q == 2 => {
-                        values.add::<S, 2, BITS>(simd, range, target, &[first, second]);
+                        values.add::<S, 2, BITS>(simd, range, target, &[first, second], next);
                     }
-                    [first, ..] => values.add::<S, 1, BITS>(simd, range, target, &[first]),
+                    [first, ..] => values.add::<S, 1, BITS>(simd, range, target, &[first], next),
                 }
                 query += q;
             }

@@ -9,13 +9,17 @@ use std::ops::Range;
 
 use tinyserve_kv::GROUP_PAGES;
 
+use super::ahead::NextPages;
 use super::softmax::{Rows, State};
-use crate::cpu::simd::{Element, LARGEST, LINE, PIECES, SPLIT, Simd};
+use crate::cpu::simd::{Element, LARGEST, PIECES, SPLIT, Simd};
 
 /// Tokens, channels or pages side by side: what a [`Simd::Block`] holds.
 pub(super) const BLOCK: usize = 16;
 /// Codes that one word of each piece meets.
 const QUAD: usize = 4;
+/// Queries from which on lines are asked for before a page, not between its words: their sums leave
+/// no register for it.
+const MANY: usize = 4;
 /// Stands for the widest range and the largest number where all are zero.
 pub(super) const TINY: f32 = 1e-30;
 
@@ -111,6 +115,7 @@ pub(super) fn load_boxes<S: Simd, E: Element>(
     (boxes, row, lane): (&[E], usize, usize),
     ranges: &mut [f32],
     minima: &mut [f32],
+    next: &mut NextPages<'_, '_>,
 ) -> [f32; BLOCK] {
     // Channel after channel in turn, so that no maximum waits for the one before it.
     let mut chains = [[simd.splat(TINY); 2]; CHAINS];
@@ -122,6 +127,7 @@ pub(super) fn load_boxes<S: Simd, E: Element>(
         for (c, widest) in chains.iter_mut().enumerate() {
             let corners = (&boxes[2 * c * row..2 * (c + 1) * row], row, lane);
             let rows = c * BLOCK..(c + 1) * BLOCK;
+            next.ask(simd);
             load_channel(simd, corners, &mut ranges[rows.clone()], &mut minima[rows], widest);
         }
     }
@@ -138,7 +144,10 @@ pub(super) fn load_boxes<S: Simd, E: Element>(
     // Once a page: divisions are slow.
     let one = simd.splat(1.0);
     let inverse = [simd.div(one, widest[0]), simd.div(one, widest[1])];
-    for ranges in ranges.chunks_exact_mut(BLOCK) {
+    for (channel, ranges) in ranges.chunks_exact_mut(BLOCK).enumerate() {
+        if channel % 2 == 0 {
+            next.ask(simd);
+        }
         for (v, &inverse) in inverse.iter().enumerate().take(BLOCK / S::LANES) {
             let at = v * S::LANES;
             simd.store(simd.mul(simd.load(&ranges[at..]), inverse), &mut ranges[at..]);
@@ -162,13 +171,15 @@ fn joined<S: Simd>(simd: S, [a, b, c, d]: [S::V; CHAINS]) -> S::V {
 /// Pieces of `scaled·ranges` for `BLOCK` pages, quad by quad into every `step`-th of `out`, and
 /// `scaled·minima`.
 ///
-/// `scaled` is `[padded]`, `ranges` and `minima` are `[padded, BLOCK]`.
+/// `scaled` is `[padded]`, `ranges` and `minima` are `[padded, BLOCK]`. For each quad so many lines of
+/// the next pages are asked for.
 #[inline(always)]
 pub(super) fn factors<S: Simd>(
     simd: S,
     scaled: &[f32],
     (ranges, minima): (&[f32], &[f32]),
     (out, step): (&mut [QuadFactors], usize),
+    (next, lines): (&mut NextPages<'_, '_>, usize),
 ) -> [f32; BLOCK] {
     let mut offsets = [0.0f32; BLOCK];
     for at in (0..BLOCK).step_by(S::LANES) {
@@ -178,6 +189,9 @@ pub(super) fn factors<S: Simd>(
         let quads = out.iter_mut().step_by(step).zip(scaled.as_chunks::<QUAD>().0);
         for ((out, scaled), (ranges, minima)) in quads.zip(boxes) {
             let mut factors = [simd.splat(SPLIT); QUAD];
+            for _ in 0..lines {
+                next.ask(simd);
+            }
             for c in 0..QUAD {
                 let scaled = simd.splat(scaled[c]);
                 let row = c * BLOCK + at;
@@ -201,9 +215,8 @@ pub(super) struct Places {
     /// Words of the keys of one token, and of the values of one channel.
     pub(super) key_words: usize,
     pub(super) value_words: usize,
-    /// Where the values begin, and where their scales do.
+    /// Where the values begin.
     pub(super) values: usize,
-    pub(super) scales: usize,
 }
 
 /// Adds the products of some codes of the keys of a block of tokens with `factors`
@@ -229,20 +242,21 @@ fn add_word<S: Simd, const Q: usize, const BITS: usize>(
 ///
 /// `factors` is `[quads, queries]`, of which the page has lane `lane`. `starts` and `units` say what
 /// the scores of each query begin with, and what they count in. `W` words at a time are summed up
-/// apart, so that no product waits for the one before it. Between the products memory is asked for
-/// the keys and scales of the page `ahead`.
+/// apart, so that no product waits for the one before it.
 #[inline(always)]
 pub(super) fn dots<S: Simd, const Q: usize, const W: usize, const BITS: usize>(
     simd: S,
-    (page, ahead, places): (&[u8], &[u8], Places),
+    (page, places, next): (&[u8], Places, &mut NextPages<'_, '_>),
     (factors, lane): (&[QuadFactors], usize),
     (starts, units): (&[f32; Q], &[f32; Q]),
     (out, chunk): (&mut [f32], usize),
 ) {
     let (row, quads) = (4 * places.size, Q * (8 / BITS));
     let keys = &page[..places.key_words * row];
-    for line in ahead[places.scales..].chunks(LINE) {
-        simd.prefetch_far(line.as_ptr());
+    if Q >= MANY {
+        for _ in 0..places.key_words / 2 {
+            next.ask(simd);
+        }
     }
     for (block, token) in (0..places.size).step_by(BLOCK).enumerate() {
         let mut counts = [[[simd.counts(0); PIECES]; Q]; W];
@@ -251,14 +265,15 @@ pub(super) fn dots<S: Simd, const Q: usize, const W: usize, const BITS: usize>(
         let rest = groups.remainder();
         for factors in groups {
             for (w, counts) in counts.iter_mut().enumerate() {
-                simd.prefetch_far(ahead.as_ptr().wrapping_add(at));
+                if Q < MANY {
+                    next.ask(simd);
+                }
                 let factors = (&factors[w * quads..(w + 1) * quads], lane);
                 add_word::<S, Q, BITS>(simd, load(simd, keys, at), factors, counts);
                 at += row;
             }
         }
         for factors in rest.chunks_exact(quads) {
-            simd.prefetch_far(ahead.as_ptr().wrapping_add(at));
             add_word::<S, Q, BITS>(simd, load(simd, keys, at), (factors, lane), &mut counts[0]);
             at += row;
         }
@@ -355,24 +370,30 @@ impl<P: Rows<u8>> Values<'_, P> {
         &self,
         simd: S,
         at: usize,
+        next: &mut NextPages<'_, '_>,
     ) -> [[[S::Counts; PIECES]; V]; Q] {
         let mut counts = [[[simd.counts(0); PIECES]; V]; Q];
         let Places { value_words: words, head_dim, values, .. } = self.places;
         let mut quad = 0;
         for page in 0..self.pages {
             let bytes = self.chunk.of(page);
-            let ahead = self.chunk.of(page + self.chunk.ahead(page)).as_ptr();
+            if Q >= MANY {
+                for _ in 0..words {
+                    next.ask(simd);
+                }
+            }
             for word in 0..words {
                 let place = values + 4 * (word * head_dim + at);
+                if Q < MANY {
+                    next.ask(simd);
+                }
                 let mut codes = [simd.codes(&[0; 4 * BLOCK]); V];
                 if V == 1 {
                     codes[0] = load(simd, bytes, place);
-                    simd.prefetch_far(ahead.wrapping_add(place));
                 } else {
                     let bytes = &bytes[place..place + V * 4 * BLOCK];
                     for (v, codes) in codes.iter_mut().enumerate() {
                         *codes = simd.codes(&bytes[v * 4 * BLOCK..]);
-                        simd.prefetch_far(ahead.wrapping_add(place + v * 4 * BLOCK));
                     }
                 }
                 for part in 0..8 / BITS {
@@ -403,7 +424,7 @@ impl<P: Rows<u8>> Values<'_, P> {
     /// `out·shift + Σ weight·value` of `channels`, for `Q` queries from `query` on.
     ///
     /// `sums` is, for each query, the sum of weights times minima, what its pieces count in, and
-    /// what earlier sums shrink by.
+    /// what earlier sums shrink by. Meanwhile lines of the next pages are asked for.
     #[inline(always)]
     pub(super) fn add<S: Simd, const Q: usize, const BITS: usize>(
         &self,
@@ -411,17 +432,19 @@ impl<P: Rows<u8>> Values<'_, P> {
         channels: Range<usize>,
         (state, query): (&mut State<'_>, usize),
         sums: &[(f32, f32, f32); Q],
+        next: &mut NextPages<'_, '_>,
     ) {
         let mut at = channels.start;
         while at < channels.end {
             let state = (&mut *state, query);
+            let next = &mut *next;
             at += match (channels.end - at) / BLOCK {
                 // More sums than this leave the registers.
                 4.. if Q == 1 && S::LANES == BLOCK => {
-                    self.add_blocks::<S, Q, 4, BITS>(simd, at, state, sums)
+                    self.add_blocks::<S, Q, 4, BITS>(simd, at, state, sums, next)
                 }
-                2.. => self.add_blocks::<S, Q, 2, BITS>(simd, at, state, sums),
-                _ => self.add_blocks::<S, Q, 1, BITS>(simd, at, state, sums),
+                2.. => self.add_blocks::<S, Q, 2, BITS>(simd, at, state, sums, next),
+                _ => self.add_blocks::<S, Q, 1, BITS>(simd, at, state, sums, next),
             };
         }
     }
@@ -435,8 +458,9 @@ impl<P: Rows<u8>> Values<'_, P> {
         at: usize,
         (state, query): (&mut State<'_>, usize),
         sums: &[(f32, f32, f32); Q],
+        next: &mut NextPages<'_, '_>,
     ) -> usize {
-        let counts = self.counts::<S, Q, V, BITS>(simd, at);
+        let counts = self.counts::<S, Q, V, BITS>(simd, at, next);
         let mut block = [0.0; BLOCK];
         for (q, (counts, &(offset, unit, shift))) in counts.iter().zip(sums).enumerate() {
             for (v, counts) in counts.iter().enumerate() {
