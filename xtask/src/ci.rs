@@ -133,16 +133,7 @@ impl Action {
             Self::Clients => crate::clients::run(root, OPENAI_ONLY),
             Self::Licences => crate::licences::check(root),
             Self::NoCBuilders => {
-                let output = crate::cargo()
-                    .args(TREE)
-                    .current_dir(root)
-                    .output()
-                    .context("cannot start cargo")?;
-                let tree = String::from_utf8_lossy(&output.stdout);
-                if !output.status.success() || !tree.starts_with("tinyserve-cli ") {
-                    let stderr = String::from_utf8_lossy(&output.stderr);
-                    bail!("`{}` ended with {}: {stderr}", self.command_line(), output.status);
-                }
+                let tree = crate::licences::tree(root)?;
                 let found = c_builders(&tree);
                 if !found.is_empty() {
                     bail!("tinyserve-cli depends on {}, expected no C", found.join(", "));
@@ -163,8 +154,7 @@ impl Action {
     fn command_line(&self) -> String {
         let (args, envs) = match self {
             Self::Cargo(args, envs) => (*args, *envs),
-            Self::NoCBuilders => (TREE, [].as_slice()),
-            Self::Licences => (crate::licences::TREE, [].as_slice()),
+            Self::NoCBuilders | Self::Licences => (crate::licences::TREE, [].as_slice()),
             Self::Clients => (["xtask", "clients", "--no-lm-eval"].as_slice(), [].as_slice()),
             Self::Page => (["xtask", "page"].as_slice(), [].as_slice()),
         };
@@ -177,19 +167,6 @@ impl Action {
         words.join(" ")
     }
 }
-
-const TREE: &[&str] = &[
-    "tree",
-    "--color",
-    "never",
-    "--locked",
-    "-p",
-    "tinyserve-cli",
-    "-e",
-    "normal,build",
-    "--prefix",
-    "none",
-];
 
 /// The lines of `cargo tree --prefix none` that name a package which compiles C.
 fn c_builders(tree: &str) -> Vec<String> {

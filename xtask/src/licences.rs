@@ -24,10 +24,8 @@ pub(crate) const TREE: &[&str] = &[
     "{p}|{l}",
 ];
 
-/// Fails when a package may not be shipped under the licences of `deny.toml`.
-pub(crate) fn check(root: &Path) -> Result<()> {
-    let rules = std::fs::read_to_string(root.join("deny.toml")).context("deny.toml")?;
-    let allowed = allowed(&rules).context("deny.toml: found no list, expected licenses.allow")?;
+/// Each package of the binary, with its licence, a line each: what [`TREE`] prints.
+pub(crate) fn tree(root: &Path) -> Result<String> {
     let output =
         crate::cargo().args(TREE).current_dir(root).output().context("cannot start cargo")?;
     let tree = String::from_utf8_lossy(&output.stdout);
@@ -38,6 +36,14 @@ pub(crate) fn check(root: &Path) -> Result<()> {
             String::from_utf8_lossy(&output.stderr)
         );
     }
+    Ok(tree.into_owned())
+}
+
+/// Fails when a package may not be shipped under the licences of `deny.toml`.
+pub(crate) fn check(root: &Path) -> Result<()> {
+    let rules = std::fs::read_to_string(root.join("deny.toml")).context("deny.toml")?;
+    let allowed = allowed(&rules).context("deny.toml: found no list, expected licenses.allow")?;
+    let tree = tree(root)?;
     let (packages, refused) = refused(&tree, &allowed);
     if !refused.is_empty() {
         bail!("{}; expected {}", refused.join(", "), allowed.join(", "));
