@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use bytes::Bytes;
 use safetensors::Dtype;
 use tinyserve_kernels::{DType, HostTensor};
 use twox_hash::XxHash3_128;
@@ -11,7 +10,7 @@ use crate::files::Files;
 use crate::json::Fields;
 use crate::mmap::MappedFile;
 use crate::tokenizer::token_text;
-use crate::weights::{Stored, WeightFiles};
+use crate::weights::{Content, Stored, WeightFiles};
 use crate::{Architecture, ChatTemplate, ModelConfig, ModelError, Tokenizer};
 
 /// Bytes of a tensor that its fingerprint reads at each of three places.
@@ -74,12 +73,12 @@ impl Checkpoint {
         Self::from_files(Files::Builtin)
     }
 
-    /// A checkpoint of `tensors` (name, shape, bytes), all of type `dtype`, without files.
+    /// A checkpoint of `tensors` (name, shape, content), all of type `dtype`, without files.
     pub(crate) fn in_memory(
         name: &str,
         config: ModelConfig,
         dtype: DType,
-        tensors: impl Iterator<Item = (String, Vec<usize>, Bytes)>,
+        tensors: impl Iterator<Item = (String, Vec<usize>, Content)>,
     ) -> Self {
         let weights = WeightFiles::in_memory(name, dtype, tensors);
         Self { files: Files::None(name.to_owned()), config, weights, dtype }
@@ -157,7 +156,7 @@ impl Checkpoint {
 
     /// Every weight file: its name and its bytes.
     pub fn weight_files(&self) -> impl ExactSizeIterator<Item = (&str, usize)> {
-        self.weights.files.iter().map(|file| (file.name.as_str(), file.bytes.len()))
+        self.weights.files.iter().map(|file| (file.name.as_str(), file.len()))
     }
 
     pub(crate) fn files(&self) -> &Files {
@@ -191,23 +190,14 @@ impl Checkpoint {
         format!("{:032x}", hasher.finish_128())
     }
 
-    /// Whether the tensors lie in memory and in no file.
-    #[must_use]
-    pub fn is_in_memory(&self) -> bool {
-        matches!(self.files, Files::None(_))
-    }
-
     /// Takes what was read of the weight files out of this process's memory: a backend that keeps
     /// weights in another form has no use for it. Tensors stay valid, and are read again.
     pub(crate) fn release_memory(&self) {
-        self.weights
-            .files
-            .iter()
-            .filter_map(|file| file.map.as_ref())
-            .for_each(MappedFile::release);
+        self.weights.files.iter().filter_map(|file| file.map()).for_each(MappedFile::release);
     }
 
-    /// The tensor `name`, which must have `shape`; its bytes are shared with its file.
+    /// The tensor `name`, which must have `shape`; its bytes are shared with its file, or made
+    /// where the checkpoint has none.
     ///
     /// `name` has no `transformer.` or `model.` in front: some repositories write it, some do not.
     ///

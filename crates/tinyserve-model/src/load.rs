@@ -93,6 +93,7 @@ impl<B: Backend> Model<B> {
             .map(|folder| WeightsCache::open(folder, checkpoint, format, backend.image_layout()));
         let weights = Weights {
             checkpoint,
+            copies: format != WeightFormat::Stored || config.architecture == Architecture::Gpt2,
             backend: &backend,
             config: &config,
             format,
@@ -104,14 +105,18 @@ impl<B: Backend> Model<B> {
             WeightFormat::Int4 => WeightFormat::Int8,
             format => format,
         };
-        // Quantised weights are copies, and so are matrices that a backend turns.
-        let copies = format != WeightFormat::Stored || config.architecture == Architecture::Gpt2;
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
         let names = Names::of(config.architecture);
         let token_embedding = weights.table(outer, names.token_embedding, vocab)?;
         let position_embedding = names
             .position_embedding
             .map(|name| weights.table(WeightFormat::Stored, name, config.max_positions))
+            .transpose()?;
+        let head = (!config.tie_word_embeddings)
+            .then(|| {
+                let how = (MatrixLayout::OutIn, outer);
+                weights.linear(how, hidden, &[("lm_head", vocab, false)])
+            })
             .transpose()?;
         let mut blocks = Vec::with_capacity(config.layers);
         for layer in 0..config.layers {
@@ -120,17 +125,8 @@ impl<B: Backend> Model<B> {
                 Architecture::Gpt2 => weights.gpt2_block(layer)?,
                 Architecture::Llama => weights.llama_block(layer)?,
             });
-            if copies {
-                checkpoint.release_memory();
-            }
         }
         let final_norm = weights.norm(names.final_norm)?;
-        let head = (!config.tie_word_embeddings)
-            .then(|| {
-                let how = (MatrixLayout::OutIn, outer);
-                weights.linear(how, hidden, &[("lm_head", vocab, false)])
-            })
-            .transpose()?;
         progress(config.layers, config.layers);
         let structure = Structure::of(&config);
         let weight_bytes = weights.bytes.get();
@@ -176,6 +172,8 @@ impl Names {
 /// Reads tensors by name and hands them to the backend.
 struct Weights<'a, B: Backend> {
     checkpoint: &'a Checkpoint,
+    /// Whether the backend keeps copies: quantised weights, and matrices that it turns.
+    copies: bool,
     backend: &'a B,
     config: &'a ModelConfig,
     /// Of the matrices inside the layers that are not narrow.
@@ -240,6 +238,9 @@ impl<B: Backend> Weights<'_, B> {
             }
         };
         self.bytes.update(|bytes| bytes + self.backend.linear_bytes(&linear));
+        if self.copies {
+            self.checkpoint.release_memory();
+        }
         Ok(linear)
     }
 

@@ -1,12 +1,14 @@
-//! Files as memory: the one place of the crate that needs `unsafe`.
+//! Files as memory, and memory that goes back to the system: the one place of the crate that needs
+//! `unsafe`.
 
+use std::alloc::{Layout, handle_alloc_error};
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use bytes::Bytes;
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapMut};
 
 /// A file that is mapped into memory; the pages are read when they are first used.
 #[derive(Debug, Clone)]
@@ -47,6 +49,19 @@ impl MappedFile {
             let _ = self.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed);
         }
     }
+}
+
+/// Memory of `length` bytes from the beginning of a page on, as `fill` leaves it.
+///
+/// All of it goes back to the system when it is dropped: an allocator keeps some of what is freed
+/// for later.
+pub(crate) fn filled(length: usize, fill: impl FnOnce(&mut [u8])) -> Bytes {
+    let Ok(mut map) = MmapMut::map_anon(length) else {
+        // As `Vec` does.
+        handle_alloc_error(Layout::array::<u8>(length).unwrap_or(Layout::new::<u8>()));
+    };
+    fill(&mut map);
+    Bytes::from_owner(map)
 }
 
 impl AsRef<[u8]> for MappedFile {

@@ -72,16 +72,9 @@ impl MemoryPlan {
     ) -> Self {
         let config = checkpoint.config();
         let weight_bytes = config.weight_bytes(checkpoint.dtype(), format);
-        let stored_bytes = checkpoint.weight_bytes() as u64;
         let copies = format != WeightFormat::Stored || config.architecture == Architecture::Gpt2;
-        let loading_bytes = match (copies, checkpoint.is_in_memory()) {
-            (false, _) => 0,
-            // What lies in no file cannot be given back layer by layer.
-            (true, true) => stored_bytes,
-            (true, false) => {
-                stored_bytes - config.later_bytes(checkpoint.dtype()).min(stored_bytes)
-            }
-        };
+        let loading_bytes =
+            if copies { config.largest_matrix_bytes(checkpoint.dtype()) } else { 0 };
         // Each sequence's last page in every layer, and in one of them those that the step fills.
         let filled = layout.pages_for(largest.tokens).saturating_add(largest.sequences);
         let open_pages = largest.sequences.saturating_mul(config.layers).saturating_add(filled);
@@ -328,14 +321,14 @@ impl ModelConfig {
         4 * vectors * self.hidden_size as u64 * (2 * self.layers as u64 + 1)
     }
 
-    /// Stored bytes that are not read yet, or were given back, when the most of them are in memory:
-    /// all layers but one, and a head of its own.
-    fn later_bytes(&self, stored: DType) -> u64 {
-        let blocks = self.layers.saturating_sub(1) as u64;
-        let blocks = self.block_bytes(stored, WeightFormat::Stored).saturating_mul(blocks);
+    /// Stored bytes of the largest matrix, or matrices that are read as one.
+    fn largest_matrix_bytes(&self, stored: DType) -> u64 {
         let tables = self.tables(stored, WeightFormat::Stored);
-        let head = if self.tie_word_embeddings { 0 } else { tables[0].bytes() };
-        blocks.saturating_add(head)
+        let tables = tables.into_iter().map(|LinearSize { inputs, outputs, .. }| (inputs, outputs));
+        let elements =
+            |(inputs, outputs): (usize, usize)| (inputs as u64).saturating_mul(outputs as u64);
+        let largest = self.matrices().into_iter().chain(tables).map(elements).max();
+        largest.unwrap_or(0).saturating_mul(stored.size() as u64)
     }
 
     /// Bytes of activations in `largest`, and of the buffers of its threads.

@@ -1,8 +1,10 @@
 //! The safetensors files of a checkpoint: where each tensor lies.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::ops::Range;
 use std::path::{Component, Path};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use safetensors::{Dtype, SafeTensors};
@@ -27,9 +29,53 @@ pub(crate) struct WeightFile {
     pub(crate) name: String,
     /// The name with its place, for error messages.
     pub(crate) path: String,
-    pub(crate) bytes: Bytes,
+    pub(crate) content: Content,
+}
+
+impl WeightFile {
+    pub(crate) fn len(&self) -> usize {
+        match &self.content {
+            Content::Held { bytes, .. } => bytes.len(),
+            Content::Made { length, .. } => *length,
+        }
+    }
+
+    /// All of its bytes, held or made.
+    pub(crate) fn bytes(&self) -> Bytes {
+        match &self.content {
+            Content::Held { bytes, .. } => bytes.clone(),
+            Content::Made { make, .. } => make(),
+        }
+    }
+
     /// Where the bytes are a file's.
-    pub(crate) map: Option<MappedFile>,
+    pub(crate) fn map(&self) -> Option<&MappedFile> {
+        match &self.content {
+            Content::Held { map, .. } => map.as_ref(),
+            Content::Made { .. } => None,
+        }
+    }
+}
+
+/// Where the bytes of a weight file come from.
+#[derive(Clone)]
+pub(crate) enum Content {
+    /// They are in memory, or in a file that is mapped.
+    Held { bytes: Bytes, map: Option<MappedFile> },
+    /// They are made each time they are read, the same ones, so that they take memory only while
+    /// they are used.
+    Made { length: usize, make: Arc<dyn Fn() -> Bytes + Send + Sync> },
+}
+
+impl fmt::Debug for Content {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Held { bytes, map } => {
+                f.debug_struct("Held").field("length", &bytes.len()).field("map", map).finish()
+            }
+            Self::Made { length, .. } => f.debug_struct("Made").field("length", length).finish(),
+        }
+    }
 }
 
 /// Where a tensor lies.
@@ -66,7 +112,8 @@ impl WeightFiles {
     /// Maps the files and reads their headers; the weights themselves are not touched.
     pub(crate) fn open(files: &Files) -> Result<Self, ModelError> {
         if let Some((bytes, map)) = files.map(SINGLE)? {
-            let file = WeightFile { name: SINGLE.to_owned(), path: files.path(SINGLE), bytes, map };
+            let content = Content::Held { bytes, map };
+            let file = WeightFile { name: SINGLE.to_owned(), path: files.path(SINGLE), content };
             let tensors = header(&file, 0)?;
             return Ok(Self { files: vec![file], tensors });
         }
@@ -83,11 +130,11 @@ impl WeightFiles {
         })
     }
 
-    /// Tensors (name, shape, bytes) of type `dtype` that lie in no file.
+    /// Tensors (name, shape, content) of type `dtype` that lie in no file.
     pub(crate) fn in_memory(
         place: &str,
         dtype: DType,
-        tensors: impl Iterator<Item = (String, Vec<usize>, Bytes)>,
+        tensors: impl Iterator<Item = (String, Vec<usize>, Content)>,
     ) -> Self {
         let dtype = match dtype {
             DType::F32 => Dtype::F32,
@@ -95,10 +142,10 @@ impl WeightFiles {
             DType::Bf16 => Dtype::BF16,
         };
         let mut all = Self { files: Vec::new(), tensors: BTreeMap::new() };
-        for (name, shape, bytes) in tensors {
-            let stored = Stored { file: all.files.len(), dtype, shape, range: 0..bytes.len() };
-            let path = format!("{place}/{name}");
-            all.files.push(WeightFile { name: name.clone(), path, bytes, map: None });
+        for (name, shape, content) in tensors {
+            let file = WeightFile { name: name.clone(), path: format!("{place}/{name}"), content };
+            let stored = Stored { file: all.files.len(), dtype, shape, range: 0..file.len() };
+            all.files.push(file);
             all.tensors.insert(name, stored);
         }
         all
@@ -134,7 +181,7 @@ impl WeightFiles {
                     })?;
                     let number: usize = files.len();
                     let (name, path) = (shard.to_owned(), folder.path(shard));
-                    let file = WeightFile { name, path, bytes, map };
+                    let file = WeightFile { name, path, content: Content::Held { bytes, map } };
                     headers.push(header(&file, number)?);
                     files.push(file);
                     numbers.insert(shard, number);
@@ -153,7 +200,7 @@ impl WeightFiles {
 
     /// The stored bytes of a tensor, shared with its file.
     pub(crate) fn bytes(&self, stored: &Stored) -> Bytes {
-        self.files[stored.file].bytes.slice(stored.range.clone())
+        self.files[stored.file].bytes().slice(stored.range.clone())
     }
 }
 
@@ -170,11 +217,12 @@ fn header(file: &WeightFile, number: usize) -> Result<BTreeMap<String, Stored>, 
         found,
         expected: "a whole safetensors file: copy or download it again".to_owned(),
     };
-    if file.bytes.is_empty() {
+    let bytes = file.bytes();
+    if bytes.is_empty() {
         return Err(wrong("an empty file".to_owned()));
     }
-    let (length, metadata) = SafeTensors::read_metadata(&file.bytes).map_err(|error| {
-        wrong(format!("{} bytes that do not fit their own header ({error})", file.bytes.len()))
+    let (length, metadata) = SafeTensors::read_metadata(&bytes).map_err(|error| {
+        wrong(format!("{} bytes that do not fit their own header ({error})", bytes.len()))
     })?;
     let start = LENGTH_BYTES + length;
     let tensors = metadata.tensors().into_iter().map(|(name, info)| {

@@ -326,11 +326,8 @@ fn load_on<B: Measurable + Sync>(
         // The depth's open page stays beside the copy of it that a run goes on with.
         let open = 2 * sequences;
         let largest = LargestStep { tokens, sequences: open, logits: sequences, threads };
-        // Made in memory, the stored weights are there already; the plan counts them itself.
-        let made = if checkpoint.is_in_memory() { checkpoint.weight_bytes() as u64 } else { 0 };
-        let process = memory::process().saturating_sub(made);
         let plan = MemoryPlan::new(checkpoint, weights.format, layout, largest, pages);
-        setup.planned_bytes = plan.process_bytes(process).total_bytes();
+        setup.planned_bytes = plan.process_bytes(memory::process()).total_bytes();
         let backend = Profiled::new(backend);
         let model = Model::load_with(backend, checkpoint, &weights, |done, total| {
             progress.update(done, total);

@@ -75,14 +75,16 @@ impl Source {
         let (shape, dtype, weights) = match &self {
             Self::Stored(checkpoint) => (checkpoint.config().clone(), checkpoint.dtype(), 0),
             Self::Synthetic(model, _) => {
-                let model = model.clone().at_least_positions(longest);
-                (model.config()?, model.dtype(), model.weight_bytes())
+                let (shape, dtype) =
+                    (model.clone().at_least_positions(longest).config()?, model.dtype());
+                let weights = shape.weight_bytes(dtype, config.load_options(dtype)?.format);
+                (shape, dtype, weights)
             }
         };
         let layout = config.kv_layout(&shape, dtype)?;
         let pages = (layout.pages_for(longest) + 1).saturating_mul(sequences);
         let cache = layout.bytes_per_page().saturating_mul(pages);
-        let needed = weights.saturating_add(cache) as u64;
+        let needed = weights.saturating_add(cache as u64);
         if let Some(available) = memory::available().filter(|&available| needed > available) {
             let [needed, available] = [needed, available].map(units::bytes);
             return Err(anyhow!(

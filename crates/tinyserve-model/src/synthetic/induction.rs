@@ -25,6 +25,7 @@ use serde_json::{Value, json};
 use tinyserve_kernels::DType;
 
 use super::SyntheticNormal;
+use crate::weights::Content;
 use crate::{Checkpoint, ModelConfig, ModelError};
 
 /// Tokens that are asked for.
@@ -159,7 +160,7 @@ impl InductionModel {
         let config = ModelConfig::from_json("induction", config.as_bytes())?;
         let tensors = self.tensors().into_iter().map(|(name, shape, values)| {
             let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-            (name, shape, Bytes::from(bytes))
+            (name, shape, Content::Held { bytes: Bytes::from(bytes), map: None })
         });
         Ok(Checkpoint::in_memory("induction", config, DType::F32, tensors))
     }

@@ -6,7 +6,8 @@ mod induction;
 mod shape;
 mod values;
 
-use bytes::Bytes;
+use std::sync::Arc;
+
 use serde_json::Value;
 use tinyserve_kernels::{AppendKvArgs, Backend, DType};
 use tinyserve_kv::{PageTable, Slot};
@@ -15,11 +16,10 @@ pub use induction::{InductionGeometry, InductionModel, LookupTokens};
 pub use shape::SyntheticShape;
 pub use values::{SyntheticNormal, SyntheticTensor};
 
-use crate::{Checkpoint, KvCache, Model, ModelConfig, ModelError};
+use crate::weights::Content;
+use crate::{Checkpoint, KvCache, Model, ModelConfig, ModelError, mmap};
 use shape::Shape;
 
-/// Weights begin on a cache line, so that no vector load crosses two.
-const LINE_BYTES: usize = 64;
 /// Tokens whose keys and values are written at a time.
 const FILL_TOKENS: usize = 256;
 
@@ -120,24 +120,23 @@ impl SyntheticModel {
         self.dimensions.post_processor()
     }
 
-    /// The model in memory, as a checkpoint without files and without a tokenizer.
+    /// The model as a checkpoint without files and without a tokenizer.
+    ///
+    /// A tensor is made when it is read, so that one whose weights are quantised never lies in
+    /// memory as a whole beside them.
     ///
     /// # Errors
     /// As [`Self::config`].
     pub fn checkpoint(&self) -> Result<Checkpoint, ModelError> {
+        let (dtype, seed) = (self.dtype, self.seed);
         let tensors = self.tensors().into_iter().map(|tensor| {
-            let bytes = self.aligned(&tensor);
-            (tensor.name().to_owned(), tensor.shape().to_vec(), bytes)
+            let (name, shape) = (tensor.name().to_owned(), tensor.shape().to_vec());
+            let length = tensor.elements() * dtype.size();
+            let make =
+                Arc::new(move || mmap::filled(length, |bytes| tensor.write(dtype, seed, bytes)));
+            (name, shape, Content::Made { length, make })
         });
         Ok(Checkpoint::in_memory(self.shape.name(), self.config()?, self.dtype, tensors))
-    }
-
-    fn aligned(&self, tensor: &SyntheticTensor) -> Bytes {
-        let bytes = tensor.elements() * self.dtype.size();
-        let mut memory = vec![0; bytes + LINE_BYTES - 1];
-        let start = memory.as_ptr().align_offset(LINE_BYTES);
-        tensor.write(self.dtype, self.seed, &mut memory[start..start + bytes]);
-        Bytes::from(memory).slice(start..start + bytes)
     }
 }
 
@@ -187,6 +186,9 @@ mod tests {
 
     use super::*;
     use crate::{Activations, Batch, LogitRows, SequenceStep, StepOutput};
+
+    /// From a cache line on, no vector load crosses two.
+    const LINE_BYTES: usize = 64;
 
     #[test]
     fn a_checkpoint_in_memory_holds_the_tensors_of_its_seed() {

@@ -38,13 +38,13 @@ pub(super) fn source_files(checkpoint: &Checkpoint) -> Vec<SourceFile> {
 
 impl SourceFile {
     fn of(file: &WeightFile) -> Self {
-        let modified = file.map.as_ref().and_then(MappedFile::modified);
+        let modified = file.map().and_then(MappedFile::modified);
         let since = modified.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
         Self {
             name: file.name.clone(),
-            bytes: file.bytes.len(),
+            bytes: file.len(),
             modified: since.map(|since| since.as_nanos() as u64),
-            samples: samples(&file.bytes),
+            samples: samples(&file.bytes()),
         }
     }
 }
