@@ -1,5 +1,9 @@
 //! A chunk's pages of codes, and the asking for the next chunk's.
 
+use half::f16;
+use tinyserve_kv::GROUP_PAGES;
+
+use super::products::MANY;
 use super::softmax::Rows;
 use crate::cpu::simd::{LINE, Simd};
 
@@ -26,26 +30,78 @@ impl Rows<u8> for ChunkPages<'_, '_> {
     }
 }
 
-/// The next chunk's pages, whose lines memory is asked for one by one: in bursts memory would be busy
-/// in some steps of a chunk and wait in others, and so would what comes after a burst.
+/// What memory is asked for meanwhile, a little at a time.
+pub(super) trait Ahead {
+    /// Asks for the next line, if there is one.
+    fn ask<S: Simd>(&mut self, simd: S);
+}
+
+/// Nothing is asked for.
+pub(super) struct Nothing;
+
+impl Ahead for Nothing {
+    #[inline(always)]
+    fn ask<S: Simd>(&mut self, _: S) {}
+}
+
+/// The next chunk's pages, whose lines memory is asked for one by one, and boxes after it: in bursts,
+/// even of two, memory would be busy in some steps of a chunk and wait in others, and so would what
+/// comes after a burst.
 pub(super) struct NextPages<'s, 'a> {
     pages: ChunkPages<'s, 'a>,
     /// Pages that have been begun, the next line, and lines from it on of its page.
     begun: usize,
     line: *const u8,
     left: usize,
+    /// The next row of boxes, and how many there are.
+    row: *const f16,
+    rows: usize,
 }
 
 impl<'s, 'a> NextPages<'s, 'a> {
     pub(super) fn new(pages: ChunkPages<'s, 'a>) -> Self {
-        Self { pages, begun: 0, line: std::ptr::null(), left: 0 }
+        Self { pages, begun: 0, line: std::ptr::null(), left: 0, row: std::ptr::null(), rows: 0 }
     }
 
-    /// Asks for the next line; says whether there was one.
+    /// Takes the first lanes of `rows` rows of boxes on, which begin with `boxes`.
     #[inline(always)]
-    pub(super) fn ask<S: Simd>(&mut self, simd: S) -> bool {
+    pub(super) fn add_boxes(&mut self, boxes: &[f16], rows: usize) {
+        (self.row, self.rows) = (boxes.as_ptr(), rows);
+    }
+
+    /// Asks for the next row of boxes, or, after the last one, for the next line.
+    #[inline(always)]
+    pub(super) fn ask_box<S: Simd>(&mut self, simd: S) {
+        if self.rows == 0 {
+            self.ask(simd);
+            return;
+        }
+        simd.prefetch_far(self.row);
+        self.row = self.row.wrapping_add(GROUP_PAGES);
+        self.rows -= 1;
+    }
+
+    /// Asks for all lines that are left.
+    #[inline(always)]
+    pub(super) fn ask_rest<S: Simd>(&mut self, simd: S) {
+        while self.left > 0 || self.begun < self.pages.starts.len() {
+            self.ask(simd);
+        }
+    }
+
+    /// Itself, where so few queries share a chunk that it has to be asked for between all steps;
+    /// with more of them, their products leave time enough.
+    #[inline(always)]
+    pub(super) fn between(&mut self, queries: usize) -> Between<'_, 's, 'a> {
+        Between(self, queries < MANY)
+    }
+}
+
+impl Ahead for NextPages<'_, '_> {
+    #[inline(always)]
+    fn ask<S: Simd>(&mut self, simd: S) {
         if self.left == 0 {
-            let Some(&start) = self.pages.starts.get(self.begun) else { return false };
+            let Some(&start) = self.pages.starts.get(self.begun) else { return };
             self.begun += 1;
             self.line = self.pages.bytes.as_ptr().wrapping_add(start);
             self.left = self.pages.length.div_ceil(LINE);
@@ -53,12 +109,17 @@ impl<'s, 'a> NextPages<'s, 'a> {
         simd.prefetch_far(self.line);
         self.line = self.line.wrapping_add(LINE);
         self.left -= 1;
-        true
     }
+}
 
-    /// Asks for all lines that are left.
+/// See [`NextPages::between`].
+pub(super) struct Between<'n, 's, 'a>(&'n mut NextPages<'s, 'a>, bool);
+
+impl Ahead for Between<'_, '_, '_> {
     #[inline(always)]
-    pub(super) fn ask_rest<S: Simd>(&mut self, simd: S) {
-        while self.ask(simd) {}
+    fn ask<S: Simd>(&mut self, simd: S) {
+        if self.1 {
+            self.0.ask(simd);
+        }
     }
 }

@@ -5,9 +5,9 @@ use std::ops::Range;
 use half::f16;
 use tinyserve_kv::{CodePages, GROUP_PAGES, HeadPage, KvElement, KvFormat};
 
-use super::ahead::{ChunkPages, NextPages};
+use super::ahead::{Ahead, ChunkPages, NextPages};
 use super::observe::Records;
-use super::products::{self, BLOCK, Pieces, Places, QuadFactors, TINY, Values};
+use super::products::{self, BLOCK, Pieces, Places, QuadFactors, TINY, Values, Widest};
 use super::softmax::{self, OnePage, Rows, Shape, State};
 use super::tile::{StoredPages, Tile, TileScratch, chunk_pages, gather};
 use crate::cpu::memory::Aligned;
@@ -16,6 +16,9 @@ use crate::cpu::simd::{Element, LARGEST, LINE, Simd};
 /// Pages of a block of neighbours from which on their boxes are read where they lie; those of fewer
 /// are picked out of their groups, so that enough pages share the work on each query.
 const NEIGHBOURS: usize = 8;
+
+/// Looks that one line of a row of boxes serves.
+const LOOKS: usize = LINE / size_of::<f16>() / BLOCK;
 
 /// Most bytes of a chunk's pages that memory is asked for while the chunk before it is computed.
 const MOST_ASKED: usize = 256 * 1024;
@@ -39,12 +42,20 @@ pub(super) struct CodeScratch {
     units: Vec<(f32, f32)>,
     /// Boxes that were picked out of their groups `[head_dim, 2 (max, min), BLOCK pages]`.
     corners: Vec<f16>,
-    /// Ranges of channels over the page's widest, `[padded, BLOCK pages]`.
+    /// Ranges of channels `[padded, BLOCK pages]`; over the page's widest where several queries meet
+    /// them.
     ranges: Aligned,
     /// Minima of channels, `[padded, BLOCK pages]`.
     minima: Aligned,
+    /// The widest ranges of these pages.
+    widest: Widest,
+    /// Where these pages are a block of neighbours in the pool, which one: chunks of large pages have
+    /// it in common.
+    block: Option<usize>,
     /// Factors of some queries for the pages of a look `[quads, queries]`.
     factors: Vec<QuadFactors>,
+    /// Scaled queries times the minima of these pages.
+    offsets: [[f32; BLOCK]; MOST_QUERIES],
     /// Scales and minima of the values of a chunk, widened `[2, tokens]`.
     value_ranges: Aligned,
     /// Weights times scales of the chunk `[tokens]`.
@@ -64,6 +75,7 @@ impl CodeScratch {
         query: impl Fn(usize) -> &'a [f32],
     ) {
         self.padded = dim.next_multiple_of(BLOCK);
+        self.block = None;
         self.scaled.resize(queries * self.padded);
         self.units.clear();
         for (i, scaled) in self.scaled.chunks_exact_mut(self.padded).enumerate() {
@@ -94,14 +106,12 @@ impl CodeScratch {
 }
 
 /// Pages whose boxes are side by side in a look at them.
-struct Look<'a> {
+struct Look {
     pages: Range<usize>,
-    /// The boxes of the look after it, if they are worth asking for: rows of [`GROUP_PAGES`].
-    ahead: &'a [f16],
     /// Where the boxes of each page are.
     lanes: [usize; BLOCK],
-    /// The widest range of each lane.
-    widest: [f32; BLOCK],
+    /// Whether they are where the look before it left them.
+    known: bool,
 }
 
 impl StoredPages for CodePages<'_> {
@@ -139,6 +149,13 @@ impl Tile<'_, CodePages<'_>> {
     #[inline(always)]
     fn pool_index(&self, i: usize) -> usize {
         self.unit.table(self.context)[self.list.get(i)].index()
+    }
+
+    /// The boxes of the group of page `index` in the pool, `[head_dim, 2 (max, min), GROUP_PAGES]`.
+    #[inline(always)]
+    fn boxes_of(&self, index: usize) -> &[f16] {
+        let (layer, head) = (self.context.layer, self.unit.kv_head);
+        self.context.pages.group_boxes::<f16>(layer, index / GROUP_PAGES, head)
     }
 
     /// Where the listed pages `pages` begin, and the next chunk's, if memory is asked for them.
@@ -190,7 +207,11 @@ impl Tile<'_, CodePages<'_>> {
         let (own_starts, next_starts) = starts.split_at(pages.len());
         let of_chunk = ChunkPages { bytes, starts: own_starts, length };
         if pages.start == self.asked.start && self.unit.rows.len() == 1 {
-            // No chunk before this one asks for them.
+            // No chunk before this one asks for them; boxes are read first.
+            let index = self.pool_index(pages.start);
+            for row in self.boxes_of(index)[index % GROUP_PAGES..].chunks(GROUP_PAGES) {
+                simd.prefetch_far(row.as_ptr());
+            }
             NextPages::new(of_chunk).ask_rest(simd);
         }
         let mut next = NextPages::new(ChunkPages { bytes, starts: next_starts, length });
@@ -221,8 +242,13 @@ impl Tile<'_, CodePages<'_>> {
         let mut state = State::new(&mut scratch.part, shape);
         for query in 0..shape.queries {
             let weights = &mut scratch.weights[query * chunk..(query + 1) * chunk];
-            scratch.shifts[query] =
-                state.soften(simd, query, &mut weights[..], at + seen(query), self.context.scale);
+            scratch.shifts[query] = state.soften(
+                simd,
+                query,
+                (&mut weights[..], at + seen(query)),
+                self.context.scale,
+                &mut next.between(shape.queries),
+            );
             if records.counted {
                 let weights = &weights[..at + seen(query)];
                 records.keep(&mut scratch.records, (chunk_index, query), weights, &state);
@@ -281,10 +307,14 @@ impl Tile<'_, CodePages<'_>> {
         let mut first = pages.start;
         while first < pages.end {
             let look = self.look(simd, first..pages.end, next, codes);
+            if shape.queries > 1 && !look.known {
+                let ranges = &mut codes.ranges[..shape.head_dim * BLOCK];
+                products::normalise(simd, ranges, &codes.widest, next);
+            }
             first = look.pages.end;
             let mut query = 0;
             while query < shape.queries {
-                let (look, out) = ((&look, pages.start), (&mut *scores, chunk));
+                let (look, out) = ((&look, shape.queries, pages.start), (&mut *scores, chunk));
                 let of = (query, places, &mut *next);
                 // As many queries as the registers hold sums for, and words enough that no sum
                 // waits.
@@ -316,27 +346,30 @@ impl Tile<'_, CodePages<'_>> {
         pages: Range<usize>,
         next: &mut NextPages<'_, '_>,
         codes: &mut CodeScratch,
-    ) -> Look<'_> {
-        let boxes = |index: usize| {
-            let (layer, head) = (self.context.layer, self.unit.kv_head);
-            self.context.pages.group_boxes::<f16>(layer, index / GROUP_PAGES, head)
-        };
-        // Pages from page `i` on that are neighbours in the pool.
+    ) -> Look {
+        let boxes = |index| self.boxes_of(index);
+        // Pages of the list from page `i` on, this chunk's or not, that are neighbours in the pool.
         let neighbours = |i: usize| {
             let block = self.pool_index(i) / BLOCK;
-            (i..pages.end).take_while(|&i| self.pool_index(i) / BLOCK == block).count()
+            (i..self.asked.end).take_while(|&i| self.pool_index(i) / BLOCK == block).count()
         };
         let dim = self.pages.layout().head_dim();
         let (first, mut lanes) = (pages.start, [0; BLOCK]);
-        let mut end = first + neighbours(first);
         let index = self.pool_index(first);
-        let source = if end - first >= NEIGHBOURS {
+        let known = codes.block == Some(index / BLOCK);
+        let (count, mut end) = (neighbours(first), first);
+        let source = if known || count >= NEIGHBOURS {
+            end = (first + count).min(pages.end);
             for (lane, i) in lanes.iter_mut().zip(first..end) {
                 *lane = self.pool_index(i) % BLOCK;
             }
+            if known {
+                return Look { pages: first..end, lanes, known };
+            }
+            codes.block = Some(index / BLOCK);
             (boxes(index), GROUP_PAGES, index / BLOCK * BLOCK % GROUP_PAGES)
         } else {
-            end = first;
+            codes.block = None;
             for (column, lane) in lanes.iter_mut().enumerate() {
                 if end == pages.end || column > 0 && neighbours(end) >= NEIGHBOURS {
                     break;
@@ -349,17 +382,21 @@ impl Tile<'_, CodePages<'_>> {
             (&codes.corners[..], BLOCK, 0)
         };
         let (ranges, minima) = (&mut codes.ranges[..dim * BLOCK], &mut codes.minima[..dim * BLOCK]);
-        let widest = products::load_boxes(simd, source, ranges, minima, next);
-        let mut ahead = &[] as &[f16];
-        if self.ahead > 0 && source.1 == GROUP_PAGES && end < self.asked.end {
-            let index = self.pool_index(end);
-            let lane = index / BLOCK * BLOCK % GROUP_PAGES;
-            // Others lie in lines that have been read.
-            if lane.is_multiple_of(LINE / size_of::<f16>()) {
-                ahead = &boxes(index)[lane..];
+        codes.widest = products::load_boxes(simd, source, ranges, minima, next);
+        if self.ahead > 0 && source.1 == GROUP_PAGES {
+            // Each of the looks that share lines asks for its part of the rows of the next ones.
+            let part = source.2 / BLOCK % LOOKS;
+            let i = first + count + (LOOKS - 1 - part) * BLOCK;
+            if i < self.asked.end {
+                let index = self.pool_index(i);
+                let lane = index % GROUP_PAGES;
+                if lane.is_multiple_of(LOOKS * BLOCK) {
+                    let rows = 2 * dim / LOOKS;
+                    next.add_boxes(&boxes(index)[part * rows * GROUP_PAGES + lane..], rows);
+                }
             }
         }
-        Look { pages: first..end, ahead, lanes, widest }
+        Look { pages: first..end, lanes, known }
     }
 
     /// Scores of the pages of a look for `Q` queries; gives `Q`.
@@ -367,7 +404,7 @@ impl Tile<'_, CodePages<'_>> {
     fn scores_of<S: Simd, const Q: usize, const W: usize, const BITS: usize>(
         &self,
         simd: S,
-        (look, first): (&Look<'_>, usize),
+        (look, queries, first): (&Look, usize, usize),
         (query, (pages, places), next): (
             usize,
             (ChunkPages<'_, '_>, Places),
@@ -377,34 +414,24 @@ impl Tile<'_, CodePages<'_>> {
         codes: &mut CodeScratch,
     ) -> usize {
         let quads = places.key_words * (8 / BITS);
-        let mut offsets = [[0.0; BLOCK]; Q];
-        for (q, offsets) in offsets.iter_mut().enumerate() {
+        // Of more queries others' factors have taken their place.
+        let known = look.known && Q == queries;
+        for (q, offsets) in codes.offsets[..Q].iter_mut().enumerate().filter(|_| !known) {
             let scaled = &codes.scaled[(query + q) * codes.padded..(query + q + 1) * codes.padded];
-            let boxes = (&codes.ranges[..], &codes.minima[..]);
+            let widest = (Q == 1 && queries == 1).then_some(&codes.widest);
+            let boxes = (&codes.ranges[..], &codes.minima[..], widest);
             let out = (&mut codes.factors[q..Q * quads], Q);
-            *offsets = products::factors(
-                simd,
-                scaled,
-                boxes,
-                out,
-                (&mut *next, if Q < 4 { 4 / Q } else { 0 }),
-            );
+            let lines = if Q < products::MANY { 4 / Q } else { 0 };
+            *offsets = products::factors(simd, scaled, boxes, out, (&mut *next, lines));
         }
-        let rows = (2 * places.head_dim).div_ceil(look.pages.len());
-        let mut ahead_rows = look.ahead.chunks(GROUP_PAGES);
         for (i, &lane) in look.pages.clone().zip(&look.lanes) {
             let (mut starts, mut units) = ([0.0; Q], [0.0; Q]);
             for q in 0..Q {
                 let unit = codes.units[query + q];
-                starts[q] = offsets[q][lane % BLOCK] * unit.0;
-                units[q] = unit.1 * look.widest[lane % BLOCK];
+                starts[q] = codes.offsets[q][lane % BLOCK] * unit.0;
+                units[q] = unit.1 * codes.widest.ranges[lane % BLOCK];
             }
             let page = i - first;
-            if query == 0 {
-                for row in ahead_rows.by_ref().take(rows) {
-                    simd.prefetch_far(row.as_ptr());
-                }
-            }
             products::dots::<S, Q, W, BITS>(
                 simd,
                 (pages.of(page), places, &mut *next),
@@ -479,10 +506,6 @@ impl Tile<'_, CodePages<'_>> {
             let out = out_scales.chunks_exact_mut(padded).zip(out_minima.chunks_exact_mut(padded));
             for (i, (out_scales, out_minima)) in out.enumerate() {
                 let bytes = pages.of(i);
-                if group == 0 {
-                    next.ask(simd);
-                    next.ask(simd);
-                }
                 for (out, start) in [(out_scales, scales), (out_minima, minima)] {
                     let halves = &bytes[start + 2 * group * size..][..2 * size];
                     let halves: &[f16] = bytemuck::cast_slice(halves);
@@ -491,6 +514,7 @@ impl Tile<'_, CodePages<'_>> {
                     let mut out = out.chunks_exact_mut(S::LANES);
                     let mut halves = halves.chunks_exact(S::LANES);
                     for (halves, out) in halves.by_ref().zip(out.by_ref()) {
+                        next.ask(simd);
                         simd.store(simd.load_f16(halves), out);
                     }
                     let (halves, out) = (halves.remainder(), out.into_remainder());
@@ -513,10 +537,21 @@ impl Tile<'_, CodePages<'_>> {
                     let row = &weights[(query + i) * chunk..(query + i + 1) * chunk];
                     let ranges = codes.value_ranges.split_at(tokens);
                     let out = &mut codes.products;
-                    let (offset, largest) =
-                        products::products(simd, row, ranges, (size, padded), out);
+                    let (offset, largest) = products::products(
+                        simd,
+                        row,
+                        ranges,
+                        (size, padded),
+                        out,
+                        &mut next.between(queries),
+                    );
                     let products = (&codes.products[..], largest);
-                    let unit = products::split(simd, products, (&mut codes.pieces[i..], q));
+                    let unit = products::split(
+                        simd,
+                        products,
+                        (&mut codes.pieces[i..], q),
+                        &mut next.between(queries),
+                    );
                     *sums = (offset, unit, shifts[query + i]);
                 }
                 let values = Values {

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use tinyserve_kv::GROUP_PAGES;
 
-use super::ahead::NextPages;
+use super::ahead::{Ahead, NextPages};
 use super::softmax::{Rows, State};
 use crate::cpu::simd::{Element, LARGEST, PIECES, SPLIT, Simd};
 
@@ -19,7 +19,7 @@ pub(super) const BLOCK: usize = 16;
 const QUAD: usize = 4;
 /// Queries from which on lines are asked for before a page, not between its words: their sums leave
 /// no register for it.
-const MANY: usize = 4;
+pub(super) const MANY: usize = 4;
 /// Stands for the widest range and the largest number where all are zero.
 pub(super) const TINY: f32 = 1e-30;
 
@@ -105,10 +105,17 @@ fn load_channel<S: Simd, E: Element>(
     }
 }
 
-/// Ranges and minima of `BLOCK` pages side by side: the widest ranges.
+/// The widest ranges of `BLOCK` pages.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Widest {
+    pub(super) ranges: [f32; BLOCK],
+    /// One over each.
+    inverse: [f32; BLOCK],
+}
+
+/// Ranges and minima of `BLOCK` pages side by side.
 ///
-/// `boxes` is `[head_dim, 2 (max, min), row]`, of which the pages are `lane..`; ranges are divided by
-/// the widest.
+/// `boxes` is `[head_dim, 2 (max, min), row]`, of which the pages are `lane..`.
 #[inline(always)]
 pub(super) fn load_boxes<S: Simd, E: Element>(
     simd: S,
@@ -116,7 +123,7 @@ pub(super) fn load_boxes<S: Simd, E: Element>(
     ranges: &mut [f32],
     minima: &mut [f32],
     next: &mut NextPages<'_, '_>,
-) -> [f32; BLOCK] {
+) -> Widest {
     // Channel after channel in turn, so that no maximum waits for the one before it.
     let mut chains = [[simd.splat(TINY); 2]; CHAINS];
     let (quads, rest) = ranges.as_chunks_mut::<{ CHAINS * BLOCK }>();
@@ -141,23 +148,33 @@ pub(super) fn load_boxes<S: Simd, E: Element>(
             *widest = simd.max(chain, *widest);
         }
     }
-    // Once a page: divisions are slow.
-    let one = simd.splat(1.0);
-    let inverse = [simd.div(one, widest[0]), simd.div(one, widest[1])];
+    let mut out = Widest { ranges: [0.0; BLOCK], inverse: [0.0; BLOCK] };
+    for (v, &widest) in widest.iter().enumerate().take(BLOCK / S::LANES) {
+        let at = v * S::LANES;
+        simd.store(widest, &mut out.ranges[at..]);
+        // Once a page: divisions are slow.
+        simd.store(simd.div(simd.splat(1.0), widest), &mut out.inverse[at..]);
+    }
+    out
+}
+
+/// Divides `ranges` by the widest of their pages.
+#[inline(always)]
+pub(super) fn normalise<S: Simd>(
+    simd: S,
+    ranges: &mut [f32],
+    widest: &Widest,
+    next: &mut NextPages<'_, '_>,
+) {
     for (channel, ranges) in ranges.chunks_exact_mut(BLOCK).enumerate() {
         if channel % 2 == 0 {
             next.ask(simd);
         }
-        for (v, &inverse) in inverse.iter().enumerate().take(BLOCK / S::LANES) {
-            let at = v * S::LANES;
+        for at in (0..BLOCK).step_by(S::LANES) {
+            let inverse = simd.load(&widest.inverse[at..]);
             simd.store(simd.mul(simd.load(&ranges[at..]), inverse), &mut ranges[at..]);
         }
     }
-    let mut out = [0.0; BLOCK];
-    for (v, &widest) in widest.iter().enumerate().take(BLOCK / S::LANES) {
-        simd.store(widest, &mut out[v * S::LANES..]);
-    }
-    out
 }
 
 /// Chains that channels are summed up in, or compared, in turn.
@@ -171,13 +188,14 @@ fn joined<S: Simd>(simd: S, [a, b, c, d]: [S::V; CHAINS]) -> S::V {
 /// Pieces of `scaled·ranges` for `BLOCK` pages, quad by quad into every `step`-th of `out`, and
 /// `scaled·minima`.
 ///
-/// `scaled` is `[padded]`, `ranges` and `minima` are `[padded, BLOCK]`. For each quad so many lines of
-/// the next pages are asked for.
+/// `scaled` is `[padded]`, `ranges` and `minima` are `[padded, BLOCK]`; ranges that are not
+/// [normalised](normalise) come with the `widest`. For each quad up to four lines of the next pages are
+/// asked for.
 #[inline(always)]
 pub(super) fn factors<S: Simd>(
     simd: S,
     scaled: &[f32],
-    (ranges, minima): (&[f32], &[f32]),
+    (ranges, minima, widest): (&[f32], &[f32], Option<&Widest>),
     (out, step): (&mut [QuadFactors], usize),
     (next, lines): (&mut NextPages<'_, '_>, usize),
 ) -> [f32; BLOCK] {
@@ -189,13 +207,17 @@ pub(super) fn factors<S: Simd>(
         let quads = out.iter_mut().step_by(step).zip(scaled.as_chunks::<QUAD>().0);
         for ((out, scaled), (ranges, minima)) in quads.zip(boxes) {
             let mut factors = [simd.splat(SPLIT); QUAD];
-            for _ in 0..lines {
-                next.ask(simd);
-            }
             for c in 0..QUAD {
+                if c < lines {
+                    next.ask(simd);
+                }
                 let scaled = simd.splat(scaled[c]);
                 let row = c * BLOCK + at;
-                factors[c] = simd.mul_add(simd.load(&ranges[row..]), scaled, factors[c]);
+                let mut range = simd.load(&ranges[row..]);
+                if let Some(widest) = widest {
+                    range = simd.mul(range, simd.load(&widest.inverse[at..]));
+                }
+                factors[c] = simd.mul_add(range, scaled, factors[c]);
                 sums[c] = simd.mul_add(simd.load(&minima[row..]), scaled, sums[c]);
             }
             let [low, middle, high] = &mut out.0;
@@ -254,8 +276,11 @@ pub(super) fn dots<S: Simd, const Q: usize, const W: usize, const BITS: usize>(
     let (row, quads) = (4 * places.size, Q * (8 / BITS));
     let keys = &page[..places.key_words * row];
     if Q >= MANY {
-        for _ in 0..places.key_words / 2 {
+        for word in 0..places.key_words / 2 {
             next.ask(simd);
+            if word % 2 == 0 {
+                next.ask_box(simd);
+            }
         }
     }
     for (block, token) in (0..places.size).step_by(BLOCK).enumerate() {
@@ -265,8 +290,11 @@ pub(super) fn dots<S: Simd, const Q: usize, const W: usize, const BITS: usize>(
         let rest = groups.remainder();
         for factors in groups {
             for (w, counts) in counts.iter_mut().enumerate() {
-                if Q < MANY {
+                // Lines of pages and boxes in turn, a word without any between them.
+                if Q < MANY && w % 2 == 0 {
                     next.ask(simd);
+                } else if Q < MANY && w % 4 == 1 {
+                    next.ask_box(simd);
                 }
                 let factors = (&factors[w * quads..(w + 1) * quads], lane);
                 add_word::<S, Q, BITS>(simd, load(simd, keys, at), factors, counts);
@@ -299,6 +327,7 @@ pub(super) fn products<S: Simd>(
     (scales, minima): (&[f32], &[f32]),
     (size, padded): (usize, usize),
     out: &mut [f32],
+    next: &mut impl Ahead,
 ) -> (f32, f32) {
     let (out, behind) = out.split_at_mut(scales.len());
     behind.fill(0.0);
@@ -318,6 +347,7 @@ pub(super) fn products<S: Simd>(
         page += padded;
         let mut at = 0;
         while at + S::LANES <= size {
+            next.ask(simd);
             let weights = simd.load(&weights[at..]);
             let product = simd.mul(weights, simd.load(&scales[at..]));
             simd.store(product, &mut out[at..]);
@@ -342,9 +372,11 @@ pub(super) fn split<S: Simd>(
     simd: S,
     (products, largest): (&[f32], f32),
     (out, step): (&mut [Pieces], usize),
+    next: &mut impl Ahead,
 ) -> f32 {
     let factor = simd.splat(LARGEST / largest);
     for (block, products) in products.chunks_exact(BLOCK).enumerate() {
+        next.ask(simd);
         let words = out[block * step].0.as_flattened_mut();
         for at in (0..BLOCK).step_by(S::LANES) {
             let sums = simd.mul_add(simd.load(&products[at..]), factor, simd.splat(SPLIT));
@@ -406,6 +438,9 @@ impl<P: Rows<u8>> Values<'_, P> {
                     let mut halves = codes;
                     for codes in &mut halves {
                         *codes = half::<S, BITS>(simd, *codes, part);
+                    }
+                    if Q < MANY {
+                        next.ask(simd);
                     }
                     for (row, counts) in rows.iter().zip(&mut counts) {
                         for piece in 0..PIECES {

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::ahead::Ahead;
 use crate::cpu::simd::{Element, LINE, Simd};
 
 /// Scores further below the highest weigh nothing that f32 could add to a sum.
@@ -214,15 +215,15 @@ impl<'a> State<'a> {
     }
 
     /// Turns the scores of the first `tokens` tokens of a chunk into weights, and adds them up;
-    /// gives the factor that earlier weights shrink by.
+    /// gives the factor that earlier weights shrink by. Meanwhile `next` is asked for.
     #[inline(always)]
     pub(super) fn soften<S: Simd>(
         &mut self,
         simd: S,
         query: usize,
-        scores: &mut [f32],
-        tokens: usize,
+        (scores, tokens): (&mut [f32], usize),
         scale: f32,
+        next: &mut impl Ahead,
     ) -> f32 {
         if tokens == 0 {
             return 1.0;
@@ -234,6 +235,7 @@ impl<'a> State<'a> {
         let scale = simd.splat(scale);
         let mut highest = simd.splat(before);
         for scores in scores.chunks_exact_mut(S::LANES) {
+            next.ask(simd);
             let scaled = simd.mul(simd.load(scores), scale);
             simd.store(scaled, scores);
             highest = simd.max(highest, scaled);
@@ -253,7 +255,9 @@ impl<'a> State<'a> {
             }
         } else {
             for scores in scores.chunks_exact_mut(S::LANES) {
+                next.ask(simd);
                 let weights = simd.exp(simd.sub(simd.load(scores), simd.splat(peak)));
+                next.ask(simd);
                 simd.store(weights, scores);
                 sum = simd.add(sum, weights);
             }

@@ -9,6 +9,7 @@ use std::sync::{Mutex, PoisonError};
 
 use tinyserve_kv::{HeadPage, HeadPages, KvElement, KvLayout};
 
+use super::ahead::Nothing;
 use super::codes::CodeScratch;
 use super::observe::Records;
 use super::softmax::{self, Rows, Shape, State};
@@ -361,8 +362,13 @@ impl<E: KvElement + Element> Tile<'_, HeadPages<'_, E>> {
         for query in 0..shape.queries {
             let tokens = tokens(query);
             let weights = &mut scratch.weights[query * chunk..(query + 1) * chunk];
-            scratch.shifts[query] =
-                state.soften(simd, query, &mut weights[..], tokens, self.context.scale);
+            scratch.shifts[query] = state.soften(
+                simd,
+                query,
+                (&mut weights[..], tokens),
+                self.context.scale,
+                &mut Nothing,
+            );
             if records.counted {
                 let weights = &weights[..tokens];
                 records.keep(&mut scratch.records, (chunk_index, query), weights, &state);
