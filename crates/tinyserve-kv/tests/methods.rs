@@ -421,6 +421,29 @@ proptest! {
     }
 
     #[test]
+    fn an_observer_remembers_the_same_in_whatever_order_rows_come(
+        case in case(), seeds in prop::array::uniform8(any::<u64>()),
+    ) {
+        let mut rows = vec![case];
+        for seed in seeds {
+            rows.push(rows[rows.len() - 1].grown(1, seed));
+        }
+        let seen = |rows: &mut dyn Iterator<Item = &Case>| {
+            let observer = AttentionObserver::default();
+            rows.for_each(|row| assert_eq!(select(&observer, row), None));
+            observer.finish().head(3, 1).cloned()
+        };
+        let in_order = seen(&mut rows.iter());
+        prop_assert_eq!(&in_order, &seen(&mut rows.iter().rev()));
+        let (odd, even) = (rows.iter().skip(1).step_by(2), rows.iter().step_by(2));
+        prop_assert_eq!(&in_order, &seen(&mut odd.chain(even)));
+        let seen = in_order.unwrap();
+        prop_assert_eq!(seen.queries, rows.len() * rows[0].group());
+        let mass: f32 = seen.mass.iter().sum();
+        prop_assert!((mass - seen.queries as f32).abs() < 1e-3 * mass, "{} of {}", mass, seen.queries);
+    }
+
+    #[test]
     fn one_query_votes_as_it_scores(case in case(), budget in 1usize..20) {
         let case = Case { queries: case.queries[..case.dim].to_vec(), ..case };
         let policy = policy("oracle", Budget::Tokens(budget * case.page_size));
