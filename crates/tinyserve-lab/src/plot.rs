@@ -96,8 +96,8 @@ fn emptier_corner(
         (of(value) - of(axis.start)) / (of(axis.end) - of(axis.start))
     };
     let right = lines.iter().flat_map(|line| &line.points).filter(|p| place(p.0, x, log_x) > 0.6);
-    let (upper, lower): (Vec<_>, Vec<_>) = right.partition(|p| place(p.1, y, log_y) > 0.5);
-    if upper.len() < lower.len() {
+    let upper = right.map(|p| if place(p.1, y, log_y) > 0.5 { 1 } else { -1 });
+    if upper.sum::<i32>() < 0 {
         SeriesLabelPosition::UpperRight
     } else {
         SeriesLabelPosition::LowerRight
