@@ -233,8 +233,19 @@ impl PageSelector for SelectionPolicy {
         self.scorer.needs_keys() || matches!(self.budget, Budget::TopP(_))
     }
 
-    fn bytes_read(&self, _head: (usize, usize), cost: &ScoreCost) -> usize {
-        self.scorer.bytes_read(cost)
+    fn bytes_read(&self, (layer, _): (usize, usize), cost: &ScoreCost) -> usize {
+        if self.page_budget(layer, cost.tokens, cost.page_size).is_none() {
+            return 0; // nothing was scored
+        }
+        let estimated = match self.budget {
+            Budget::TopP(_) => {
+                // Mean and variance for the estimate, and the box that guards it.
+                let guard = if self.scorer == Scorer::BOX { 0 } else { cost.box_bytes() };
+                2 * cost.pages * cost.vector_bytes + guard
+            }
+            Budget::Ratio(_) | Budget::Tokens(_) => 0,
+        };
+        self.scorer.bytes_read(cost) + estimated
     }
 
     fn page_scores(&self, input: &SelectInput<'_>) -> Option<Vec<f32>> {
