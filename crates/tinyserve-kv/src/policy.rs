@@ -117,6 +117,15 @@ impl SelectionPolicy {
         self.group_reduce == GroupReduce::Max && !matches!(self.budget, Budget::TopP(_))
     }
 
+    /// Whether the newest page, which is read anyway, has no say in which others are: so a step
+    /// that computes several of its tokens selects for each as a step of its own would, although
+    /// the page's box and keys are then those of all of them.
+    #[must_use]
+    pub fn ignores_newest_page(&self) -> bool {
+        let scores_alone = self.scorer.summary().is_some() || !self.scorer.needs_keys();
+        self.ranks_by_maximum() && scores_alone
+    }
+
     /// Pages that a step of `layer` reads out of the pages of `tokens` tokens, or `None` when it
     /// reads them all: dense layer, short context, or a budget that covers every page.
     #[must_use]
