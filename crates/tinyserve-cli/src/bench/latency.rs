@@ -127,7 +127,7 @@ pub(crate) fn latency(args: &LatencyArgs, sources: Sources) -> Result<()> {
     let rows = match config.device {
         Device::Cuda(number) => {
             let cuda = Cuda::new(number).map_err(TinyServeError::from)?;
-            let cuda = cuda.use_fused_kernel(config.use_fused_kernel);
+            let cuda = config.choose_fused(cuda, checkpoint.config(), checkpoint.dtype())?;
             let described = Described::cuda(&cuda);
             let loaded =
                 load_on(cuda, described, forward, (&config, model), &checkpoint, sizes, fill);

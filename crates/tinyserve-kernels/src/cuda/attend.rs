@@ -19,6 +19,7 @@ use super::pages::CudaPages;
 use super::workload::{CudaWorkload, f32s};
 use super::{Cuda, CudaTensor};
 use crate::{AttendArgs, AttendStats, Heads, KernelError};
+pub(super) use fused::{FusedChoice, fused_bytes, has_fused_kernel};
 pub use fused::{FusedRow, FusedTable};
 use kernels::{ATTEND_1, ATTEND_4, ATTEND_8, ATTEND_ANY, FUSED_1, FUSED_4, FUSED_8, SCORE_MOMENTS};
 use observe::measure;
@@ -157,7 +158,7 @@ pub(super) fn attend(cuda: &Cuda, args: AttendArgs<'_, Cuda>) -> Result<AttendSt
     let mut state = cuda.state();
     let scratch = &mut state.attend[usize::from(selects)];
     scratch.kv_heads = heads.kv_heads;
-    let plan = Layout::new(&tiles, sequences, pages, heads, cuda.use_fused);
+    let plan = Layout::new(&tiles, sequences, pages, heads, cuda.fused);
     let placed = call.place(scratch, &plan)?;
     call.select(scratch, &plan, placed)?;
     let recall = measure_recall && selects;

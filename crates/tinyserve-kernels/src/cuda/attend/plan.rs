@@ -7,7 +7,7 @@ use tinyserve_kv::{KvLayout, ScoreCost, Scorer, SelectionPolicy};
 
 use super::super::bucket::bucket;
 use super::super::pages::CudaPages;
-use super::fused::is_fused;
+use super::fused::{FusedChoice, is_fused};
 use crate::{AttendSequence, AttendStats, Attention, Heads};
 
 /// Tokens of a part: a list of one row is read by a block for each.
@@ -221,7 +221,7 @@ impl Layout {
         sequences: &[AttendSequence<'_>],
         pages: &CudaPages,
         heads: Heads,
-        use_fused: Option<bool>,
+        fused: FusedChoice,
     ) -> Self {
         let layout = pages.layout();
         let mut all = Self { most_parts: 1, most_queries: 1, ..Self::default() };
@@ -264,7 +264,7 @@ impl Layout {
                 let of = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
                 (record.budget, record.sink, record.recent) = (of(budget), of(sink), of(recent));
                 match scored_by {
-                    _ if is_fused(tile, total, pages, heads.group(), use_fused) => {
+                    _ if is_fused(tile, total, pages, heads.group(), fused) => {
                         all.fused.push(number as u32);
                         record.parts = FUSED;
                     }
