@@ -76,6 +76,11 @@ fn benchmarks_run_on_it() {
         assert_eq!(row["device"], "cuda:0");
         assert!(row["avg_ts"].as_f64() > Some(0.0), "{row}");
     }
+    // What is planned is what the device has to have, and not three times as much.
+    let planned = rows[0]["planned_bytes"].as_u64().unwrap();
+    let with = |bytes: u64| emulated(bench, &[("CUDA_EMULATOR_MEMORY", &bytes.to_string())]);
+    with(planned).unwrap().done();
+    with(planned / 3).unwrap().refused_with(1, &["no memory for"]);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use super::attend::{FusedChoice, fused_bytes, has_fused_kernel};
 use super::device::driver_error;
 use super::memory::Buffer;
 use super::{Cuda, CudaPages, CudaTensor};
-use crate::{AttendArgs, AttendSequence, Attention, Backend, Heads, KernelError};
+use crate::{AppendKvArgs, AttendArgs, AttendSequence, Attention, Backend, Heads, KernelError};
 
 /// Layers of a step that is timed: enough that even one launch for each is replayed as a graph, as
 /// decode steps are.
@@ -74,6 +74,7 @@ impl Cuda {
         let mut steps = Steps::new(self.device.ordinal, layout, heads, &sizes)?;
         let mut all = Vec::new();
         for Size { pages, bytes } in sizes {
+            steps.begin(pages);
             let mut turns = [(); 2].map(|()| Vec::with_capacity(TURNS));
             for turn in 0..WARM_UPS + TURNS {
                 for fused in [true, false] {
@@ -144,7 +145,7 @@ impl Steps {
         let most = sizes.iter().map(|size| size.pages).max().unwrap_or(0);
         let mut table = PageTable::new(layout.page_size());
         table.extend(&mut PagePool::new(most)?, most * layout.page_size())?;
-        // Zeros, and sealed where pages are: what is read takes as long whatever it says.
+        // Zeros: what is read takes as long whatever it says.
         let pages = cuda.allocate_pages(layout, most)?;
         let mut qkv = cuda.tensor(heads.qkv_width());
         cuda.upload(&vec![0.0; heads.qkv_width()], &mut qkv);
@@ -164,17 +165,32 @@ impl Steps {
         Ok(Self { cuda, table, pages, heads, qkv, out, policy, cold })
     }
 
-    /// Nanoseconds of a layer, in a step of a sequence that fills `pages`.
+    /// Appends the first token of the last of `pages`, which is open from then on where others hold
+    /// codes.
+    fn begin(&mut self, pages: usize) {
+        let slots = [self.table.slot((pages - 1) * self.table.page_size())];
+        for layer in 0..LAYERS {
+            self.cuda.append_kv(AppendKvArgs {
+                layer,
+                heads: self.heads,
+                qkv: &self.qkv,
+                slots: &slots,
+                pages: &mut self.pages,
+            });
+        }
+    }
+
+    /// Nanoseconds of a layer, in a step of a sequence of so many pages, which has just begun the
+    /// last one.
     fn time(&mut self, fused: bool, pages: usize) -> Result<u64, KernelError> {
         self.cuda.fused = FusedChoice { forced: Some(fused), most_bytes: None };
         // Where weights are read between steps, no page is left in the cache.
         self.cold.clear(&self.cuda.launcher)?;
         self.cuda.synchronize()?;
         self.cuda.launcher.keep_back(true)?;
-        let tokens = pages * self.pages.layout().page_size();
         let sequence = AttendSequence {
             rows: 0..1,
-            first_position: tokens - 1,
+            first_position: (pages - 1) * self.table.page_size(),
             pages: &self.table.pages()[..pages],
             attention: Attention::Policy(&self.policy),
         };

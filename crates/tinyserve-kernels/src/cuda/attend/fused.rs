@@ -2,7 +2,13 @@
 
 use tinyserve_kv::KvLayout;
 
-use super::plan::{MOST_QUERIES, PART_TOKENS, Pages, Scored, TilePlan};
+use super::kernels::{FUSED_1, FUSED_4, FUSED_8};
+use super::parts::PART_TOKENS;
+use super::plan::{Layout, MOST_QUERIES, Pages, Scored, TilePlan};
+use super::{Call, Placed, SELECT_THREADS, Scratch};
+use crate::cuda::error::CudaError;
+use crate::cuda::launch::{Arg, Shape};
+use crate::cuda::memory::grown;
 use crate::cuda::pages::{CudaPages, is_wide};
 
 /// What decides between one launch and several.
@@ -113,6 +119,54 @@ pub(super) fn is_fused(
     let most = choice.most_bytes.unwrap_or_else(modelled);
     let small = fused_bytes(layout, group, total, budget) <= most;
     has_fused_kernel(layout, group) && choice.forced.unwrap_or(small)
+}
+
+impl Call<'_> {
+    /// Scores, selects and attends in one launch, for the tiles that are small enough.
+    pub(super) fn fused(
+        &self,
+        scratch: &mut Scratch,
+        plan: &Layout,
+        placed: Placed,
+        (out, states): (Arg, Arg),
+    ) -> Result<(), CudaError> {
+        if plan.fused.is_empty() {
+            return Ok(());
+        }
+        let (device, heads) = (self.device, self.heads);
+        let fused = scratch.fused.send(device, &plan.fused)?;
+        let bytes = 4 * plan.fused.len() * heads.kv_heads * plan.most_fused_pages;
+        let scores = grown(&mut scratch.fused_scores, device, bytes, "page scores")?.arg();
+        let names = match heads.group() {
+            1 => FUSED_1,
+            2..=4 => FUSED_4,
+            _ => FUSED_8,
+        };
+        let mut args = vec![
+            self.qkv,
+            self.pages.layer(self.layer),
+            self.pages.layer_boxes(self.layer),
+            placed.tables,
+            placed.records,
+            fused,
+            placed.lists,
+            scores,
+            out,
+            states,
+            self.pages.shape(),
+            Arg::count(heads.group()),
+            Arg::count(heads.qkv_width()),
+            Arg::Number(self.scale),
+            Arg::count(plan.most_fused_pages),
+        ];
+        // It has the boxes already.
+        args.extend(self.code_args().skip(1));
+        let shared = u32::try_from(4 * heads.group() * heads.head_dim).unwrap_or(u32::MAX);
+        let grid = (plan.fused.len(), heads.kv_heads, 1);
+        let shape = Shape { shared, ..Shape::new(grid, SELECT_THREADS) };
+        // SAFETY: `plan` was laid out for these pages, and the buffers are as large as it says.
+        unsafe { device.launch(self.pages.element().kernel(names), shape, &args) }
+    }
 }
 
 #[cfg(test)]
