@@ -23,7 +23,8 @@ pub use fused_table::{FusedTableFile, FusedTableRow, FusedTime};
 pub use optimize::{Measured, Optimized};
 pub use plan::PlannedMemory;
 pub use request::{
-    FinishReason, KvUsage, Prompt, Stats, StreamEvent, Timings, TinyServeRequest, TinyServeResponse,
+    AttentionStats, FinishReason, KvUsage, Prompt, Stats, StreamEvent, Timings, TinyServeRequest,
+    TinyServeResponse,
 };
 
 /// Kernels: the backend seam and its CPU implementation.
