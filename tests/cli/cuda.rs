@@ -228,7 +228,7 @@ fn what_was_measured_decides_from_then_on() {
         table["rows"][0]["times"] = serde_json::json!([time]);
         std::fs::write(&file, table.to_string()).unwrap();
         let ran = emulated(&args, &fails).unwrap();
-        assert_eq!(ran.code, Some(expected as i32), "{}", ran.stderr);
+        assert_eq!(ran.code, Some(expected), "{}", ran.stderr);
         let shown = emulated(&doctor, &[]).unwrap().done();
         let said = if expected == 0 { "than 0 B on CUDA emulator" } else { "than 1.00 TiB on" };
         assert!(shown.contains(said), "{shown}");
