@@ -234,6 +234,10 @@ impl Backend for Cpu {
         Ok(HostPages::new(layout, pages)?)
     }
 
+    fn rounds_inputs(&self) -> bool {
+        self.path.rounds_inputs()
+    }
+
     fn kv_formats(&self) -> &'static [KvFormat] {
         &KvFormat::ALL
     }
