@@ -68,10 +68,14 @@ pub(super) fn linear(
     let (path, threads) = (cpu.path(), cpu.threads());
     let (rows, inputs, width) = (x.rows(), x.columns(), out.columns());
     let columns = Columns::new(out.values_mut(), width);
-    // One operation at a time uses a backend's threads, so this does not wait.
-    let mut buffer = cpu.rounded.lock().unwrap_or_else(PoisonError::into_inner);
-    let pairs = parts.iter().any(|part| multiplies_pairs(path, part));
-    let rounded = if pairs { rounded(cpu, x, &mut buffer) } else { &[] };
+    let mut buffer;
+    let rounded = if parts.iter().any(|part| multiplies_pairs(path, part)) {
+        // One operation at a time uses a backend's threads, so this does not wait.
+        buffer = cpu.rounded.lock().unwrap_or_else(PoisonError::into_inner);
+        rounded(cpu, x, &mut buffer)
+    } else {
+        &[]
+    };
     let run = |thread: usize, part: &CpuMatrix, start: usize, strip: Range<usize>| {
         let (x, add) = (x.values(), store == Store::Add);
         let args = StripArgs { rows, part, strip, start, columns, add };
