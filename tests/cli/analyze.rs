@@ -73,6 +73,8 @@ fn a_run_becomes_a_page_that_needs_nothing_else() {
         let found = format!("a trace of version {other}");
         refused(&["b.trace", &found, "expected a trace of version 2"]);
     }
+    write(&lines[0].to_string().replace("\"page_size\":16", "\"page_size\":0"));
+    refused(&["b.trace", "pages of 0 tokens"]);
     write("{\"hello\":1}\n");
     refused(&["b.trace", "found something else"]);
     write(&format!("{}\n{{\"tokens\":5}}\n", lines[0]));

@@ -32,7 +32,8 @@ fn what_does_not_fit_is_said_and_the_conversation_goes_on() {
     let long = "word ".repeat(600);
     let said = format!("{long}\nOnce upon a time\n");
     let ran = with_stdin(&["chat", "--temperature", "0", "-n", "8"], said.as_bytes());
-    assert!(ran.stderr.contains("at most 512"), "{ran:?}");
+    let said = ran.stderr.contains("at most 512") && ran.stderr.contains("/reset to begin");
+    assert!(said, "{ran:?}");
     assert!(ran.done().contains("there was a little girl"));
 }
 
@@ -65,6 +66,96 @@ fn ctrl_c_stops_the_answer_and_not_the_program() {
         ran.stderr.contains("(stopped)") && ran.stderr.contains("ended by cancelled"),
         "{ran:?}"
     );
+}
+
+/// A program at a terminal of its own, which `script` makes.
+#[cfg(target_os = "linux")]
+struct Terminal {
+    child: std::process::Child,
+    input: std::process::ChildStdin,
+    output: std::process::ChildStdout,
+    /// What it showed, escape sequences included, and how much of it was looked for.
+    shown: Vec<u8>,
+    looked: usize,
+}
+
+#[cfg(target_os = "linux")]
+impl Terminal {
+    fn open(args: &str) -> Self {
+        let binary = crate::binary::command(&[]);
+        let line = format!("{} {args}", binary.get_program().display());
+        let mut child = std::process::Command::new("script")
+            .args(["-qec", &line, "/dev/null"])
+            .env("TERM", "xterm")
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .expect("script, of util-linux");
+        let (input, output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        Self { child, input, output, shown: Vec::new(), looked: 0 }
+    }
+
+    fn types(&mut self, keys: &str) {
+        self.input.write_all(keys.as_bytes()).unwrap();
+    }
+
+    /// Waits until it shows `text`.
+    fn shows(&mut self, text: &str) {
+        loop {
+            let new = &self.shown[self.looked..];
+            if let Some(at) = new.windows(text.len()).position(|part| part == text.as_bytes()) {
+                self.looked += at + text.len();
+                return;
+            }
+            let mut more = [0; 256];
+            let read = self.output.read(&mut more).unwrap();
+            let so_far = String::from_utf8_lossy(&self.shown);
+            assert!(read > 0, "it ended without {text:?}: {so_far}");
+            self.shown.extend_from_slice(&more[..read]);
+        }
+    }
+
+    /// Waits until it has ended; its exit code.
+    fn ends(mut self) -> Option<i32> {
+        std::io::copy(&mut self.output, &mut std::io::sink()).unwrap();
+        self.child.wait().unwrap().code()
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_terminal_has_lines_that_come_back_and_answers_that_stop() {
+    let mut chat = Terminal::open("chat -n 480 --temperature 1 --seed 1 --cpu scalar");
+    chat.shows("> ");
+    chat.types("Once upon a tiem\x7f\x7fme\n");
+    chat.shows(", ");
+    chat.types("\x03");
+    chat.shows("(stopped)");
+    chat.shows("> ");
+    chat.types("\x1b[A");
+    chat.shows("Once upon a time");
+    chat.types("\n");
+    chat.shows("\n");
+    chat.shows(" ");
+    chat.types("\x03");
+    chat.shows("(stopped)");
+    chat.shows("> ");
+    chat.types("/stats\n");
+    chat.shows("ended by cancelled");
+    chat.shows("2 turns");
+    // At the prompt Ctrl-C says how to leave, and the second in a row leaves.
+    chat.shows("> ");
+    chat.types("\x03");
+    chat.shows("once more");
+    chat.shows("> ");
+    chat.types("/help\n");
+    chat.shows("arrow keys");
+    chat.shows("> ");
+    chat.types("\x03");
+    chat.shows("once more");
+    chat.shows("> ");
+    chat.types("\x03");
+    assert_eq!(chat.ends(), Some(130));
 }
 
 #[test]

@@ -39,6 +39,7 @@ const ROOMS: &[(&[&str], &[&str])] = &[
     (&["rustix"], &["tinyserve"]),
     (&["axum", "tokio", "hyper"], &["tinyserve-server"]),
     (&["clap", "anyhow", "indicatif"], &["tinyserve-cli", "xtask"]),
+    (&["rustyline"], &["tinyserve-cli"]),
     (&["proptest", "criterion", "tempfile"], &["tinyserve-tests"]),
 ];
 

@@ -1,11 +1,11 @@
 //! `tinyserve chat`: a conversation in the terminal, in one session whose keys and values stay.
 
+mod lines;
 mod saved;
 
-use std::io::{self, BufRead, IsTerminal};
 use std::ops::ControlFlow;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Result, anyhow};
 use clap::Args;
 use tinyserve::model::{ChatInput, ChatMessage, ChatTemplate, SamplingParams};
 use tinyserve::{
@@ -19,6 +19,7 @@ use crate::interrupt::{Conversation, Interrupt};
 use crate::run::SamplingArgs;
 use crate::units::{bytes, count, milliseconds, percent};
 use crate::{output, values};
+use lines::{Line, Lines};
 
 const HELP: &str = "\
 /reset       forget the conversation
@@ -27,9 +28,9 @@ const HELP: &str = "\
 /stats       what the last answer cost, and what the conversation holds
 /help        these lines
 /exit        leave (as Ctrl-D does)
-Ctrl-C stops an answer.
+Ctrl-C stops an answer; the arrow keys edit a line and bring back earlier ones.
 ";
-const LEAVE: &str = "(/exit or Ctrl-D leaves, and so does Ctrl-C once more)\n> ";
+const LEAVE: &str = "(/exit or Ctrl-D leaves, and so does Ctrl-C once more)\n";
 
 /// The conversation's session.
 const SESSION: &str = "chat";
@@ -79,21 +80,24 @@ pub(crate) fn chat(args: &ChatArgs, sources: Sources) -> Result<()> {
     let mut chat =
         Chat { engine: &engine, template, args, sampling, messages: Vec::new(), last: None };
     chat.reset()?;
-    let terminal = io::stdin().is_terminal();
-    if terminal {
+    let mut lines = Lines::open()?;
+    if lines.is_terminal() {
         eprintln!("{}; /help says what there is besides talking.", engine.config().model);
     }
-    let mut line = String::new();
+    let mut interrupted = false;
     loop {
         conversation.answers(false);
-        if terminal {
-            eprint!("> ");
-        }
-        line.clear();
-        let read = io::stdin().lock().read_line(&mut line).context("stdin cannot be read")?;
-        if read == 0 {
-            return Ok(());
-        }
+        let line = match lines.next()? {
+            Line::Said(line) => line,
+            Line::End => return Ok(()),
+            Line::Interrupted if interrupted => return Err(Quiet::Interrupted.into()),
+            Line::Interrupted => {
+                interrupted = true;
+                eprint!("{LEAVE}");
+                continue;
+            }
+        };
+        interrupted = false;
         let (command, name) = line.trim().split_once(' ').unwrap_or((line.trim(), ""));
         match line.trim() {
             "" => {}
@@ -177,6 +181,13 @@ impl Chat<'_> {
         // The template writes the special tokens itself.
         let prompt =
             self.engine.tokenizer()?.encode(&prompt, false).map_err(TinyServeError::from)?;
+        let (tokens, limit) = (prompt.len(), self.engine.max_sequence_length());
+        if tokens > limit {
+            return Err(anyhow!(
+                "the conversation has {tokens} tokens with this, expected at most {limit}, the \
+                 context length: say less, or /reset to begin a new one"
+            ));
+        }
         let mut request = TinyServeRequest::new(Prompt::Tokens(prompt)).session(SESSION);
         request.max_tokens = self.args.max_tokens;
         request.sampling = self.sampling;

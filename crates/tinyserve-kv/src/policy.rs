@@ -117,6 +117,15 @@ impl SelectionPolicy {
         self.group_reduce == GroupReduce::Max && !matches!(self.budget, Budget::TopP(_))
     }
 
+    /// Whether the newest page, which is read anyway, has no say in which others are: so a step
+    /// that computes several of its tokens selects for each as a step of its own would, although
+    /// the page's box and keys are then those of all of them.
+    #[must_use]
+    pub fn ignores_newest_page(&self) -> bool {
+        let scores_alone = self.scorer.summary().is_some() || !self.scorer.needs_keys();
+        self.ranks_by_maximum() && scores_alone
+    }
+
     /// Pages that a step of `layer` reads out of the pages of `tokens` tokens, or `None` when it
     /// reads them all: dense layer, short context, or a budget that covers every page.
     #[must_use]
@@ -224,8 +233,19 @@ impl PageSelector for SelectionPolicy {
         self.scorer.needs_keys() || matches!(self.budget, Budget::TopP(_))
     }
 
-    fn bytes_read(&self, _head: (usize, usize), cost: &ScoreCost) -> usize {
-        self.scorer.bytes_read(cost)
+    fn bytes_read(&self, (layer, _): (usize, usize), cost: &ScoreCost) -> usize {
+        if self.page_budget(layer, cost.tokens, cost.page_size).is_none() {
+            return 0; // nothing was scored
+        }
+        let estimated = match self.budget {
+            Budget::TopP(_) => {
+                // Mean and variance for the estimate, and the box that guards it.
+                let guard = if self.scorer == Scorer::BOX { 0 } else { cost.box_bytes() };
+                2 * cost.pages * cost.vector_bytes + guard
+            }
+            Budget::Ratio(_) | Budget::Tokens(_) => 0,
+        };
+        self.scorer.bytes_read(cost) + estimated
     }
 
     fn page_scores(&self, input: &SelectInput<'_>) -> Option<Vec<f32>> {

@@ -353,21 +353,34 @@ proptest! {
         case in case(), steps in 2usize..4,
     ) {
         let cost = ScoreCost {
-            pages: case.pages(), budget: 1, page_size: case.page_size, head_dim: case.dim,
-            vector_bytes: 2 * case.dim,
+            tokens: case.tokens, pages: case.pages(), budget: 1, page_size: case.page_size,
+            queries: case.group(), head_dim: case.dim, vector_bytes: 2 * case.dim,
         };
         let bytes = |selector: &dyn PageSelector| {
             select(selector, &case);
             selector.bytes_read((3, 1), &cost)
         };
-        let boxes = 2 * cost.pages * cost.vector_bytes;
+        // Three pages are always read: up to there, and in dense layers, nothing is scored.
+        let scores = cost.pages > 3;
+        let vectors = cost.pages * cost.vector_bytes;
+        let boxes = if scores { vectors * case.group().min(2) } else { 0 };
         let scored = policy("two-boxes", Budget::Tokens(case.page_size));
         prop_assert_eq!(bytes(&scored), 2 * boxes);
+        let dense = SelectionPolicy { dense_layers: 4, ..scored };
         let kept = Reselecting::new(scored, Reselect::Every(steps));
         for step in 0..2 * steps {
             let expected = if step % steps == 0 { 2 * boxes } else { 0 };
             prop_assert_eq!(bytes(&kept), expected, "step {}", step);
+            prop_assert_eq!(bytes(&Reselecting::new(dense, Reselect::Every(steps))), 0);
         }
+        // One kept box, of whatever kind, costs what the box of the keys costs.
+        for name in ["box", "mean-std", "cuboid-mean"] {
+            prop_assert_eq!(bytes(&policy(name, Budget::Tokens(case.page_size))), boxes, "{}", name);
+        }
+        // The estimate of a page's mass takes mean and variance, and its guard a box.
+        let moments = if scores { 2 * vectors } else { 0 };
+        prop_assert_eq!(bytes(&policy("box", Budget::TopP(0.5))), boxes + moments);
+        prop_assert_eq!(bytes(&policy("streaming", Budget::TopP(0.5))), boxes + moments);
         for name in ["h2o", "snapkv"] {
             let evictor = selector(Method::named(name).unwrap(), Budget::Tokens(1), &Arc::default());
             prop_assert_eq!(bytes(evictor.as_ref()), 0, "{} scores no page", name);
@@ -405,6 +418,29 @@ proptest! {
             };
             prop_assert_eq!(attention(&list), attention(&expected), "{:?}", list);
         }
+    }
+
+    #[test]
+    fn an_observer_remembers_the_same_in_whatever_order_rows_come(
+        case in case(), seeds in prop::array::uniform8(any::<u64>()),
+    ) {
+        let mut rows = vec![case];
+        for seed in seeds {
+            rows.push(rows[rows.len() - 1].grown(1, seed));
+        }
+        let seen = |rows: &mut dyn Iterator<Item = &Case>| {
+            let observer = AttentionObserver::default();
+            rows.for_each(|row| assert_eq!(select(&observer, row), None));
+            observer.finish().head(3, 1).cloned()
+        };
+        let in_order = seen(&mut rows.iter());
+        prop_assert_eq!(&in_order, &seen(&mut rows.iter().rev()));
+        let (odd, even) = (rows.iter().skip(1).step_by(2), rows.iter().step_by(2));
+        prop_assert_eq!(&in_order, &seen(&mut odd.chain(even)));
+        let seen = in_order.unwrap();
+        prop_assert_eq!(seen.queries, rows.len() * rows[0].group());
+        let mass: f32 = seen.mass.iter().sum();
+        prop_assert!((mass - seen.queries as f32).abs() < 1e-3 * mass, "{} of {}", mass, seen.queries);
     }
 
     #[test]

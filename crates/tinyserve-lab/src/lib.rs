@@ -16,7 +16,7 @@ mod watch;
 
 pub use error::LabError;
 pub use needle::{DepthCell, NeedleRow, NeedleTest, needle};
-pub use plot::{Line, heat_maps, lines};
+pub use plot::{Axes, Line, heat_maps, lines};
 pub use probe::Probe;
 pub use recall::{RecallRow, RecallTest, recall};
 pub use report::report;

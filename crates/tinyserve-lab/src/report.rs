@@ -3,13 +3,16 @@
 use serde_json::{Value, json};
 
 use crate::watch::CURVE;
-use crate::{LabError, Trace};
+use crate::{LabError, Seen, Trace};
 
 const PAGE: &str = include_str!("report.html");
 /// Where the page expects its data.
 const PLACE: &str = "/*DATA*/null";
-/// Cells of a heat map's page axis: longer sequences are drawn in stretches of several pages.
+/// Cells of a heat map's axes: longer sequences are drawn in stretches of several pages, longer runs
+/// in stretches of several steps.
 const MOST_CELLS: usize = 512;
+/// Pages that hold this many times the even share are attended to.
+const EVEN: f32 = 2.0;
 /// Heads that are drawn; a model with more is shown by its first ones.
 const MOST_MAPS: usize = 48;
 
@@ -26,12 +29,12 @@ pub fn report(trace: &Trace) -> Result<String, LabError> {
         });
     };
     let pages = last.tokens.div_ceil(trace.header.page_size);
-    let stretch = pages.div_ceil(MOST_CELLS);
+    let stretch = pages.div_ceil(MOST_CELLS).max(1);
     let (layers, kv_heads) = (trace.header.layers, trace.header.kv_heads);
     let maps: Vec<Value> = (0..layers)
         .flat_map(|layer| (0..kv_heads).map(move |head| (layer, head)))
         .take(MOST_MAPS)
-        .map(|(layer, head)| map(trace, (layer, head), pages.div_ceil(stretch), stretch))
+        .map(|head| map(trace, head, stretch))
         .collect();
     let steps: Vec<Value> = trace
         .steps
@@ -80,35 +83,39 @@ fn rounded(x: f64) -> f64 {
     (x * 1000.0).round() / 1000.0
 }
 
-/// Pages over time for one head: for each step and stretch of pages, the share that was read and
-/// the attention that it holds.
-fn map(trace: &Trace, (layer, head): (usize, usize), cells: usize, stretch: usize) -> Value {
-    let (mut read, mut mass) = (Vec::new(), Vec::new());
-    let (mut held, mut entropy, mut top, mut reuse) = (vec![], vec![], vec![], vec![]);
-    for step in &trace.steps {
-        let Some(seen) = step.heads.iter().find(|s| (s.layer, s.kv_head) == (layer, head)) else {
-            continue;
-        };
-        let mut row = vec![0.0; cells];
-        match &seen.pages {
-            Some(pages) => {
-                pages.iter().for_each(|&page| row[page as usize / stretch] += 1.0 / stretch as f64);
-            }
-            None => row.fill(1.0),
-        }
-        read.push(row.into_iter().map(rounded).collect::<Vec<_>>());
-        let sums = seen.page_mass.chunks(stretch).map(|pages| pages.iter().sum::<f32>());
-        mass.push(sums.map(|x| rounded(f64::from(x))).collect::<Vec<_>>());
-        held.extend(&seen.mass);
-        entropy.extend(&seen.entropy);
-        top.push(seen.top_pages);
-        reuse.extend(seen.reuse);
-    }
+/// Pages over time for one head, and what it held on average.
+fn map(trace: &Trace, (layer, head): (usize, usize), stretch: usize) -> Value {
+    let of_head = |seen: &&Seen| (seen.layer, seen.kv_head) == (layer, head);
+    let steps = trace.steps.iter().filter_map(|step| step.heads.iter().find(of_head));
+    let steps: Vec<&Seen> = steps.collect();
+    let columns = steps.chunks(steps.len().div_ceil(MOST_CELLS).max(1));
+    let columns: Vec<String> = columns.map(|steps| column(steps, stretch)).collect();
+    let of_all = |values: fn(&Seen) -> &[f32]| mean(steps.iter().flat_map(|&s| values(s)).copied());
     json!({
-        "layer": layer, "head": head, "read": read, "mass": mass,
-        "held": mean(held.into_iter()), "entropy": mean(entropy.into_iter()),
-        "top": mean(top.into_iter()), "reuse": mean(reuse.into_iter()),
+        "layer": layer, "head": head, "columns": columns,
+        "held": of_all(|seen| &seen.mass), "entropy": of_all(|seen| &seen.entropy),
+        "top": mean(steps.iter().map(|seen| seen.top_pages)),
+        "reuse": mean(steps.iter().filter_map(|seen| seen.reuse)),
     })
+}
+
+/// A column of a heat map, for a few steps in a row: one digit for each stretch of pages, 1 if some
+/// step read one of them, plus 2 if they are attended to on average over the steps.
+fn column(steps: &[&Seen], stretch: usize) -> String {
+    let cells = steps.iter().map(|seen| seen.page_mass.len().div_ceil(stretch)).max().unwrap_or(0);
+    let (mut read, mut mass) = (vec![false; cells], vec![0.0; cells]);
+    for seen in steps {
+        match &seen.pages {
+            Some(pages) => pages.iter().for_each(|&page| read[page as usize / stretch] = true),
+            None => read[..seen.page_mass.len().div_ceil(stretch)].fill(true),
+        }
+        for (mass, pages) in mass.iter_mut().zip(seen.page_mass.chunks(stretch)) {
+            *mass += pages.iter().sum::<f32>() / steps.len() as f32;
+        }
+    }
+    let attended = |mass: f32| mass * cells as f32 > EVEN;
+    let digit = |(read, mass)| usize::from(read) + 2 * usize::from(attended(mass));
+    read.into_iter().zip(mass).map(|cell| digit(cell).to_string()).collect()
 }
 
 /// Share of the pages and share of the attention of every selection, for the scatter over the
@@ -152,4 +159,75 @@ fn reuse_by_distance(trace: &Trace) -> Vec<Value> {
         distance *= 2;
     }
     distances
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{TraceHeader, TraceStep};
+
+    /// `steps` steps of one head over `pages` pages, of which the first is read and the last holds
+    /// all attention.
+    fn trace(steps: usize, pages: usize) -> Trace {
+        let header = TraceHeader {
+            format: TraceHeader::format_name(),
+            version: crate::TRACE_VERSION,
+            model: "</script>".to_owned(),
+            policy: "none".to_owned(),
+            page_size: 16,
+            layers: 1,
+            kv_heads: 1,
+            q_heads: 1,
+            prompt_tokens: 1,
+            step_split_ns: [1; 3],
+        };
+        let mut page_mass = vec![0.0; pages];
+        page_mass[pages - 1] = 1.0;
+        let seen = Seen {
+            layer: 0,
+            kv_head: 0,
+            tokens: 16 * pages,
+            pages: Some(vec![0]),
+            scores: None,
+            mass: vec![0.0],
+            top_pages: 0.0,
+            entropy: vec![0.0],
+            reuse: None,
+            page_mass,
+            best_curve: Vec::new(),
+            score_curve: None,
+        };
+        let (tokens, heads) = (seen.tokens, vec![seen]);
+        let step = TraceStep { tokens, bytes_read: 1, bytes_dense: 2, heads };
+        Trace { header, steps: vec![step; steps] }
+    }
+
+    /// The columns of the only map.
+    fn columns(html: &str) -> Vec<String> {
+        let (_, rest) = html.split_once("const data = ").unwrap();
+        let data = rest.split_once(";\n").unwrap().0;
+        let data: Value = serde_json::from_str(data).unwrap();
+        serde_json::from_value(data["maps"][0]["columns"].clone()).unwrap()
+    }
+
+    #[test]
+    fn a_map_says_what_was_read_and_what_was_attended_to() {
+        let html = report(&trace(2, 5)).unwrap();
+        assert_eq!(columns(&html), ["10002", "10002"]);
+        assert_eq!(html.matches("</script>").count(), 1, "a name ended the script");
+        let mut both = trace(1, 5);
+        both.steps[0].heads[0].pages = None;
+        assert_eq!(columns(&report(&both).unwrap()), ["11113"]);
+    }
+
+    #[test]
+    fn a_long_run_over_a_long_text_stays_a_picture() {
+        let html = report(&trace(5000, 2048)).unwrap();
+        let columns = columns(&html);
+        assert!((256..=512).contains(&columns.len()), "{}", columns.len());
+        // Four pages a cell.
+        assert!(columns.iter().all(|column| column.len() == 512));
+        assert!(columns[0].starts_with("10") && columns[0].ends_with("02"));
+        assert!(html.len() < 1 << 20, "{} bytes", html.len());
+    }
 }

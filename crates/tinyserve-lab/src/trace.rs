@@ -124,13 +124,16 @@ impl Trace {
             return Err(wrong(&format!("a trace of version {}", value["version"])));
         }
         let header: TraceHeader = serde_json::from_value(value).map_err(|error| wrong(&error))?;
+        if header.page_size == 0 {
+            return Err(wrong(&"one of pages of 0 tokens"));
+        }
         let mut steps = Vec::new();
         for (i, line) in lines.enumerate() {
             let line = line.map_err(|error| wrong(&format!("{error} in step {i}")))?;
             let step: TraceStep = serde_json::from_str(&line)
                 .map_err(|error| wrong(&format!("{error} in step {i}")))?;
             let fits = step.heads.iter().all(|seen| {
-                let pages = seen.tokens.div_ceil(header.page_size.max(1));
+                let pages = seen.tokens.div_ceil(header.page_size);
                 let listed = seen.pages.iter().flatten().all(|&page| (page as usize) < pages);
                 let scored = seen.scores.as_ref().is_none_or(|scores| {
                     seen.pages.as_ref().is_some_and(|pages| pages.len() == scores.len())

@@ -1,6 +1,7 @@
 //! One step of a model as data: what goes in, what comes out.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use tinyserve_kernels::{AttendStats, Attention, PageLists, TopLogits, TopRow};
 use tinyserve_kv::PageTable;
@@ -89,6 +90,8 @@ pub struct StepOutput {
     pub(crate) sequence_stats: Vec<AttendStats>,
     /// One for each layer.
     pub(crate) layer_stats: Vec<AttendStats>,
+    pub(crate) times_attention: bool,
+    pub(crate) attention_time: Option<Duration>,
     pub(crate) page_lists: PageLists,
     pub(crate) observed: Observed,
 }
@@ -137,6 +140,19 @@ impl StepOutput {
     #[must_use]
     pub fn layer_stats(&self) -> &[AttendStats] {
         &self.layer_stats
+    }
+
+    /// Whether the steps to come take the time of their attention, which is two looks at the clock
+    /// for each layer; they do not unless told so.
+    pub fn time_attention(&mut self, on: bool) {
+        self.times_attention = on;
+    }
+
+    /// What attention took in all layers together, page selection included, if its time was taken;
+    /// `None` on a device whose operations are not done when they return.
+    #[must_use]
+    pub fn attention_time(&self) -> Option<Duration> {
+        self.attention_time
     }
 
     /// Entropy in nats of the attention weights of the last token of sequence `sequence`,

@@ -1,5 +1,7 @@
 //! The forward pass, written once over the backend seam.
 
+use std::time::{Duration, Instant};
+
 use smallvec::SmallVec;
 use tinyserve_kernels::{
     AppendKvArgs, AttendArgs, AttendSequence, AttendStats, Backend, EmbedArgs, LinearArgs,
@@ -86,6 +88,7 @@ struct Told<'a> {
     measure_recall: bool,
     page_lists: Option<&'a mut PageLists>,
     sequence_stats: &'a mut [AttendStats],
+    time: Option<&'a mut Duration>,
 }
 
 impl<B: Backend> Model<B> {
@@ -142,12 +145,15 @@ impl<B: Backend> Model<B> {
             })
             .collect();
         output.page_lists.clear();
+        let timed = output.times_attention && backend.is_synchronous();
+        output.attention_time = timed.then_some(Duration::ZERO);
         a.observation.begin(self, batch, &mut output.observed);
         for layer in 0..self.blocks.len() {
             let told = Told {
                 measure_recall: batch.measure_recall,
                 page_lists: batch.list_pages.then_some(&mut output.page_lists),
                 sequence_stats: &mut output.sequence_stats,
+                time: output.attention_time.as_mut(),
             };
             let stats = self.attention(a, cache, layer, &sequences, told)?;
             output.stats.add(&stats);
@@ -232,7 +238,7 @@ impl<B: Backend> Model<B> {
         cache: &mut KvCache<B>,
         layer: usize,
         sequences: &[AttendSequence<'_>],
-        Told { measure_recall, page_lists, sequence_stats }: Told<'_>,
+        Told { measure_recall, page_lists, sequence_stats, time }: Told<'_>,
     ) -> Result<AttendStats, ModelError> {
         let (backend, block, heads) = (&self.backend, &self.blocks[layer], self.structure.heads);
         backend.project(ProjectArgs {
@@ -251,6 +257,7 @@ impl<B: Backend> Model<B> {
             slots: &a.slots,
             pages: &mut cache.pages,
         });
+        let start = time.is_some().then(Instant::now);
         let stats = backend.attend(AttendArgs {
             layer,
             heads,
@@ -264,6 +271,9 @@ impl<B: Backend> Model<B> {
             observe: a.observation.args(layer),
             out: &mut a.attended,
         })?;
+        if let (Some(time), Some(start)) = (time, start) {
+            *time += start.elapsed();
+        }
         backend.linear(LinearArgs {
             x: &a.attended,
             linear: &block.attention_out,

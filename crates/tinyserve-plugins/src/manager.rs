@@ -29,7 +29,7 @@ impl fmt::Debug for Entry {
 ///
 /// A clone is another handle of the same plugins: an engine holds one, and whoever enables,
 /// disables or looks at the statistics meanwhile another. Requests take the plugins that there are
-/// when they begin; switching a plugin on or off reaches running requests with their next hook.
+/// when they begin; switching a plugin on or off reaches running requests with their next step.
 #[derive(Debug, Clone, Default)]
 pub struct PluginManager {
     entries: Arc<RwLock<Vec<Arc<Entry>>>>,
@@ -111,7 +111,7 @@ impl PluginManager {
         self.register(name, Closure(Mutex::new(f)))
     }
 
-    /// Lets requests use a plugin from their next hook on, unless they choose otherwise.
+    /// Lets requests use a plugin from their next step on, unless they choose otherwise.
     ///
     /// # Errors
     /// [`PluginError::Unknown`] when there is none of this name.
@@ -119,7 +119,7 @@ impl PluginManager {
         self.switch(name, true)
     }
 
-    /// Keeps requests from using a plugin from their next hook on, unless they choose otherwise.
+    /// Keeps requests from using a plugin from their next step on, unless they choose otherwise.
     ///
     /// # Errors
     /// [`PluginError::Unknown`] when there is none of this name.

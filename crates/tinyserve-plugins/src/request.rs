@@ -87,14 +87,21 @@ struct Part {
     entry: Arc<Entry>,
     /// Whether the request uses it, when it chooses for itself.
     choice: Option<bool>,
+    /// Whether the step that was planned last uses it.
+    planned: Option<bool>,
     slot: Slot,
     /// Places that it wants removed, until they are.
     pruning: Vec<u32>,
 }
 
 impl Part {
-    fn is_on(&self) -> bool {
+    /// Whether the request uses it now.
+    fn is_wanted(&self) -> bool {
         self.choice.unwrap_or_else(|| self.entry.enabled.load(Relaxed))
+    }
+
+    fn is_on(&self) -> bool {
+        self.planned.unwrap_or_else(|| self.is_wanted())
     }
 }
 
@@ -114,8 +121,14 @@ impl std::fmt::Debug for RequestPlugins {
 
 impl RequestPlugins {
     pub(crate) fn new(request: RequestInfo, entries: Vec<Arc<Entry>>) -> Self {
-        let part = |entry| Part { entry, choice: None, slot: Slot::default(), pruning: Vec::new() };
-        Self { request, parts: entries.into_iter().map(part).collect(), mass: Vec::new() }
+        let parts = entries.into_iter().map(|entry| Part {
+            entry,
+            choice: None,
+            planned: None,
+            slot: Slot::default(),
+            pruning: Vec::new(),
+        });
+        Self { request, parts: parts.collect(), mass: Vec::new() }
     }
 
     /// Who wants the tokens removed that the last verdict names.
@@ -130,6 +143,12 @@ impl RequestPlugins {
         let part = self.parts.iter_mut().find(|part| part.entry.name == name)?;
         part.choice = Some(enabled);
         Some(())
+    }
+
+    /// A step of the request is planned: those that are on now are its plugins, with what they need.
+    /// Who is switched on or off while it runs is so for the next one.
+    pub fn plan(&mut self) {
+        self.parts.iter_mut().for_each(|part| part.planned = Some(part.is_wanted()));
     }
 
     /// Whether no hook would run.

@@ -123,6 +123,24 @@ fn plugins_are_switched_for_the_engine_and_for_a_request() {
 }
 
 #[test]
+fn a_step_has_the_plugins_that_were_on_when_it_was_planned() {
+    let manager = PluginManager::new();
+    manager.register("watch", EntropyExit::default()).unwrap();
+    manager.disable("watch").unwrap();
+    let mut plugins = begin(&manager);
+    plugins.plan();
+    manager.enable("watch").unwrap();
+    assert!(plugins.is_idle() && !plugins.needs().attention_entropy);
+    run(&mut plugins);
+    assert_eq!(manager.stats()[0].calls, 0);
+    plugins.plan();
+    manager.disable("watch").unwrap();
+    assert!(!plugins.is_idle() && plugins.needs().attention_entropy);
+    plugins.plan();
+    assert!(plugins.is_idle());
+}
+
+#[test]
 fn names_are_checked() {
     let manager = PluginManager::new();
     let unknown = manager.enable("x").unwrap_err().to_string();

@@ -139,6 +139,11 @@ fn counting() -> f64 {
         let took = Duration::from_nanos(u64::from(200_000 + i % 1000));
         count(&metrics.steps, 1);
         metrics.step.record(took);
+        // One step in thirteen looks at the clock before and after the attention of each layer.
+        let attention = (i % 13 == 0).then(|| {
+            layers.iter().map(|_| std::hint::black_box(Instant::now()).elapsed()).sum::<Duration>()
+        });
+        metrics.attended(std::hint::black_box(&layers), attention);
         metrics.read_in_layers(std::hint::black_box(&layers));
         metrics.read_by_decode(std::hint::black_box(&layer));
         count(&metrics.generation_tokens, 1);

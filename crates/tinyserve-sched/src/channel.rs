@@ -98,6 +98,11 @@ impl<T> Channel<T> {
     }
 }
 
+/// When `timeout` is over; `None` beyond all times.
+fn deadline(timeout: Duration) -> Option<Instant> {
+    Instant::now().checked_add(timeout)
+}
+
 /// The events of one request, ending with exactly one terminal event.
 ///
 /// Blocking callers iterate; async callers await [`Self::poll_next`] through `poll_fn`. Dropping the
@@ -131,7 +136,7 @@ impl EventStream {
     /// The next event, waiting at most `timeout`; `None` when there was none in time, or none will
     /// come.
     pub fn next_timeout(&mut self, timeout: Duration) -> Option<Event> {
-        let event = self.channel.receive(Some(Instant::now() + timeout)).ok().flatten();
+        let event = self.channel.receive(deadline(timeout)).ok().flatten();
         self.note(event)
     }
 
@@ -273,9 +278,9 @@ impl<T> Reply<T> {
     /// # Errors
     /// When there is no answer in time.
     pub fn wait_timeout(mut self, timeout: Duration) -> Result<Option<T>, Self> {
-        let deadline = Instant::now() + timeout;
+        let deadline = deadline(timeout);
         while let Some(channel) = self.open.last() {
-            let Ok(answer) = channel.receive(Some(deadline)) else { return Err(self) };
+            let Ok(answer) = channel.receive(deadline) else { return Err(self) };
             self.answers.extend(answer);
             self.open.pop();
         }

@@ -319,6 +319,14 @@ counters! {
     bytes_read,
     /// Bytes that dense decode steps would have read.
     bytes_dense,
+    /// Attentions of a layer, over all sequences of a step.
+    attention_calls,
+    /// Of those, attentions that left pages out.
+    sparse_operations,
+    /// Of all, attentions whose time was taken.
+    attention_calls_timed,
+    /// What those took together, page selection included, nanoseconds.
+    attention_nanoseconds,
     /// How many recalls were measured.
     recall_count,
     /// Pages that selections chose in steps that were compared with the one before.
@@ -328,6 +336,19 @@ counters! {
 }
 
 impl Metrics {
+    /// The engine died: what was open has failed, and nothing is held any more.
+    pub(crate) fn lose_everything(&self) {
+        let ended = [&self.finished_stop, &self.finished_length, &self.aborted, &self.failed];
+        let ended: u64 = ended.iter().map(|counter| counter.load(Ordering::Relaxed)).sum();
+        count(&self.failed, self.requests.load(Ordering::Relaxed).saturating_sub(ended));
+        for held in [&self.running, &self.waiting, &self.sessions] {
+            gauge(held, 0);
+        }
+        for pages in [&self.pages, &self.pages_used, &self.pages_idle] {
+            gauge(pages, 0);
+        }
+    }
+
     pub(crate) fn read_in_layers(&self, layers: &[AttendStats]) {
         let counters = self.layers.get_or_init(|| {
             layers.iter().map(|_| LayerCounters::default()).collect::<Vec<_>>().into()
@@ -335,6 +356,18 @@ impl Metrics {
         for (counters, stats) in counters.iter().zip(layers) {
             count(&counters.read, stats.pages_read);
             count(&counters.total, stats.pages_total);
+        }
+    }
+
+    /// Attention was computed in `layers`, in `time` together.
+    pub(crate) fn attended(&self, layers: &[AttendStats], time: Option<Duration>) {
+        let calls = layers.len() as u64;
+        let sparse = layers.iter().filter(|stats| stats.pages_read < stats.pages_total).count();
+        count(&self.attention_calls, calls);
+        count(&self.sparse_operations, sparse as u64);
+        if let Some(time) = time {
+            count(&self.attention_calls_timed, calls);
+            count(&self.attention_nanoseconds, time.as_nanos() as u64);
         }
     }
 
@@ -347,6 +380,14 @@ impl Metrics {
 }
 
 impl Stats {
+    /// Mean time of an attention of a layer; `None` while none was timed.
+    #[must_use]
+    pub fn attention_time(&self) -> Option<Duration> {
+        let total = Duration::from_nanos(self.attention_nanoseconds);
+        let calls = self.attention_calls_timed;
+        (calls > 0).then(|| total.div_f64(calls as f64))
+    }
+
     /// Reuse of page selection: the share of a step's pages that the step before had chosen, too;
     /// `None` while nothing was compared.
     #[must_use]

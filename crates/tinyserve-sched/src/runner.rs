@@ -1,6 +1,7 @@
 //! What a scheduler drives: a model with its pages, or a toy in their place.
 
 use std::path::Path;
+use std::time::Duration;
 
 use tinyserve_kernels::{AttendStats, Backend, PageLists, TopRow};
 use tinyserve_kv::{KvError, PagePool, PageTable, Prefix, PrefixStats};
@@ -141,6 +142,12 @@ pub trait Runner: Send {
         &[]
     }
 
+    /// What attention took in the last step, in all layers together; `None` where nobody
+    /// took the time.
+    fn attention_time(&self) -> Option<Duration> {
+        None
+    }
+
     /// Entropy of the attention weights of sequence `sequence` in the last step,
     /// `[layers, q_heads]`, if it asked for it.
     fn attention_entropy(&self, _sequence: usize) -> Option<&[f32]> {
@@ -162,6 +169,10 @@ fn no_files() -> ModelError {
     }
 }
 
+/// The time of attention is taken in one of so many steps. A prime, so that it falls together with
+/// nothing else that happens now and then.
+const TIMED_STEPS: usize = 13;
+
 /// A model on a backend.
 #[derive(Debug)]
 pub struct ModelRunner<B: Backend> {
@@ -169,6 +180,7 @@ pub struct ModelRunner<B: Backend> {
     cache: KvCache<B>,
     activations: Activations<B>,
     output: StepOutput,
+    steps: usize,
 }
 
 impl<B: Backend> ModelRunner<B> {
@@ -176,7 +188,7 @@ impl<B: Backend> ModelRunner<B> {
     #[must_use]
     pub fn new(model: Model<B>, cache: KvCache<B>) -> Self {
         let activations = Activations::new(&model);
-        Self { model, cache, activations, output: StepOutput::default() }
+        Self { model, cache, activations, output: StepOutput::default(), steps: 0 }
     }
 }
 
@@ -257,6 +269,8 @@ impl<B: Backend> Runner for ModelRunner<B> {
     }
 
     fn run(&mut self, batch: &Batch<'_>) -> Result<(), ModelError> {
+        self.output.time_attention(self.steps.is_multiple_of(TIMED_STEPS));
+        self.steps += 1;
         self.model.forward(&mut self.activations, &mut self.cache, batch, &mut self.output)
     }
 
@@ -279,6 +293,10 @@ impl<B: Backend> Runner for ModelRunner<B> {
 
     fn layers(&self) -> &[AttendStats] {
         self.output.layer_stats()
+    }
+
+    fn attention_time(&self) -> Option<Duration> {
+        self.output.attention_time()
     }
 
     fn attention_entropy(&self, sequence: usize) -> Option<&[f32]> {

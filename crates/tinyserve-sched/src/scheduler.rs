@@ -389,6 +389,10 @@ impl<R: Runner> Scheduler<R> {
     /// wait or run go on; what they leave is not kept.
     pub fn delete_session(&mut self, id: &str) -> bool {
         let existed = self.sessions.delete(&mut self.runner, id);
+        // A later session of this name is another one.
+        for sequence in self.running.iter_mut().chain(&mut self.waiting) {
+            sequence.session.take_if(|session| session == id);
+        }
         self.set_gauges();
         existed
     }

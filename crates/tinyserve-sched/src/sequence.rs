@@ -189,9 +189,10 @@ impl Sequence {
         self.pending() == 1 && !self.generated().is_empty()
     }
 
-    /// Whether the planned step computes one token that was generated.
+    /// Whether the planned step computes the one token that was drawn last.
     pub(crate) fn is_planned_decode(&self) -> bool {
-        self.planned == 1 && self.computed() > self.prompt_len
+        let end = self.computed();
+        self.planned == 1 && end > self.prompt_len && end == self.tokens.len()
     }
 
     /// Whether its next tokens, or those that are planned, are prompt tokens to be scored.
@@ -206,7 +207,25 @@ impl Sequence {
         let end = if done < self.prompt_len { self.prompt_len } else { self.tokens.len() };
         let end = self.prunings.next().map_or(end, |pruning| end.min(pruning.computed));
         let end = if done < self.seen { end.min(self.seen) } else { end };
+        let end = match &self.attention {
+            AttentionChoice::Dense => end,
+            AttentionChoice::Policy(policy) if policy.ignores_newest_page() => end,
+            // Later tokens would be seen in the newest page.
+            _ => end.min(self.reads_all_until().max(done + 1)),
+        };
         most.min(end - done)
+    }
+
+    /// Its first so many tokens, pruned ones counted, read all that comes before them.
+    fn reads_all_until(&self) -> usize {
+        match &self.attention {
+            AttentionChoice::Dense => usize::MAX,
+            // The token at position `p` sees `p + 1` tokens.
+            AttentionChoice::Policy(policy) => {
+                self.prompt_len.max(policy.min_context.saturating_sub(1))
+            }
+            AttentionChoice::Custom(_) => self.prompt_len,
+        }
     }
 
     /// Gives its pages up, to compute what they held again later.
@@ -231,14 +250,7 @@ impl Sequence {
     /// Of its tokens, those from the first on that any request computes alike: they read all that
     /// comes before them.
     pub(crate) fn alike(&self) -> &[u32] {
-        let dense = match &self.attention {
-            AttentionChoice::Dense => usize::MAX,
-            // The token at position `p` sees `p + 1` tokens.
-            AttentionChoice::Policy(policy) => {
-                self.prompt_len.max(policy.min_context.saturating_sub(1))
-            }
-            AttentionChoice::Custom(_) => self.prompt_len,
-        };
+        let dense = self.reads_all_until();
         let unpruned = self.prunings.first().map_or(usize::MAX, |pruning| pruning.computed);
         &self.tokens[..dense.min(unpruned).min(self.tokens.len())]
     }

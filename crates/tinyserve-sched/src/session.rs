@@ -198,11 +198,12 @@ impl Sessions {
         ids.len()
     }
 
-    /// How long until the next session expires.
+    /// How long until the next session expires, if one does: a timeout may lie beyond all times.
     pub(crate) fn next_expiry(&self) -> Option<Duration> {
         let now = self.clock.now();
         let idle = self.by_id.values().filter(|session| session.open_requests == 0);
-        idle.map(|session| (session.used + self.timeout).saturating_duration_since(now)).min()
+        let expiries = idle.filter_map(|session| session.used.checked_add(self.timeout));
+        expiries.map(|expiry| expiry.saturating_duration_since(now)).min()
     }
 
     /// Deletes all sessions.

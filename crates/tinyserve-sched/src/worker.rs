@@ -78,11 +78,17 @@ impl State {
 }
 
 /// Says that the thread has ended, however it did.
-struct Ended(Arc<State>);
+struct Ended {
+    state: Arc<State>,
+    metrics: Arc<Metrics>,
+}
 
 impl Drop for Ended {
     fn drop(&mut self) {
-        self.0.advance(EngineState::Stopped);
+        if std::thread::panicking() {
+            self.metrics.lose_everything();
+        }
+        self.state.advance(EngineState::Stopped);
     }
 }
 
@@ -98,7 +104,7 @@ impl Worker {
         let (intake, metrics) = (Arc::clone(scheduler.intake()), Arc::clone(scheduler.metrics()));
         let (commands, received) = channel();
         let state = Arc::new(State::default());
-        let ended = Ended(Arc::clone(&state));
+        let ended = Ended { state: Arc::clone(&state), metrics: Arc::clone(&metrics) };
         let name = format!("{name}-{replica}");
         let thread = std::thread::Builder::new().name(name).spawn(move || {
             on_start.call(replica);

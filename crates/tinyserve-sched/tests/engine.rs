@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use tinyserve_kernels::{Cpu, CpuOptions};
 use tinyserve_kv::{
-    Budget, EvictionPolicy, KvFormat, PageSelector, PrefixIndex, PrefixOptions, SelectInput,
-    SelectionPolicy,
+    Budget, EvictionPolicy, GroupReduce, KvFormat, PageSelector, PrefixIndex, PrefixOptions,
+    Scorer, SelectInput, SelectionPolicy,
 };
 use tinyserve_model::{Checkpoint, KvCache, Model, SamplingParams};
 use tinyserve_sched::{
@@ -239,6 +239,21 @@ fn two_requests_of_a_session_run_in_order() {
 }
 
 #[test]
+fn a_deleted_session_and_a_later_one_of_its_name_are_two() {
+    let engine = engine(64, EngineConfig::default());
+    let mut long = engine.submit(greedy("Once upon a time", 400).session("a")).unwrap();
+    assert!(long.any(|event| matches!(event, Event::Token(_))));
+    assert_eq!(engine.delete_session("a").wait(), Some(true));
+    answer(&engine, greedy("The dog", 4).session("a"));
+    let held = engine.session_info("a").wait().unwrap();
+    assert!(matches!(long.last(), Some(Event::Finished(_))));
+    assert_eq!(engine.session_info("a").wait().unwrap(), held);
+    assert_eq!(held.map(|info| (info.request_count, info.cached_pages)), Some((1, 1)));
+    // What the long one left is nobody's.
+    assert_eq!(engine.stats().pages_used, 1);
+}
+
+#[test]
 fn sessions_expire() {
     let timeout = Duration::from_millis(50);
     let engine = engine(64, EngineConfig { session_timeout: timeout, ..Default::default() });
@@ -247,6 +262,16 @@ fn sessions_expire() {
     std::thread::sleep(Duration::from_millis(300));
     assert_eq!(engine.list_sessions().wait(), Some(Vec::new()));
     assert_eq!(engine.stats().pages_used, 0);
+}
+
+#[test]
+fn a_timeout_beyond_all_times_never_comes() {
+    let engine = engine(64, EngineConfig { session_timeout: Duration::MAX, ..Default::default() });
+    answer(&engine, greedy("Once upon a time", 4).session("a"));
+    assert_eq!(engine.list_sessions().wait().map(|sessions| sessions.len()), Some(1));
+    let mut stream = engine.submit(greedy("Once upon a time", 4)).unwrap();
+    assert!(stream.next_timeout(Duration::MAX).is_some());
+    assert!(engine.list_sessions().wait_timeout(Duration::MAX).is_ok());
 }
 
 #[test]
@@ -385,6 +410,62 @@ fn a_request_that_fails_or_panics_fails_alone() {
     }
     assert_eq!(text, expected);
     assert_eq!((engine.stats().failed, engine.stats().pages_used), (2, 0));
+}
+
+/// Reads the newest page, and those that reach beyond it in the first channel.
+struct BeyondNewest;
+
+impl PageSelector for BeyondNewest {
+    fn select(&self, input: &SelectInput<'_>, selected: &mut Vec<u32>) -> bool {
+        let newest = input.page_count() - 1;
+        let beyond = |&page: &usize| page == newest || input.max(page)[0] > input.max(newest)[0];
+        selected.extend((0..=newest).filter(beyond).map(|page| page as u32));
+        true
+    }
+}
+
+#[test]
+fn preempted_requests_that_select_go_on_as_they_would_alone() {
+    let policy = |scorer, budget, group_reduce| {
+        AttentionChoice::Policy(SelectionPolicy {
+            scorer: Scorer::named(scorer).unwrap(),
+            budget,
+            group_reduce,
+            dense_layers: 0,
+            min_context: 60,
+            ..SelectionPolicy::default()
+        })
+    };
+    let (max, vote) = (GroupReduce::Max, GroupReduce::SoftmaxVote);
+    let texts = ["Once upon a time", "The dog", "Lily and Tom went to the park", "One day"];
+    for attention in [
+        policy("box", Budget::Ratio(0.3), max),
+        policy("box", Budget::TopP(0.6), max),
+        policy("mean-std", Budget::Tokens(48), vote),
+        policy("two-stage", Budget::Ratio(0.2), max),
+        policy("oracle-mass", Budget::Tokens(48), max),
+        AttentionChoice::Custom(Arc::new(BeyondNewest)),
+    ] {
+        let request = |text| Request { attention: Some(attention.clone()), ..greedy(text, 150) };
+        let roomy = engine(64, EngineConfig::default());
+        let tight = engine(24, EngineConfig::default());
+        let streams: Vec<_> =
+            texts.iter().map(|text| tight.submit(request(text)).unwrap()).collect();
+        for (text, stream) in texts.into_iter().zip(streams) {
+            let (_, alone, end) = answer(&roomy, request(text));
+            let (mut tokens, mut steps) = (Vec::new(), 0);
+            for event in stream {
+                match event {
+                    Event::Token(token) => tokens.push(token),
+                    Event::Finished(finished) => steps = finished.summary.kv.decode_steps,
+                    _ => {}
+                }
+            }
+            assert_eq!(tokens, alone, "{attention:?}, {text}");
+            assert_eq!(steps, end.summary.kv.decode_steps, "{attention:?}, {text}");
+        }
+        assert!(tight.stats().preemptions > 0, "there was room for everybody");
+    }
 }
 
 /// Unparks the thread that polls: the smallest executor.

@@ -4,7 +4,7 @@ use tinyserve_kernels::{Cpu, CpuOptions};
 use tinyserve_kv::KvFormat;
 use tinyserve_model::{Checkpoint, KvCache, Model, SamplingParams};
 use tinyserve_plugins::{
-    Action, EntropyExit, EntropySignal, PluginManager, PluginStats, TokenPruning,
+    Action, EntropyExit, EntropySignal, PluginError, PluginManager, PluginStats, TokenPruning,
 };
 use tinyserve_sched::{
     Engine, EngineConfig, Event, EventStream, Failure, FailureKind, FinishReason, Finished,
@@ -132,6 +132,37 @@ fn closures_bias_and_stop() {
     assert_eq!(tokens, [only; 5]);
     let (plugin, reason) = ("custom_opt".to_owned(), "five are enough".to_owned());
     assert_eq!(finished.stop_reason, Some(StopReason::Plugin { plugin, reason }));
+}
+
+#[test]
+fn what_is_switched_on_in_a_step_waits_for_the_next() {
+    let manager = PluginManager::new();
+    let switch = manager.clone();
+    manager
+        .register_fn("switch", move |ctx| {
+            for name in [EntropyExit::NAME, TokenPruning::NAME] {
+                if ctx.generated().len() % 3 == 2 {
+                    switch.enable(name)?;
+                } else {
+                    switch.disable(name)?;
+                }
+            }
+            Ok::<_, PluginError>(())
+        })
+        .unwrap();
+    let exit = EntropyExit { threshold: 1e-9, ..EntropyExit::default() };
+    manager.register(EntropyExit::NAME, exit).unwrap();
+    manager.register(TokenPruning::NAME, pruning(0.2)).unwrap();
+    for name in [EntropyExit::NAME, TokenPruning::NAME] {
+        manager.disable(name).unwrap();
+    }
+    // What they need is observed in the steps that they were planned for, and in no other.
+    let (tokens, _) = answer(&engine(64, &manager), greedy("Once upon a time", 120));
+    assert_eq!(tokens.len(), 120);
+    for name in [EntropyExit::NAME, TokenPruning::NAME] {
+        let stats = stats(&manager, name);
+        assert_eq!((stats.calls, stats.errors), (39, 0), "{name}");
+    }
 }
 
 #[test]

@@ -5,8 +5,8 @@ use std::task::{Context, Poll};
 
 use tinyserve::model::SamplingParams;
 use tinyserve::sched::{
-    AdmissionError, AttentionChoice, Event, EventStream, FailureKind, Request, Stats,
-    StopReason as Stop, Summary,
+    AdmissionError, AttentionChoice, Engine, EngineState, Event, EventStream, FailureKind, Request,
+    Stats, StopReason as Stop, Summary,
 };
 use tinyserve::{AttentionMode, TinyServe, TinyServeConfig};
 
@@ -269,8 +269,17 @@ fn refused(error: &AdmissionError) -> ApiError {
 }
 
 /// What the page at `/` draws: totals since the start.
-pub(crate) fn page_stats(stats: &Stats) -> serde_json::Value {
+pub(crate) fn page_stats(engine: &Engine) -> serde_json::Value {
+    let stats = engine.stats();
+    let replicas = engine.replica_states().into_iter().zip(engine.replica_stats());
     serde_json::json!({
+        "replicas": replicas.map(|(state, stats)| replica(state, &stats)).collect::<Vec<_>>(),
+        "suggestions": stats.suggestions().iter().map(|advice| serde_json::json!({
+            "fact": advice.fact,
+            "knob": advice.knob,
+            "change": advice.change,
+            "effect": advice.effect,
+        })).collect::<Vec<_>>(),
         "running": stats.running,
         "waiting": stats.waiting,
         "pages_used": stats.pages_used,
@@ -284,5 +293,24 @@ pub(crate) fn page_stats(stats: &Stats) -> serde_json::Value {
             "pages_read": layer.read,
             "pages_total": layer.total,
         })).collect::<Vec<_>>(),
+    })
+}
+
+/// What one of the engine's copies does and holds.
+fn replica(state: EngineState, stats: &Stats) -> serde_json::Value {
+    serde_json::json!({
+        "state": match state {
+            EngineState::Running => "running",
+            EngineState::Draining => "draining",
+            EngineState::Stopped => "stopped",
+        },
+        "requests": stats.requests,
+        "failed": stats.failed,
+        "running": stats.running,
+        "waiting": stats.waiting,
+        "sessions": stats.sessions,
+        "pages_used": stats.pages_used,
+        "pages_total": stats.pages,
+        "generated_tokens": stats.generation_tokens,
     })
 }

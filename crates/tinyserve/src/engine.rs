@@ -18,8 +18,8 @@ pub use builder::TinyServeBuilder;
 
 use crate::request::stop_reason;
 use crate::{
-    FinishReason, KvUsage, Measured, Optimized, PlannedMemory, Prompt, Stats, StreamEvent, Timings,
-    TinyServeConfig, TinyServeError, TinyServeRequest, TinyServeResponse,
+    AttentionStats, FinishReason, KvUsage, Measured, Optimized, PlannedMemory, Prompt, Stats,
+    StreamEvent, Timings, TinyServeConfig, TinyServeError, TinyServeRequest, TinyServeResponse,
 };
 
 /// A loaded model that answers requests, many at once.
@@ -369,6 +369,20 @@ impl TinyServe {
             avg_memory_gb: if answered > 0 { memory / 1e9 } else { 0.0 },
             // No measurement means that no step left a page out, so nothing was missed.
             kv_hit_rate: stats.recall.unwrap_or(1.0),
+        }
+    }
+
+    /// What attention did, by its published names.
+    #[must_use]
+    pub fn get_attention_stats(&self) -> AttentionStats {
+        let stats = self.engine.stats();
+        AttentionStats {
+            total_attention_calls: stats.attention_calls,
+            avg_attention_time_ms: stats.attention_time().map(|time| time.as_secs_f64() * 1e3),
+            total_sparse_operations: stats.sparse_operations,
+            bytes_read: stats.bytes_read,
+            bytes_dense: stats.bytes_dense,
+            recall: stats.recall,
         }
     }
 

@@ -21,7 +21,8 @@ pub use error::TinyServeError;
 pub use optimize::{Measured, Optimized};
 pub use plan::PlannedMemory;
 pub use request::{
-    FinishReason, KvUsage, Prompt, Stats, StreamEvent, Timings, TinyServeRequest, TinyServeResponse,
+    AttentionStats, FinishReason, KvUsage, Prompt, Stats, StreamEvent, Timings, TinyServeRequest,
+    TinyServeResponse,
 };
 
 /// Kernels: the backend seam and its CPU implementation.

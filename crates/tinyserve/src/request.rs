@@ -285,6 +285,25 @@ pub struct TinyServeResponse {
     pub kv: KvUsage,
 }
 
+/// What attention did, in prompts and answers.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+pub struct AttentionStats {
+    /// Attentions of a layer, over all sequences of a step.
+    pub total_attention_calls: u64,
+    /// Mean time of one of them, page selection included, milliseconds, taken in one of 13 steps;
+    /// steps that measured recall are left out. `None` before the first, and on CUDA devices, which
+    /// compute meanwhile.
+    pub avg_attention_time_ms: Option<f64>,
+    /// Of all, those that left pages out.
+    pub total_sparse_operations: u64,
+    /// Bytes of keys, values and boxes that decode steps read.
+    pub bytes_read: u64,
+    /// Bytes that dense decode steps would have read.
+    pub bytes_dense: u64,
+    /// Mean measured recall of the selected pages; `None` while no step that selects was measured.
+    pub recall: Option<f64>,
+}
+
 /// Totals over the requests that an engine has answered.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
 pub struct Stats {

@@ -12,6 +12,7 @@ use serde::Serialize;
 use tinyserve::kernels::{AttendStats, Attention, Cpu, CpuOptions, CpuPath, Cuda, DType};
 use tinyserve::kv::{Budget, PageSummary, SelectionPolicy};
 use tinyserve::{Device, KvCacheDtype, ScorerName, TinyServeError};
+use tinyserve_lab::Axes;
 
 use super::device::Measurable;
 use super::latency::Format;
@@ -208,7 +209,8 @@ pub(crate) fn attention(args: &AttentionArgs) -> Result<()> {
         let title = "Speed-up of an attention step over dense attention";
         let mut drawn = lines(&rows);
         drawn.push(even(&rows));
-        let svg = tinyserve_lab::lines(title, ("tokens in the cache", "times as fast"), &drawn);
+        let axes = Axes { x: "tokens in the cache", y: "times as fast", log_y: false };
+        let svg = tinyserve_lab::lines(title, axes, &drawn);
         let svg = svg.map_err(|error| anyhow!("{error}"))?;
         fs::write(file, svg).with_context(|| format!("{} cannot be written", file.display()))?;
     }

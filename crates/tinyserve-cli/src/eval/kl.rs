@@ -38,6 +38,10 @@ pub(crate) fn kl(args: &KlArgs) -> Result<()> {
         (&args.text_file, &args.windows, &args.output),
         (&args.trials, &args.forward),
         &columns,
-        ("Divergence from dense against KV bytes read", "KL(dense ‖ policy), nats", &measured),
+        (
+            "Divergence from dense against KV bytes read",
+            ("KL(dense ‖ policy), nats", true),
+            &measured,
+        ),
     )
 }

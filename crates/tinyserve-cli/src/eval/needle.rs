@@ -8,7 +8,8 @@ use clap::Args;
 use serde::Deserialize;
 use tinyserve::model::{LookupTokens, Tokenizer};
 use tinyserve_lab::{
-    LookupTask, NeedleRow, NeedleTask, NeedleTest, PasskeyTask, heat_maps, lines, needle as ask,
+    Axes, LookupTask, NeedleRow, NeedleTask, NeedleTest, PasskeyTask, heat_maps, lines,
+    needle as ask,
 };
 
 use super::options::{Lab, OutputArgs, TrialArgs, Watched, check_svg, draw, lab_error};
@@ -109,7 +110,7 @@ pub(crate) fn needle(args: &NeedleArgs) -> Result<()> {
     args.output.print(&columns(), &rows)?;
     if let Some(file) = &args.output.plot {
         let points = rows.iter().map(|row| (row.policy, (row.bytes_read_ratio, row.accuracy)));
-        let axes = ("share of dense KV bytes read", "answered");
+        let axes = Axes { x: "share of dense KV bytes read", y: "answered", log_y: false };
         draw(file, lines("Needles found against KV bytes read", axes, &by_policy(points)))?;
     }
     if let Some(file) = &args.heat_map {

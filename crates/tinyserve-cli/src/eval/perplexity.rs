@@ -6,7 +6,7 @@ use anyhow::{Result, anyhow};
 use clap::Args;
 use serde_json::json;
 use tinyserve::KvCacheDtype;
-use tinyserve_lab::{Line, TextRow, TextTest, lines, text};
+use tinyserve_lab::{Axes, Line, TextRow, TextTest, lines, text};
 
 use super::options::{Lab, OutputArgs, TrialArgs, Watched, check_svg, draw, lab_error};
 use super::table::{Column, Style, TRIAL};
@@ -74,7 +74,7 @@ pub(crate) fn perplexity(args: &PerplexityArgs) -> Result<()> {
             (&args.text_file, &args.windows, &args.output),
             (&args.trials, &args.forward),
             &columns,
-            ("Perplexity against KV bytes read", "perplexity", &measured),
+            ("Perplexity against KV bytes read", ("perplexity", false), &measured),
         );
     }
     let idle = args.trials.idle_flag().or(args.windows.flag()).or(args.output.table_flag());
@@ -156,7 +156,7 @@ pub(super) fn compare(
     (file, windows, output): (&Path, &WindowArgs, &OutputArgs),
     (trials, forward): (&TrialArgs, &ForwardArgs),
     columns: &[Column],
-    (title, y_name, measured): (&str, &str, Measured<'_>),
+    (title, (y, log_y), measured): (&str, (&str, bool), Measured<'_>),
 ) -> Result<()> {
     check_svg("--plot", output.plot.as_ref())?;
     let content = read(file)?;
@@ -196,7 +196,8 @@ pub(super) fn compare(
     output.print(&all, &rows)?;
     if let Some(file) = &output.plot {
         let points = rows.iter().map(|row| (row.policy, measured(row)));
-        draw(file, lines(title, ("share of dense KV bytes read", y_name), &by_policy(points)))?;
+        let axes = Axes { x: "share of dense KV bytes read", y, log_y };
+        draw(file, lines(title, axes, &by_policy(points)))?;
     }
     watched.finish()
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 use tinyserve::TinyServeError;
-use tinyserve_lab::{RecallRow, RecallTest, lines, recall as measure};
+use tinyserve_lab::{Axes, RecallRow, RecallTest, lines, recall as measure};
 
 use super::options::{Lab, OutputArgs, TrialArgs, Watched, check_svg, draw, lab_error};
 use super::perplexity::{by_policy, read};
@@ -57,7 +57,7 @@ pub(crate) fn recall(args: &RecallArgs) -> Result<()> {
     }
     args.output.print(&columns(), &rows)?;
     if let Some(file) = &args.output.plot {
-        let axes = ("share of the pages read", "attention mass held");
+        let axes = Axes { x: "share of the pages read", y: "attention mass held", log_y: false };
         draw(file, lines("Recall against pages read", axes, &by_policy(means(&rows).into_iter())))?;
     }
     watched.finish()

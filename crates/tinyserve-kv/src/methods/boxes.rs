@@ -7,7 +7,7 @@
 //! holds nearly everything.
 //! Sources: Quest (Tang et al., ICML 2024); TinyServe (arXiv 2509.12211), equation 2.
 
-use super::{PageScorer, ScoreCost};
+use super::PageScorer;
 use crate::SelectInput;
 
 /// See the module.
@@ -33,10 +33,6 @@ impl PageScorer for Box {
                 *score = score_box(query, input.min(page), input.max(page));
             }
         }
-    }
-
-    fn bytes_read(&self, cost: &ScoreCost) -> usize {
-        2 * cost.pages * cost.vector_bytes
     }
 }
 

@@ -48,7 +48,15 @@ pub static METHODS: &[Method] = &[
 /// A way to decide which pages are read.
 #[derive(Debug, Clone, Copy)]
 pub enum Method {
-    /// All of them (FullCache).
+    /// All of them.
+    ///
+    /// Summary: none; nothing is scored, and no budget is asked for.
+    /// Every key takes part in one softmax over the whole sequence, so the result is exact, and a
+    /// step reads all keys and values: its bytes and its time grow with the context.
+    /// It is what the other methods are held against: their divergence is from its predictions,
+    /// their recall is of its attention, and their bytes are a share of its bytes.
+    /// Sources: attention over pages (PagedAttention, Kwon et al., SOSP 2023); the FullCache of the
+    /// tables in H2O, Quest and TinyServe.
     Dense,
     /// At every step, those with the best scores.
     Score(Scorer),
@@ -125,25 +133,40 @@ pub trait PageScorer: Send + Sync + fmt::Debug {
     }
 
     /// Bytes that a kernel would read to score all pages for one KV head, from summaries that lie
-    /// ready: two vectors for each page unless the method says otherwise.
+    /// ready: a box for each page unless the method says otherwise.
     fn bytes_read(&self, cost: &ScoreCost) -> usize {
-        2 * cost.pages * cost.vector_bytes
+        cost.box_bytes()
     }
 }
 
 /// What scoring costs: see [`PageScorer::bytes_read`].
 #[derive(Debug, Clone, Copy)]
 pub struct ScoreCost {
-    /// Pages of the sequence.
+    /// Tokens of the sequence.
+    pub tokens: usize,
+    /// Their pages.
     pub pages: usize,
     /// Pages that will be read.
     pub budget: usize,
     /// Tokens of one page.
     pub page_size: usize,
+    /// Queries that share the KV head.
+    pub queries: usize,
     /// Channels of one head.
     pub head_dim: usize,
     /// Bytes of one key.
     pub vector_bytes: usize,
+}
+
+impl ScoreCost {
+    /// Bytes of a box for each page.
+    ///
+    /// The sign of a query says which corner it needs in each channel, so for a lone one a kernel
+    /// reads half of every box.
+    #[must_use]
+    pub fn box_bytes(&self) -> usize {
+        self.queries.min(2) * self.pages * self.vector_bytes
+    }
 }
 
 /// Keeps the pages that attention was seen to use, for good.

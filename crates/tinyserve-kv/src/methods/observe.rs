@@ -28,30 +28,48 @@ impl PromptAttention {
     pub fn head(&self, layer: usize, kv_head: usize) -> Option<&HeadAttention> {
         self.heads.get(&(layer, kv_head))
     }
-
-    /// Adds the weights `[tokens]` that one query of `kv_head` in `layer` gave.
-    pub fn add(&mut self, layer: usize, kv_head: usize, weights: &[f32]) {
-        let head = self.heads.entry((layer, kv_head)).or_default();
-        if head.mass.len() < weights.len() {
-            head.mass.resize(weights.len(), 0.0);
-        }
-        head.mass.iter_mut().zip(weights).for_each(|(mass, weight)| *mass += weight);
-        head.queries += 1;
-    }
 }
 
 /// Reads every page, and remembers which tokens the queries attended to.
 ///
 /// As a selector it goes with the last tokens of a prompt: what they attend to is what H2O and
-/// SnapKV keep.
+/// SnapKV keep. Threads ask it in any order, and it remembers the same.
 #[derive(Debug, Default)]
-pub struct AttentionObserver(Mutex<PromptAttention>);
+pub struct AttentionObserver(Mutex<HashMap<(usize, usize), Sums>>);
+
+/// Sums that do not depend on their order, as sums of floats do: pages with nearly the same
+/// attention would be evicted by chance.
+#[derive(Debug, Default)]
+struct Sums {
+    /// For each token, in units of 1 / [`ONE`].
+    mass: Vec<u128>,
+    queries: usize,
+}
+
+/// The weight 1. Weights of 2⁻⁷⁶ and more are whole multiples of the unit, and 2²⁸ queries fit.
+const ONE: f64 = (1u128 << 100) as f64;
+
+impl Sums {
+    fn add(&mut self, weights: &[f32]) {
+        if self.mass.len() < weights.len() {
+            self.mass.resize(weights.len(), 0);
+        }
+        let weights = weights.iter().map(|&weight| (f64::from(weight) * ONE) as u128);
+        self.mass.iter_mut().zip(weights).for_each(|(mass, weight)| *mass += weight);
+        self.queries += 1;
+    }
+}
 
 impl AttentionObserver {
     /// What was seen.
     #[must_use]
     pub fn finish(self) -> PromptAttention {
-        self.0.into_inner().unwrap_or_else(PoisonError::into_inner)
+        let seen = self.0.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let of_head = |Sums { mass, queries }: Sums| HeadAttention {
+            mass: mass.into_iter().map(|mass| (mass as f64 / ONE) as f32).collect(),
+            queries,
+        };
+        PromptAttention { heads: seen.into_iter().map(|(at, sums)| (at, of_head(sums))).collect() }
     }
 }
 
@@ -60,9 +78,8 @@ impl PageSelector for AttentionObserver {
         let all: Vec<u32> = (0..input.page_count() as u32).collect();
         let weights = attention_weights(input, &all);
         let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for weights in weights {
-            seen.add(input.layer(), input.kv_head(), &weights);
-        }
+        let sums = seen.entry((input.layer(), input.kv_head())).or_default();
+        weights.iter().for_each(|weights| sums.add(weights));
         false
     }
 

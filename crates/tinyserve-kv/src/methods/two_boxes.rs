@@ -29,7 +29,7 @@ impl PageScorer for TwoBoxes {
     }
 
     fn bytes_read(&self, cost: &ScoreCost) -> usize {
-        4 * cost.pages * cost.vector_bytes
+        2 * cost.box_bytes()
     }
 
     fn summary(&self) -> Option<&dyn PageSummary> {

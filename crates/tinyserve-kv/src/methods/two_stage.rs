@@ -52,7 +52,7 @@ impl PageScorer for TwoStage {
 
     fn bytes_read(&self, cost: &ScoreCost) -> usize {
         let nominees = cost.pages.min(NOMINEES.saturating_mul(cost.budget));
-        2 * cost.pages * cost.vector_bytes + nominees * cost.page_size * cost.head_dim
+        cost.box_bytes() + nominees * cost.page_size * cost.head_dim
     }
 }
 

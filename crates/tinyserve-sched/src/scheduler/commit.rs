@@ -56,6 +56,7 @@ impl Sequence {
         metrics: &Metrics,
         edited: &mut Vec<f32>,
     ) -> Result<(), Failure> {
+        let decodes = self.is_planned_decode();
         let planned = std::mem::take(&mut self.planned);
         let (end, total) = (self.computed(), self.tokens.len());
         let start = end - planned;
@@ -66,7 +67,6 @@ impl Sequence {
             self.commit_prompt((&*runner, row), start, n);
             last_row = planned - 1;
         }
-        let decodes = planned == 1 && start >= self.prompt_len;
         if decodes {
             let read = runner.read(row);
             self.note_decode(&read);

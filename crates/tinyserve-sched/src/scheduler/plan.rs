@@ -74,7 +74,9 @@ impl<R: Runner> Scheduler<R> {
             let room = wanted.min(room - table.len());
             break if room > 0 && self.runner.extend(table, room).is_ok() { room } else { 0 };
         };
-        self.running[index].planned = planned;
+        let sequence = &mut self.running[index];
+        sequence.planned = planned;
+        sequence.plugins.plan();
         *budget -= planned;
     }
 

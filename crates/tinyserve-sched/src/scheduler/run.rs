@@ -49,6 +49,9 @@ impl<R: Runner> Scheduler<R> {
                 if list_pages {
                     self.note_reuse(members);
                 }
+                // A step that measures recall takes longer than attention does.
+                let time = self.runner.attention_time().filter(|_| !measure_recall);
+                self.metrics.attended(self.runner.layers(), time);
                 // Prompts are read in full, whatever the selection: they would hide it.
                 if members.iter().all(|&i| self.running[i].planned == 1) {
                     self.metrics.read_in_layers(self.runner.layers());

@@ -536,6 +536,10 @@ fn what_a_dead_replica_had_fails_and_others_go_on() {
     let states = engine.replica_states();
     assert_eq!(states, [EngineState::Stopped, EngineState::Running]);
     assert_eq!(engine.state(), EngineState::Running);
+    // Nobody counts on what it had.
+    let stats = engine.stats();
+    assert_eq!((stats.requests, stats.failed, stats.finished_length), (20, 1, 19));
+    assert_eq!((stats.running, stats.waiting, stats.pages), (0, 0, 20));
     // Its sessions start again elsewhere.
     for session in 0..20 {
         assert!(matches!(

@@ -79,13 +79,13 @@ pub(super) fn room(
             "max_tokens",
             format!(
                 "the prompt has {prompt} tokens and max_tokens is {most}, expected at most \
-                 {context} together, the context of this model (n_prompt_tokens {prompt}, n_ctx {context})"
+                 {context} together, the longest sequence here (n_prompt_tokens {prompt}, n_ctx {context})"
             ),
         )),
         _ => Err(ApiError::too_long(
             field,
             format!(
-                "the prompt has {prompt} tokens, expected at most {}: the context of this model is \
+                "the prompt has {prompt} tokens, expected at most {}: the longest sequence here has \
                  {context} (n_prompt_tokens {prompt}, n_ctx {context})",
                 context.saturating_sub(1)
             ),

@@ -40,9 +40,11 @@ pub(super) async fn metrics(State(app): State<App>) -> Response {
     }
 }
 
-/// `GET /tinyserve/stats`: what the page at `/` draws, as totals since the start.
+/// `GET /tinyserve/stats`: what the page at `/` draws, as totals since the start; each replica, and
+/// what the counters suggest to change.
 pub(super) async fn stats(State(app): State<App>) -> Result<Response, ApiError> {
-    let mut stats = page_stats(&app.ready()?.engine().stats());
+    let ready = app.ready()?;
+    let mut stats = page_stats(ready.engine());
     stats["state"] = app.phase().name().into();
     stats["model"] = app.names[0].as_str().into();
     stats["uptime_seconds"] = app.started.elapsed().as_secs_f64().into();

@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::server::shared;
+use tinyserve::TinyServeConfig;
+
+use crate::server::{quiet, shared, start};
 
 /// Samples by name and labels; the format is checked line by line.
 fn samples(text: &str) -> BTreeMap<String, f64> {
@@ -115,6 +117,30 @@ fn counters_count_what_was_asked() {
     grew("vllm:e2e_request_latency_seconds_count", 1.0);
     grew("vllm:request_generation_tokens_sum", 9.0);
     grew("vllm:inter_token_latency_seconds_count", 8.0);
+}
+
+#[test]
+fn each_replica_tells_what_it_does() {
+    let config = TinyServeConfig { replicas: 2, threads: Some(2), ..TinyServeConfig::default() };
+    let server = start(quiet(), config);
+    for session in 0..8 {
+        let body = json!({
+            "prompt": "Once upon a time", "max_tokens": 5, "ignore_eos": true,
+            "tinyserve": {"session": session.to_string()},
+        });
+        server.post("/v1/completions", &body).ok();
+    }
+    let stats = server.stats();
+    let replicas = stats["replicas"].as_array().unwrap();
+    assert_eq!(replicas.len(), 2, "{stats}");
+    for name in ["requests", "sessions"] {
+        let each: Vec<_> = replicas.iter().map(|one| one[name].as_u64().unwrap()).collect();
+        assert_eq!(each.iter().sum::<u64>(), 8, "{stats}");
+        assert!(each.iter().all(|&n| n > 0), "{stats}");
+    }
+    assert!(replicas.iter().all(|one| one["state"] == "running"), "{stats}");
+    assert_eq!(stats["generated_tokens"], 40);
+    assert!(stats["suggestions"].is_array(), "{stats}");
 }
 
 #[test]

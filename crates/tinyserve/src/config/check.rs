@@ -48,11 +48,11 @@ impl TinyServeConfig {
                 expected: "a CUDA device: the CPU has no launches to save".to_owned(),
             });
         }
-        if !(self.target_latency_ms > 0.0 && self.target_latency_ms.is_finite()) {
+        if !self.target_latency().is_ok_and(|target| !target.is_zero()) {
             return Err(TinyServeError::Setting {
                 field: "target_latency_ms",
                 found: self.target_latency_ms.to_string(),
-                expected: "a number above 0".to_owned(),
+                expected: "a number above 0, and a time that can be told".to_owned(),
             });
         }
         self.check_adaptive()?;

@@ -156,6 +156,9 @@ mod tests {
             ("t.toml", "adaptive = true\nadaptive_min_budget = 1.0", "no room to move"),
             ("j.toml", "scorer = \"bocks\"", "cuboid-mean"),
             ("k.json", r#"{"top_p_pages": 1.5}"#, "top_p_pages is 1.5"),
+            ("2.toml", "target_latency_ms = 1e300", "target_latency_ms is 1000"),
+            ("3.toml", "target_latency_ms = 1e-300", "target_latency_ms is 0.000"),
+            ("4.toml", "target_latency_ms = -1.0", "target_latency_ms is -1"),
         ];
         for (name, text, expected) in cases {
             let path = dir.path().join(name);

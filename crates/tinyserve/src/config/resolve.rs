@@ -1,6 +1,6 @@
 //! What settings come to: devices, layouts, policies, limits.
 
-use std::time::Duration;
+use std::time::{Duration, TryFromFloatSecsError};
 
 use tinyserve_kernels::DType;
 use tinyserve_kv::{Budget, KvLayout, SelectionPolicy};
@@ -68,6 +68,11 @@ impl TinyServeConfig {
             session_timeout: seconds(self.session_timeout),
             ..EngineConfig::default()
         }
+    }
+
+    /// `target_latency_ms` as a time.
+    pub(crate) fn target_latency(&self) -> Result<Duration, TryFromFloatSecsError> {
+        Duration::try_from_secs_f64(self.target_latency_ms / 1e3)
     }
 
     pub(super) fn entropy_exit(&self) -> EntropyExit {

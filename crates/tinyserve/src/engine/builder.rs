@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tinyserve_kernels::{Backend, Cpu, CpuOptions, Cuda};
 use tinyserve_kv::{PageSelector, PrefixIndex, PrefixOptions};
@@ -222,7 +222,7 @@ impl TinyServeBuilder {
             (_, None) => AttentionChoice::Policy(config.selection_policy()),
         };
         let adaptive = config.adaptive.then(|| Adaptive {
-            target: Duration::from_secs_f64(config.target_latency_ms / 1e3),
+            target: config.target_latency().unwrap_or_default(),
             min_budget: config.adaptive_min_budget,
             max_budget: config.adaptive_max_budget,
             on_move: self.on_budget_move.unwrap_or_else(|| Arc::new(|_: &BudgetMove| {})),

@@ -1,6 +1,6 @@
 //! What a unit reads, counted.
 
-use tinyserve_kv::{ScoreCost, Scorer};
+use tinyserve_kv::{PageSelector, ScoreCost};
 
 use super::tile::PageList;
 use super::{Context, Unit};
@@ -33,26 +33,19 @@ impl Context<'_> {
             };
             let sealed = seen - usize::from(own_read);
             let cost = ScoreCost {
+                tokens,
                 pages,
                 budget: seen,
                 page_size: size,
+                queries: self.heads.group(),
                 head_dim: self.heads.head_dim,
                 vector_bytes: self.heads.head_dim * element,
             };
-            // Of a query alone, a kernel reads one of the two corners in each channel.
+            let head = (self.layer, unit.kv_head);
             let scored = match self.sequences[unit.sequence].attention {
                 _ if chosen == Chosen::Everything => 0,
-                Attention::Policy(policy)
-                    if policy.scorer == Scorer::BOX
-                        && policy.ranks_by_maximum()
-                        && self.heads.group() == 1 =>
-                {
-                    pages * box_bytes / 2
-                }
-                Attention::Policy(policy) => policy.scorer.bytes_read(&cost),
-                Attention::Custom(selector) => {
-                    selector.bytes_read((self.layer, unit.kv_head), &cost)
-                }
+                Attention::Policy(policy) => policy.bytes_read(head, &cost),
+                Attention::Custom(selector) => selector.bytes_read(head, &cost),
                 Attention::Dense => 0,
             };
             // Codes mean nothing without their box, whatever was read to choose them.

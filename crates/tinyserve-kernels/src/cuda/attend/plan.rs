@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
-use tinyserve_kv::{KvLayout, ScoreCost, Scorer, SelectionPolicy};
+use tinyserve_kv::{KvLayout, PageSelector, ScoreCost, Scorer, SelectionPolicy};
 
 use super::super::bucket::bucket;
 use super::super::pages::CudaPages;
@@ -374,19 +374,17 @@ pub(super) fn count(
             };
             let sealed = seen - usize::from(own_read);
             let cost = ScoreCost {
+                tokens,
                 pages,
                 budget: seen,
                 page_size: size,
+                queries: heads.group(),
                 head_dim: heads.head_dim,
                 vector_bytes: heads.head_dim * format.element_bytes(),
             };
             let scored = match (tile.pages, attention) {
                 (Pages::Everything, _) => 0,
-                // Of a lone query the kernel reads one corner of the two in each channel.
-                (Pages::Best { scored_by: Scored::Boxes, .. }, _) if heads.group() == 1 => {
-                    pages * box_bytes / 2
-                }
-                (_, Attention::Policy(policy)) => policy.scorer.bytes_read(&cost),
+                (_, Attention::Policy(policy)) => policy.bytes_read((layer, kv_head), &cost),
                 (_, Attention::Custom(selector)) => selector.bytes_read((layer, kv_head), &cost),
                 (_, Attention::Dense) => 0,
             };
