@@ -105,6 +105,8 @@ impl Machine {
 
     fn json(&self) -> Value {
         let names: Vec<_> = self.paths.iter().map(|path| path.name()).collect();
+        let rounding = self.paths.iter().filter(|path| path.rounds_inputs());
+        let rounding: Vec<_> = rounding.map(|path| path.name()).collect();
         json!({
             "version": env!("CARGO_PKG_VERSION"),
             "os": std::env::consts::OS,
@@ -114,6 +116,7 @@ impl Machine {
                 "features": self.found(),
                 "path": self.path.name(),
                 "paths": names,
+                "rounding_paths": rounding,
                 "threads": self.threads,
             },
             "memory": { "total_bytes": memory::total(), "available_bytes": memory::available() },
@@ -140,6 +143,7 @@ impl Machine {
              CPU        {}\n\
              features   {}{missing}\n\
              path       {}{usable} (available: {})\n\
+             rounding   {}\n\
              threads    {}\n\
              memory     {}, {} available\n\
              GPUs       {}\n",
@@ -150,6 +154,7 @@ impl Machine {
             self.found().join(", "),
             self.path,
             names.join(", "),
+            self.rounding_text(),
             self.threads,
             known(memory::total()),
             known(memory::available()),
@@ -159,6 +164,17 @@ impl Machine {
 }
 
 impl Machine {
+    /// What choosing a path that rounds does.
+    fn rounding_text(&self) -> String {
+        let rounding = self.paths.iter().filter(|path| path.rounds_inputs());
+        let names: Vec<_> = rounding.map(|path| path.name()).collect();
+        format!(
+            "activations to bf16 in products of bf16 weights, as llama.cpp has it, only where asked \
+             for by TINYSERVE_CPU or --cpu: {}",
+            names.join(", ")
+        )
+    }
+
     fn gpu_text(&self) -> String {
         let gpus = match &self.gpus {
             Err(reason) => return reason.clone(),

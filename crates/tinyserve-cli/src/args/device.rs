@@ -40,8 +40,9 @@ pub(crate) struct DeviceArgs {
     /// Threads of the CPU [default: all].
     #[arg(short, long, value_name = "N", env = "TINYSERVE_THREADS", value_parser = values::size)]
     threads: Option<usize>,
-    /// Instruction set of the CPU: scalar (the reference, one thread), portable, neon, avx2 or avx512
-    /// [default: the best there is].
+    /// Instruction set of the CPU: scalar (the reference, one thread), portable, neon, avx2 or avx512;
+    /// or avx512-bf16 (on any processor portable-bf16), which rounds activations to bf16 in products
+    /// of bf16 weights [default: the best there is that does not round].
     #[arg(long, value_name = "PATH", env = "TINYSERVE_CPU", value_parser = values::cpu_path)]
     cpu: Option<CpuPath>,
     #[command(flatten)]
