@@ -76,6 +76,11 @@ fn benchmarks_run_on_it() {
         assert_eq!(row["device"], "cuda:0");
         assert!(row["avg_ts"].as_f64() > Some(0.0), "{row}");
     }
+    // What is planned is what the device has to have, and not three times as much.
+    let planned = rows[0]["planned_bytes"].as_u64().unwrap();
+    let with = |bytes: u64| emulated(bench, &[("CUDA_EMULATOR_MEMORY", &bytes.to_string())]);
+    with(planned).unwrap().done();
+    with(planned / 3).unwrap().refused_with(1, &["no memory for"]);
 }
 
 #[test]
@@ -176,4 +181,72 @@ fn doctor_describes_the_device() {
     let old = [("CUDA_EMULATOR_CAPABILITY", "75")];
     let Some(ran) = emulated("doctor", &old) else { return };
     assert!(ran.done().contains("capability 7.5, expected 8.0"));
+}
+
+/// A start measures what the file lacks; the next one does as the file says, whatever it says.
+#[test]
+fn what_was_measured_decides_from_then_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("fused.json");
+    let prompt = "Once,upon,a,time,there,was,a,girl,named,Lily";
+    let select =
+        "--attention sparse --dense-layers 0 --sink-pages 0 --recent-pages 1 --page-size 4";
+    let args = format!(
+        "{} {select} --ignore-eos --fused-table {}",
+        RUN.replace("Once", prompt),
+        file.display()
+    );
+    let Some(first) = emulated(&args, &[]) else { return };
+    let first = first.json();
+    let written = std::fs::read_to_string(&file).unwrap();
+    let mut table: Value = serde_json::from_str(&written).unwrap();
+    assert_eq!(table["rows"].as_array().map(Vec::len), Some(1), "{written}");
+    let row = &table["rows"][0];
+    for (key, value) in [("kv_cache_dtype", "f32".into()), ("page_size", 4.into())] {
+        assert_eq!(row[key], Value::clone(&value), "{written}");
+    }
+    let bytes = |time: &Value| time["bytes"].as_u64();
+    let times = row["times"].as_array().unwrap();
+    assert!(!times.is_empty() && times.is_sorted_by(|a, b| bytes(a) < bytes(b)), "{written}");
+    let again = emulated(&args, &[]).unwrap().json();
+    assert_eq!((&again["tokens"], &again["text"]), (&first["tokens"], &first["text"]));
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), written);
+    // Another shape joins it, and the first stays.
+    emulated(&args.replace("--page-size 4", "--page-size 8"), &[]).unwrap().done();
+    let both: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    assert_eq!(both["rows"].as_array().map(Vec::len), Some(2), "{both}");
+    assert_eq!(both["rows"][0], table["rows"][0]);
+    let doctor = format!("doctor --fused-table {}", file.display());
+    let shown = emulated(&format!("{doctor} --json"), &[]).unwrap().json();
+    let shown = &shown["fused_kernel"];
+    assert_eq!(shown["table"][1]["times"], both["rows"][1]["times"]);
+    assert!(shown["source"].as_str().unwrap().contains("measured, in"), "{shown}");
+    // A kernel that fails shows that it was launched.
+    let fails = [("CUDA_EMULATOR_FAIL", "fused_decode_f32_4")];
+    for (most, expected) in [(0u64, 0), (1 << 40, 1)] {
+        let time = serde_json::json!({ "bytes": most.max(1), "fused_ns": 2, "split_ns": 1 + 2 * expected });
+        table["rows"][0]["times"] = serde_json::json!([time]);
+        std::fs::write(&file, table.to_string()).unwrap();
+        let ran = emulated(&args, &fails).unwrap();
+        assert_eq!(ran.code, Some(expected), "{}", ran.stderr);
+        let shown = emulated(&doctor, &[]).unwrap().done();
+        let said = if expected == 0 { "than 0 B on CUDA emulator" } else { "than 1.00 TiB on" };
+        assert!(shown.contains(said), "{shown}");
+    }
+    let forced = format!("{args} --use-fused-kernel false");
+    emulated(&forced, &fails).unwrap().done();
+    // What it does not understand it refuses, and leaves alone.
+    for (text, expected) in
+        [("{\"version\": 2}", "a table of version 2"), ("{\"version\": 1}", "missing field `rows`")]
+    {
+        std::fs::write(&file, text).unwrap();
+        for args in [&args, &doctor] {
+            let ran = emulated(args, &[]).unwrap();
+            ran.refused_with(2, &["--fused-table is", "fused.json", expected, "version 1"]);
+        }
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), text);
+    }
+    let nowhere = args.replace("fused.json", "missing/fused.json");
+    emulated(&nowhere, &[]).unwrap().refused_with(1, &["missing/fused.json"]);
+    words("run -p Once --fused-table x.json").refused_with(2, &["--fused-table", "CUDA device"]);
 }

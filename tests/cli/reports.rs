@@ -74,10 +74,22 @@ fn doctor_says_what_is_used_and_what_is_not() {
     let paths = object["cpu"]["paths"].as_array().unwrap();
     assert!(paths.contains(&"scalar".into()) && paths.contains(&object["cpu"]["path"]));
     assert!(object["cpu"]["threads"].as_u64().unwrap() >= 1);
+    // What rounds can be asked for, and is not taken otherwise.
+    let rounding = object["cpu"]["rounding_paths"].as_array().unwrap();
+    assert!(
+        rounding.contains(&"portable-bf16".into()) && rounding.iter().all(|it| paths.contains(it))
+    );
+    let features = object["cpu"]["features"].as_array().unwrap();
+    let has_pairs = features.contains(&"avx512bf16".into()) && paths.contains(&"avx512".into());
+    assert_eq!(rounding.contains(&"avx512-bf16".into()), has_pairs, "{object}");
     // There are devices, or there is a sentence that says why not.
     let devices = object["gpus"].as_array().unwrap();
     assert_eq!(devices.is_empty(), object["cuda"].is_string(), "{object}");
     assert_eq!(object["self_test"], Value::Null);
+    assert!(!rounding.contains(&object["cpu"]["path"]), "{object}");
+    let plain = words("doctor --cpu portable-bf16").done();
+    let line = plain.lines().find(|line| line.starts_with("rounding ")).unwrap();
+    assert!(line.contains("bf16 weights") && line.contains("portable-bf16"), "{plain}");
     let plain = words("doctor --cpu scalar").done();
     assert!(plain.contains("path       scalar") && plain.contains("GPUs "), "{plain}");
 }

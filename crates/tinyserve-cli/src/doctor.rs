@@ -1,13 +1,14 @@
 //! `tinyserve doctor`: what this machine has and what is used of it.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::Args;
 use serde_json::{Value, json};
-use tinyserve::Device;
 use tinyserve::kernels::conformance::Table;
 use tinyserve::kernels::{CpuPath, CudaDevice, FusedRow, FusedTable, cublas_version};
+use tinyserve::{Device, FusedTableFile, FusedTableRow};
 
 use crate::exit::Quiet;
 use crate::self_test::{self, PathReport};
@@ -29,11 +30,15 @@ pub(crate) struct DoctorArgs {
     /// What the self-test runs on instead of every path of the CPU: cuda or cuda:N.
     #[arg(long, requires = "self_test", conflicts_with = "cpu", value_parser = values::device)]
     device: Option<Device>,
+    /// File of --fused-table to show in place of the built-in table.
+    #[arg(long, value_name = "FILE", env = "TINYSERVE_FUSED_TABLE")]
+    fused_table: Option<PathBuf>,
 }
 
 /// Prints the report, and fails when the self-test does.
 pub(crate) fn doctor(args: &DoctorArgs) -> Result<()> {
-    let machine = Machine::look(args.cpu);
+    let fused = Fused::read(args.fused_table.as_deref())?;
+    let machine = Machine::look(args.cpu, fused);
     let tests = match (args.self_test, args.cpu, args.device) {
         (false, ..) => Vec::new(),
         (true, _, Some(Device::Cuda(number))) => vec![self_test::run_cuda(number)?],
@@ -66,10 +71,17 @@ struct Machine {
     gpus: Result<Vec<CudaDevice>, String>,
     /// Its version; not looked for where no GPU can use it.
     cublas: Result<String, String>,
+    fused: Fused,
+}
+
+/// Up to which size selection and attention are one launch.
+enum Fused {
+    BuiltIn,
+    Measured { file: PathBuf, table: FusedTableFile },
 }
 
 impl Machine {
-    fn look(path: Option<CpuPath>) -> Self {
+    fn look(path: Option<CpuPath>, fused: Fused) -> Self {
         let gpus = CudaDevice::all().map_err(|error| error.to_string());
         let cublas = match &gpus {
             Ok(_) => cublas_version().map_err(|error| error.to_string()),
@@ -83,6 +95,7 @@ impl Machine {
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             gpus,
             cublas,
+            fused,
         }
     }
 
@@ -92,6 +105,8 @@ impl Machine {
 
     fn json(&self) -> Value {
         let names: Vec<_> = self.paths.iter().map(|path| path.name()).collect();
+        let rounding = self.paths.iter().filter(|path| path.rounds_inputs());
+        let rounding: Vec<_> = rounding.map(|path| path.name()).collect();
         json!({
             "version": env!("CARGO_PKG_VERSION"),
             "os": std::env::consts::OS,
@@ -101,14 +116,12 @@ impl Machine {
                 "features": self.found(),
                 "path": self.path.name(),
                 "paths": names,
+                "rounding_paths": rounding,
                 "threads": self.threads,
             },
             "memory": { "total_bytes": memory::total(), "available_bytes": memory::available() },
             "gpus": self.gpus.iter().flatten().map(gpu_json).collect::<Vec<_>>(),
-            "fused_kernel": {
-                "table": FusedTable::DEFAULT.rows.iter().map(fused_json).collect::<Vec<_>>(),
-                "source": FusedTable::DEFAULT.source,
-            },
+            "fused_kernel": { "table": self.fused.rows(), "source": self.fused.source() },
             "cublas": { "version": self.cublas.as_ref().ok(), "missing": self.cublas.as_ref().err() },
             // Why there is none, or nothing.
             "cuda": self.gpus.as_ref().err(),
@@ -130,6 +143,7 @@ impl Machine {
              CPU        {}\n\
              features   {}{missing}\n\
              path       {}{usable} (available: {})\n\
+             rounding   {}\n\
              threads    {}\n\
              memory     {}, {} available\n\
              GPUs       {}\n",
@@ -140,6 +154,7 @@ impl Machine {
             self.found().join(", "),
             self.path,
             names.join(", "),
+            self.rounding_text(),
             self.threads,
             known(memory::total()),
             known(memory::available()),
@@ -149,6 +164,17 @@ impl Machine {
 }
 
 impl Machine {
+    /// What choosing a path that rounds does.
+    fn rounding_text(&self) -> String {
+        let rounding = self.paths.iter().filter(|path| path.rounds_inputs());
+        let names: Vec<_> = rounding.map(|path| path.name()).collect();
+        format!(
+            "activations to bf16 in products of bf16 weights, as llama.cpp has it, only where asked \
+             for by TINYSERVE_CPU or --cpu: {}",
+            names.join(", ")
+        )
+    }
+
     fn gpu_text(&self) -> String {
         let gpus = match &self.gpus {
             Err(reason) => return reason.clone(),
@@ -166,13 +192,10 @@ impl Machine {
                  driver for CUDA {driver}{usable}"
             )
         };
-        let FusedTable { rows, source } = FusedTable::DEFAULT;
-        let row = |row: &FusedRow| format!("{}: {}", row.kv_heads, bytes(row.most_bytes as u64));
         let fused = format!(
             "selection and attention are one launch where a KV head's boxes, and its keys and values \
-             beyond 512 tokens, have no more bytes than, by KV heads, {} ({source}); \
-             --use-fused-kernel decides otherwise",
-            rows.iter().map(row).collect::<Vec<_>>().join(", "),
+             beyond 512 tokens, have no more bytes than {}; --use-fused-kernel decides otherwise",
+            self.fused.text(),
         );
         let products = match &self.cublas {
             Ok(version) => format!("cuBLAS {version} multiplies prompts"),
@@ -182,8 +205,62 @@ impl Machine {
     }
 }
 
-fn fused_json(row: &FusedRow) -> Value {
-    json!({ "kv_heads": row.kv_heads, "most_bytes": row.most_bytes })
+impl Fused {
+    /// The table of `file`, if one is named.
+    fn read(file: Option<&Path>) -> Result<Self> {
+        let Some(file) = file else { return Ok(Self::BuiltIn) };
+        let table = FusedTableFile::read(file)?;
+        Ok(Self::Measured { file: file.to_owned(), table })
+    }
+
+    fn source(&self) -> String {
+        match self {
+            Self::BuiltIn => FusedTable::DEFAULT.source.to_owned(),
+            Self::Measured { file, .. } => format!(
+                "measured, in {}; a start with a device and a shape that are not there measures them",
+                file.display()
+            ),
+        }
+    }
+
+    fn rows(&self) -> Vec<Value> {
+        let built_in =
+            |row: &FusedRow| json!({ "kv_heads": row.kv_heads, "most_bytes": row.most_bytes });
+        let measured = |row: &FusedTableRow| {
+            let mut object = json!(row);
+            object["most_bytes"] = row.most_bytes().into();
+            object
+        };
+        match self {
+            Self::BuiltIn => FusedTable::DEFAULT.rows.iter().map(built_in).collect(),
+            Self::Measured { table, .. } => table.rows().iter().map(measured).collect(),
+        }
+    }
+
+    /// The rows and their source, as the end of a sentence.
+    fn text(&self) -> String {
+        let built_in =
+            |row: &FusedRow| format!("{}: {}", row.kv_heads, bytes(row.most_bytes as u64));
+        let measured = |row: &FusedTableRow| {
+            let FusedTableRow { device, kv_cache_dtype, page_size, .. } = row;
+            let FusedTableRow { q_heads, kv_heads, head_dim, .. } = row;
+            format!(
+                "{} on {device} with {q_heads} query and {kv_heads} KV heads of {head_dim}, \
+                 {kv_cache_dtype} pages of {page_size}",
+                bytes(row.most_bytes() as u64),
+            )
+        };
+        let rows: Vec<_> = match self {
+            Self::BuiltIn => FusedTable::DEFAULT.rows.iter().map(built_in).collect(),
+            Self::Measured { table, .. } => table.rows().iter().map(measured).collect(),
+        };
+        let of = match self {
+            Self::BuiltIn => "by KV heads, ",
+            Self::Measured { .. } if rows.is_empty() => "nobody knows yet",
+            Self::Measured { .. } => "",
+        };
+        format!("{of}{} ({})", rows.join(", "), self.source())
+    }
 }
 
 fn gpu_json(gpu: &CudaDevice) -> Value {

@@ -96,6 +96,7 @@ fn flag(name: &str) -> Option<String> {
         "entropy_patience",
         "entropy_threshold",
         "frequency_penalty",
+        "fused_table",
         "gpu_ids",
         "kv_cache_dtype",
         "kv_cache_memory_bytes",

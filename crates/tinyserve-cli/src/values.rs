@@ -92,7 +92,7 @@ pub(crate) fn weights(text: &str) -> Result<Weights, String> {
 
 /// An instruction set of the CPU.
 pub(crate) fn cpu_path(text: &str) -> Result<CpuPath, String> {
-    text.parse().map_err(|_| "expected scalar, portable, neon, avx2 or avx512".to_owned())
+    text.parse().map_err(|_| format!("expected {}", CpuPath::NAMES))
 }
 
 /// A name as configuration files spell it.

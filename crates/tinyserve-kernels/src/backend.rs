@@ -502,6 +502,11 @@ pub trait Backend: Send + Sized {
         })
     }
 
+    /// Whether products of bf16 weights, as they are stored, round their inputs to bf16 first.
+    fn rounds_inputs(&self) -> bool {
+        false
+    }
+
     /// The formats of keys and values that it has: those without codes, unless it says more.
     fn kv_formats(&self) -> &'static [KvFormat] {
         &KvFormat::FLOATS

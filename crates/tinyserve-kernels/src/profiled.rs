@@ -106,6 +106,10 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
         self.inner.allocate_pages(layout, pages)
     }
 
+    fn rounds_inputs(&self) -> bool {
+        self.inner.rounds_inputs()
+    }
+
     fn kv_formats(&self) -> &'static [KvFormat] {
         self.inner.kv_formats()
     }

@@ -57,7 +57,9 @@ fn thread_counts_and_paths_out_of_range_are_refused() {
         assert_eq!(error.to_string(), format!("threads is {threads}, expected 1 to 1024"));
     }
     let error = "sse9".parse::<CpuPath>().unwrap_err().to_string();
-    assert_eq!(error, r#"cpu path is "sse9", expected scalar, portable, neon, avx2 or avx512"#);
+    assert_eq!(error, format!(r#"cpu path is "sse9", expected {}"#, CpuPath::NAMES));
+    let names = CpuPath::ALL.map(CpuPath::name).join(", ");
+    assert_eq!(CpuPath::NAMES.replace(" or ", ", "), names);
     for path in CpuPath::ALL {
         assert_eq!(path.to_string().parse(), Ok(path));
         let made = Cpu::new(CpuOptions { threads: Some(2), path: Some(path) });
@@ -69,6 +71,8 @@ fn thread_counts_and_paths_out_of_range_are_refused() {
             }
         }
     }
+    // What rounds is for whoever asks for it.
+    assert!(!CpuPath::detect().rounds_inputs());
     let cpu = Cpu::new(CpuOptions { threads: Some(3), path: Some(CpuPath::Portable) }).unwrap();
     assert_eq!(cpu.threads(), 3);
     assert_eq!((Cpu::reference().threads(), Cpu::reference().path()), (1, CpuPath::Scalar));

@@ -2,8 +2,8 @@
 
 use tinyserve_kernels::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, Cpu, CpuLinear, CpuOptions,
-    CpuTensor, CpuVector, EmbedArgs, HostTensor, KernelError, LinearArgs, LinearSpec, MassArgs,
-    NormArgs, ObserveArgs, ProjectActivation, ProjectArgs, RotaryAnglesArgs, RotaryArgs,
+    CpuPath, CpuTensor, CpuVector, EmbedArgs, HostTensor, KernelError, LinearArgs, LinearSpec,
+    MassArgs, NormArgs, ObserveArgs, ProjectActivation, ProjectArgs, RotaryAnglesArgs, RotaryArgs,
     TopLogitsArgs, conformance::Table,
 };
 use tinyserve_kv::{HostPages, KvLayout, PageCopy, PageId, TokenMove};
@@ -48,6 +48,9 @@ impl Backend for Perturbed {
     type Linear = CpuLinear;
     type KvPages = HostPages;
 
+    fn rounds_inputs(&self) -> bool {
+        (self.op == "rounds_inputs") != self.cpu.rounds_inputs()
+    }
     fn tensor(&self, columns: usize) -> CpuTensor {
         self.cpu.tensor(columns)
     }
@@ -225,7 +228,16 @@ fn reborrow<'a>(args: &'a mut ObserveArgs<'_, CpuTensor>) -> ObserveArgs<'a, Cpu
 
 /// Operations of the table that fail when `op` of a backend is wrong.
 fn failing(table: &mut Table, op: &'static str, fault: Fault) -> Vec<&'static str> {
-    let cpu = Cpu::new(CpuOptions { threads: Some(1), path: None }).unwrap();
+    failing_on(table, CpuPath::detect(), op, fault)
+}
+
+fn failing_on(
+    table: &mut Table,
+    path: CpuPath,
+    op: &'static str,
+    fault: Fault,
+) -> Vec<&'static str> {
+    let cpu = Cpu::new(CpuOptions { threads: Some(1), path: Some(path) }).unwrap();
     let outcomes = table.run(&Perturbed { cpu, op, fault }).unwrap();
     let mut failing: Vec<_> =
         outcomes.iter().filter(|outcome| !outcome.passed()).map(|outcome| outcome.op).collect();
@@ -265,4 +277,8 @@ fn a_wrong_result_fails_its_operation_and_no_other() {
         assert!(!failing(op, Fault::Nudge).is_empty(), "{op}");
     }
     assert!(failing("none", Fault::Nudge).is_empty());
+    // Whoever says that inputs are rounded, or are not, is held to it.
+    for path in [CpuPath::Portable, CpuPath::PortableBf16] {
+        assert_eq!(failing_on(&mut table, path, "rounds_inputs", Fault::Nudge), ["linear"]);
+    }
 }

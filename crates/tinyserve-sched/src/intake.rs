@@ -148,6 +148,7 @@ impl Intake {
             planned: 0,
             fresh: true,
             dense: usize::MAX,
+            selected: Vec::new(),
             shares: true,
             remembered: false,
             prunings: Prunings::default(),

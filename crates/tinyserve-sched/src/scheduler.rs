@@ -273,7 +273,7 @@ impl<R: Runner> Scheduler<R> {
         if !failed {
             self.remember(&mut sequence);
         }
-        let dense = sequence.dense_tokens();
+        let (dense, selected) = (sequence.dense_tokens(), sequence.all_selected());
         let prunings = std::mem::take(&mut sequence.prunings).into_made();
         let Sequence { mut table, mut tokens, session, cache_salt, events, .. } = sequence;
         let kept = match session {
@@ -283,7 +283,7 @@ impl<R: Runner> Scheduler<R> {
                 tokens.truncate(table.next_position());
                 let keeps = !failed && !table.is_empty();
                 if keeps {
-                    let kept = Kept { table, tokens, cache_salt, dense, prunings };
+                    let kept = Kept { table, tokens, cache_salt, dense, selected, prunings };
                     self.sessions.close(&session, total, Some(kept)).map(|kept| kept.table)
                 } else {
                     self.sessions.close(&session, total, None);

@@ -1,10 +1,11 @@
 //! One request inside a scheduler.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use tinyserve_kernels::{AttendStats, MOST_TOP_LOGITS};
+use tinyserve_kernels::{AttendStats, Attention, MOST_TOP_LOGITS};
 use tinyserve_kv::{Budget, PageTable};
 use tinyserve_model::Sampler;
 use tinyserve_plugins::RequestPlugins;
@@ -98,6 +99,9 @@ pub(crate) struct Sequence {
     /// Tokens from the first on that were computed with dense attention, as any request would, if
     /// that many are computed: pages of theirs may be shared.
     pub(crate) dense: usize,
+    /// Positions of its prompt that earlier requests of its session computed by selecting, and how:
+    /// ascending. After a preemption they are computed so again.
+    pub(crate) selected: Vec<(Range<usize>, AttentionChoice)>,
     /// Whether it shares pages with others; not after it found no room to prune what it shared.
     pub(crate) shares: bool,
     /// Whether its prompt's pages were offered to others.
@@ -204,16 +208,41 @@ impl Sequence {
     /// selects, so a step has only one of them.
     pub(crate) fn uniform(&self, most: usize) -> usize {
         let done = self.computed();
-        let end = if done < self.prompt_len { self.prompt_len } else { self.tokens.len() };
+        let (attention, end) = self.attention_at(done);
         let end = self.prunings.next().map_or(end, |pruning| end.min(pruning.computed));
         let end = if done < self.seen { end.min(self.seen) } else { end };
-        let end = match &self.attention {
-            AttentionChoice::Dense => end,
-            AttentionChoice::Policy(policy) if policy.ignores_newest_page() => end,
+        let end = match attention {
+            Attention::Dense => end,
+            Attention::Policy(policy) if policy.ignores_newest_page() => end,
             // Later tokens would be seen in the newest page.
+            _ if done < self.prompt_len => done + 1,
             _ => end.min(self.reads_all_until().max(done + 1)),
         };
         most.min(end - done)
+    }
+
+    /// Which pages the token at position `at` reads, and the position up to which that holds.
+    pub(crate) fn attention_at(&self, at: usize) -> (Attention<'_>, usize) {
+        if at >= self.prompt_len {
+            return (self.attention.as_kernel(), self.tokens.len());
+        }
+        match self.selected.iter().find(|(positions, _)| at < positions.end) {
+            Some((positions, attention)) if positions.contains(&at) => {
+                (attention.as_kernel(), positions.end)
+            }
+            Some((positions, _)) => (Attention::Dense, positions.start),
+            None => (Attention::Dense, self.prompt_len),
+        }
+    }
+
+    /// As [`Self::selected`], its own answer included.
+    pub(crate) fn all_selected(&mut self) -> Vec<(Range<usize>, AttentionChoice)> {
+        let mut all = std::mem::take(&mut self.selected);
+        let own = self.reads_all_until()..self.computed();
+        if !own.is_empty() {
+            all.push((own, self.attention.clone()));
+        }
+        all
     }
 
     /// Its first so many tokens, pruned ones counted, read all that comes before them.
@@ -234,7 +263,6 @@ impl Sequence {
         let empty = PageTable::new(self.table.page_size());
         let table = std::mem::replace(&mut self.table, empty);
         self.planned = 0;
-        self.dense = usize::MAX;
         self.remembered = false;
         self.times.preemptions += 1;
         if table.next_position() - table.len() == self.prunings.removed() {
@@ -243,7 +271,9 @@ impl Sequence {
         } else {
             // It began with what a session had pruned, of which nobody knows when: all is new.
             (self.fresh, self.seen, self.prunings) = (true, 0, Prunings::default());
+            self.selected.clear();
         }
+        self.dense = self.selected.first().map_or(usize::MAX, |(positions, _)| positions.start);
         table
     }
 
@@ -252,7 +282,8 @@ impl Sequence {
     pub(crate) fn alike(&self) -> &[u32] {
         let dense = self.reads_all_until();
         let unpruned = self.prunings.first().map_or(usize::MAX, |pruning| pruning.computed);
-        &self.tokens[..dense.min(unpruned).min(self.tokens.len())]
+        let unselected = self.selected.first().map_or(usize::MAX, |(positions, _)| positions.start);
+        &self.tokens[..dense.min(unpruned).min(unselected).min(self.tokens.len())]
     }
 
     /// Tokens from the first on that were computed as any request would compute them.

@@ -1,12 +1,13 @@
 //! Sessions: pages that stay between the requests of a conversation.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::time::{Duration, Instant, SystemTime};
 
 use tinyserve_kv::PageTable;
 
 use crate::pruning::Prunings;
-use crate::{Clock, Runner};
+use crate::{AttentionChoice, Clock, Runner};
 
 /// What is known of a session.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,6 +51,8 @@ pub(crate) struct Kept {
     pub(crate) cache_salt: String,
     /// How many of the first tokens were computed with dense attention, as any request would.
     pub(crate) dense: usize,
+    /// Positions that were computed by selecting, and how, as far as that is known.
+    pub(crate) selected: Vec<(Range<usize>, AttentionChoice)>,
     /// What the pages have gone through.
     pub(crate) prunings: Prunings,
 }

@@ -468,6 +468,50 @@ fn preempted_requests_that_select_go_on_as_they_would_alone() {
     }
 }
 
+#[test]
+fn a_preempted_turn_of_a_session_keeps_what_earlier_turns_had_selected() {
+    let policy = SelectionPolicy {
+        budget: Budget::TopP(0.5),
+        dense_layers: 0,
+        min_context: 60,
+        ..SelectionPolicy::default()
+    };
+    let config =
+        || EngineConfig { attention: AttentionChoice::Policy(policy), ..EngineConfig::default() };
+    // Two turns, the third with somebody beside it who comes first.
+    let talk = |engine: &Engine, rival: Option<usize>| {
+        let mut text = prompt("Once upon a time");
+        for tokens in [120, 20] {
+            let turn = Request::new(&*text).max_tokens(tokens).sampling(SamplingParams::greedy());
+            text.extend(answer(engine, turn.session("a")).1.iter().map(|token| token.id));
+            text.extend(&prompt("Then")[1..]);
+        }
+        let last = Request::new(&*text).max_tokens(60).sampling(SamplingParams::greedy());
+        let mut stream = engine.submit(Request { priority: 5, ..last.session("a") }).unwrap();
+        let mut tokens: Vec<_> = stream
+            .by_ref()
+            .find_map(|event| if let Event::Token(token) = event { Some(token) } else { None })
+            .into_iter()
+            .collect();
+        let rival = rival.map(|tokens| engine.submit(greedy("The dog", tokens)).unwrap());
+        let mut preemptions = 0;
+        for event in stream {
+            match event {
+                Event::Token(token) => tokens.push(token),
+                Event::Finished(finished) => preemptions = finished.summary.timings.preemptions,
+                _ => {}
+            }
+        }
+        assert!(rival.is_none_or(|rival| matches!(rival.last(), Some(Event::Finished(_)))));
+        (tokens, preemptions)
+    };
+    let (alone, never) = talk(&engine(64, config()), None);
+    let (tokens, preemptions) = talk(&engine(15, config()), Some(200));
+    assert_eq!((alone.len(), never), (60, 0));
+    assert!(preemptions > 0, "there was room for both");
+    assert_eq!(tokens, alone);
+}
+
 /// Unparks the thread that polls: the smallest executor.
 struct Unpark(std::thread::Thread);
 

@@ -39,6 +39,11 @@ pub struct TinyServeConfig {
     /// the shape; unless it is set, sizes decide. Refused on the CPU.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub use_fused_kernel: Option<bool>,
+    /// File that says up to which size that is no slower, as it was measured; a start with a device
+    /// and a shape of heads and pages that it lacks measures them, and writes them there. Unless it is set, a
+    /// model of launches and bytes says. Refused on the CPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fused_table: Option<PathBuf>,
     /// Tokens of one page.
     #[serde(alias = "block_size")]
     pub page_size: usize,
@@ -163,6 +168,7 @@ impl Default for TinyServeConfig {
             weights: Weights::Auto,
             weights_cache: None,
             use_fused_kernel: None,
+            fused_table: None,
             page_size: 16,
             attention: AttentionMode::Auto,
             selection_ratio: 0.3,

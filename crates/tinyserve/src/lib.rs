@@ -6,6 +6,7 @@ mod choices;
 mod config;
 mod engine;
 mod error;
+mod fused_table;
 pub mod memory;
 mod optimize;
 mod plan;
@@ -18,6 +19,7 @@ pub use choices::{
 pub use config::TinyServeConfig;
 pub use engine::{TinyServe, TinyServeBuilder};
 pub use error::TinyServeError;
+pub use fused_table::{FusedTableFile, FusedTableRow, FusedTime};
 pub use optimize::{Measured, Optimized};
 pub use plan::PlannedMemory;
 pub use request::{

@@ -3,18 +3,19 @@
 //! The emulator runs a stream only as far as somebody waits for it: a copy whose events are missing
 //! brings what was there before.
 
+mod common;
+
 use std::path::Path;
 use std::sync::Mutex;
 
 use tinyserve_cuda_emulator::{Emulator, ready};
-use tinyserve_kernels::{AppendKvArgs, Attention, Backend, Cuda, Heads, KernelError};
+use tinyserve_kernels::{AppendKvArgs, Backend, Cuda, Heads, KernelError};
 use tinyserve_kv::{
     HostPages, KvFormat, KvLayout, KvShape, NewToken, PageId, PagePool, PageTable, Prefix, Slot,
 };
-use tinyserve_model::{
-    Activations, Batch, Checkpoint, KvCache, LogitRows, Model, Observe, SequenceStep,
-    SessionToSave, StepOutput,
-};
+use tinyserve_model::SessionToSave;
+
+use common::Engine;
 
 /// Waits are counted for the whole process.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -150,40 +151,6 @@ fn a_reader_that_fails_stops_the_copies_and_nothing_else() {
     cuda.download_pages(&pages, &ids[..1], take).unwrap();
 }
 
-/// A model and a cache on a device of their own.
-struct Engine {
-    model: Model<Cuda>,
-    cache: KvCache<Cuda>,
-    activations: Activations<Cuda>,
-}
-
-impl Engine {
-    fn new(format: KvFormat) -> Self {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../golden/llama-gqa");
-        let checkpoint = Checkpoint::open(&folder).unwrap();
-        let model = Model::load(Cuda::new(0).unwrap(), &checkpoint, |_, _| {}).unwrap();
-        let layout = model.config().kv_layout(4, format).unwrap();
-        let cache = KvCache::new(model.backend(), layout, 64).unwrap();
-        let activations = Activations::new(&model);
-        Self { model, cache, activations }
-    }
-
-    fn step(&mut self, table: &mut PageTable, tokens: &[u32]) -> Vec<f32> {
-        let mut output = StepOutput::default();
-        self.cache.extend(self.model.backend(), table, tokens.len()).unwrap();
-        let sequence = SequenceStep {
-            tokens,
-            table,
-            attention: Attention::Dense,
-            logits: LogitRows::Last,
-            observe: Observe::default(),
-        };
-        let batch = Batch { sequences: &[sequence], measure_recall: false, list_pages: false };
-        self.model.forward(&mut self.activations, &mut self.cache, &batch, &mut output).unwrap();
-        output.logits(0).next().unwrap().to_vec()
-    }
-}
-
 /// A session goes on, bit for bit, where it was saved; so does the one that it was saved from.
 #[test]
 fn sessions_are_saved_and_restored_between_steps() {
@@ -194,21 +161,22 @@ fn sessions_are_saved_and_restored_between_steps() {
     let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("copies.session");
     for format in [KvFormat::F16, KvFormat::Int8] {
         let tokens: Vec<u32> = (0..24).map(|i| i * 5 % 200).collect();
-        let mut engine = Engine::new(format);
+        let mut engine = Engine::new(Cuda::new(0).unwrap(), format);
         let mut table = engine.cache.new_table();
-        engine.step(&mut table, &tokens);
+        engine.step(&mut table, &tokens).unwrap();
         let prefix = Prefix { tokens: &tokens, salt: "" };
         let session =
             SessionToSave { identity: "test", prefix, dense_tokens: tokens.len(), table: &table };
         let backend = engine.model.backend();
         assert_eq!(engine.cache.save_session(backend, &path, session).unwrap(), tokens.len());
-        let expected = [engine.step(&mut table, &[7]), engine.step(&mut table, &[8])];
-        let mut other = Engine::new(format);
+        let expected =
+            [engine.step(&mut table, &[7]).unwrap(), engine.step(&mut table, &[8]).unwrap()];
+        let mut other = Engine::new(Cuda::new(0).unwrap(), format);
         let backend = other.model.backend();
         let restored = other.cache.restore_session(backend, &path, "test").unwrap();
         assert_eq!(restored.tokens, tokens, "{format}");
         let mut table = restored.table;
-        let found = [other.step(&mut table, &[7]), other.step(&mut table, &[8])];
+        let found = [other.step(&mut table, &[7]).unwrap(), other.step(&mut table, &[8]).unwrap()];
         assert_eq!(found, expected, "{format}");
     }
 }

@@ -1,59 +1,24 @@
 //! A kernel that fails, or memory that is not there, fails one request and nothing else.
 
-use std::path::Path;
+mod common;
 
 use tinyserve_cuda_emulator::ready;
-use tinyserve_kernels::{Attention, Backend, Cuda, CudaDevice, CudaError, KernelError};
-use tinyserve_kv::{KvFormat, PageTable};
-use tinyserve_model::{
-    Activations, Batch, Checkpoint, KvCache, LogitRows, Model, ModelError, Observe, SequenceStep,
-    StepOutput,
-};
+use tinyserve_kernels::{Backend, Cuda, CudaDevice, CudaError, KernelError};
+use tinyserve_kv::KvFormat;
+use tinyserve_model::ModelError;
+
+use common::Engine;
 
 fn free() -> usize {
     CudaDevice::all().unwrap()[0].free
 }
 
-/// A model that computes one sequence after the other.
-struct Engine {
-    model: Model<Cuda>,
-    cache: KvCache<Cuda>,
-    activations: Activations<Cuda>,
-}
-
-impl Engine {
-    fn new(cuda: Cuda, format: KvFormat) -> Self {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../golden/llama-gqa");
-        let checkpoint = Checkpoint::open(&folder).unwrap();
-        let model = Model::load(cuda, &checkpoint, |_, _| {}).unwrap();
-        let layout = model.config().kv_layout(4, format).unwrap();
-        let cache = KvCache::new(model.backend(), layout, 64).unwrap();
-        let activations = Activations::new(&model);
-        Self { model, cache, activations }
-    }
-
-    fn step(&mut self, table: &mut PageTable, tokens: &[u32]) -> Result<Vec<f32>, ModelError> {
-        let mut output = StepOutput::default();
-        self.cache.extend(self.model.backend(), table, tokens.len())?;
-        let sequence = SequenceStep {
-            tokens,
-            table,
-            attention: Attention::Dense,
-            logits: LogitRows::Last,
-            observe: Observe::default(),
-        };
-        let batch = Batch { sequences: &[sequence], measure_recall: false, list_pages: false };
-        self.model.forward(&mut self.activations, &mut self.cache, &batch, &mut output)?;
-        Ok(output.logits(0).next().unwrap().to_vec())
-    }
-
-    /// Logits of a sequence of its own.
-    fn prompt(&mut self, tokens: &[u32]) -> Result<Vec<f32>, ModelError> {
-        let mut table = self.cache.new_table();
-        let logits = self.step(&mut table, tokens);
-        self.cache.release(table);
-        logits
-    }
+/// Logits of a sequence of its own.
+fn prompt(engine: &mut Engine, tokens: &[u32]) -> Result<Vec<f32>, ModelError> {
+    let mut table = engine.cache.new_table();
+    let logits = engine.step(&mut table, tokens);
+    engine.cache.release(table);
+    logits
 }
 
 /// One after the other: what one makes fail, or takes, is the whole process's.
@@ -67,15 +32,15 @@ fn failures_leave_the_engine_usable_and_memory_comes_back() {
         // Launched one by one, a kernel that fails is named.
         let mut engine = Engine::new(Cuda::new(0).unwrap().use_graphs(false), format);
         let tokens = [1, 5, 9, 2, 6];
-        let expected = engine.prompt(&tokens).unwrap();
+        let expected = prompt(&mut engine, &tokens).unwrap();
         for kernel in [c"norm_rms", c"rotary", c"activate"] {
             emulator.fail(kernel);
-            let error = engine.prompt(&tokens).unwrap_err();
+            let error = prompt(&mut engine, &tokens).unwrap_err();
             emulator.fail(c"");
             let (sentence, name) = (error.to_string(), kernel.to_str().unwrap());
             assert!(sentence.contains(&format!("kernel {name} failed in a grid")), "{sentence}");
             assert!(sentence.contains("with sizes ["), "{sentence}");
-            assert_eq!(engine.prompt(&tokens).unwrap(), expected, "{name}");
+            assert_eq!(prompt(&mut engine, &tokens).unwrap(), expected, "{name}");
         }
     }
     assert_eq!(free(), before, "memory that was not given back");
@@ -105,7 +70,7 @@ fn a_step_that_is_replayed(emulator: &tinyserve_cuda_emulator::Emulator) {
     engine.cache.release(table);
     let mut other = Engine::new(Cuda::new(0).unwrap(), KvFormat::F16);
     let tokens = [1, 5, 9, 2, 6];
-    assert_eq!(engine.prompt(&tokens).unwrap(), other.prompt(&tokens).unwrap());
+    assert_eq!(prompt(&mut engine, &tokens).unwrap(), prompt(&mut other, &tokens).unwrap());
 }
 
 fn no_memory_for_a_pool_or_a_step(emulator: &tinyserve_cuda_emulator::Emulator) {
@@ -126,10 +91,10 @@ fn no_memory_for_a_pool_or_a_step(emulator: &tinyserve_cuda_emulator::Emulator) 
     // Somebody else takes nearly all of it.
     emulator.leave_free(Some(16 << 10));
     let tokens: Vec<u32> = (0..100).collect();
-    let sentence = engine.prompt(&tokens).unwrap_err().to_string();
+    let sentence = prompt(&mut engine, &tokens).unwrap_err().to_string();
     let told = ["no memory for", "bytes asked for", "free; lower", "--kv-cache-dtype"];
     assert!(told.iter().all(|words| sentence.contains(words)), "{sentence}");
     emulator.leave_free(None);
-    let logits = engine.prompt(&tokens).unwrap();
+    let logits = prompt(&mut engine, &tokens).unwrap();
     assert!(logits.iter().all(|x| x.is_finite()));
 }

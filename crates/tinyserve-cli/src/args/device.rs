@@ -40,8 +40,9 @@ pub(crate) struct DeviceArgs {
     /// Threads of the CPU [default: all].
     #[arg(short, long, value_name = "N", env = "TINYSERVE_THREADS", value_parser = values::size)]
     threads: Option<usize>,
-    /// Instruction set of the CPU: scalar (the reference, one thread), portable, neon, avx2 or avx512
-    /// [default: the best there is].
+    /// Instruction set of the CPU: scalar (the reference, one thread), portable, neon, avx2 or avx512;
+    /// or avx512-bf16 (on any processor portable-bf16), which rounds activations to bf16 in products
+    /// of bf16 weights [default: the best there is that does not round].
     #[arg(long, value_name = "PATH", env = "TINYSERVE_CPU", value_parser = values::cpu_path)]
     cpu: Option<CpuPath>,
     #[command(flatten)]
@@ -55,6 +56,10 @@ pub(crate) struct DeviceArgs {
     #[arg(long, value_name = "BOOL", env = "TINYSERVE_USE_FUSED_KERNEL",
           num_args = 0..=1, default_missing_value = "true")]
     use_fused_kernel: Option<bool>,
+    /// File that says up to which size that is no slower; what it lacks for the device and the model
+    /// is measured when they start, and written there.
+    #[arg(long, value_name = "FILE", env = "TINYSERVE_FUSED_TABLE")]
+    fused_table: Option<PathBuf>,
     /// Prints the settings, the device and the memory plan to stderr.
     #[arg(short, long, env = "TINYSERVE_VERBOSE", value_parser = clap::builder::BoolishValueParser::new())]
     verbose: bool,
@@ -67,6 +72,7 @@ impl DeviceArgs {
         self.weights.apply(config);
         set_some(&mut config.weights_cache, self.weights_cache.clone());
         set_some(&mut config.use_fused_kernel, self.use_fused_kernel);
+        set_some(&mut config.fused_table, self.fused_table.clone());
         match (self.cpu, config.threads) {
             (Some(CpuPath::Scalar), Some(threads)) if threads > 1 => {
                 Err(out_of_range("--threads", threads, "1 with --cpu scalar"))

@@ -87,8 +87,8 @@ pub(crate) struct AttentionArgs {
     /// Threads of the CPU [default: all].
     #[arg(short, long, value_name = "N", env = "TINYSERVE_THREADS", value_parser = values::size)]
     threads: Option<usize>,
-    /// Instruction set of the CPU: scalar (the reference, one thread), portable, avx2 or avx512
-    /// [default: the best there is].
+    /// Instruction set of the CPU: scalar (the reference, one thread), portable, neon, avx2 or
+    /// avx512, or one of those that `run` has [default: the best there is].
     #[arg(long, value_name = "PATH", env = "TINYSERVE_CPU", value_parser = values::cpu_path)]
     cpu: Option<CpuPath>,
     /// auto (the CPU), cpu, cuda or cuda:N.

@@ -4,7 +4,7 @@ use anyhow::{Result, anyhow};
 use clap::{Args, ValueEnum};
 use tinyserve::kernels::{Attention, Cuda, Profiled};
 use tinyserve::kv::{Budget, PageTable, SelectionPolicy};
-use tinyserve::model::{Checkpoint, KvCache, LargestStep, MemoryPlan, Model};
+use tinyserve::model::{Checkpoint, DeviceLimits, KvCache, LargestStep, MemoryPlan, Model};
 use tinyserve::{AttentionMode, Device, TinyServeConfig, TinyServeError};
 
 use super::bandwidth::read_bandwidth;
@@ -127,7 +127,7 @@ pub(crate) fn latency(args: &LatencyArgs, sources: Sources) -> Result<()> {
     let rows = match config.device {
         Device::Cuda(number) => {
             let cuda = Cuda::new(number).map_err(TinyServeError::from)?;
-            let cuda = cuda.use_fused_kernel(config.use_fused_kernel);
+            let cuda = config.choose_fused(cuda, checkpoint.config(), checkpoint.dtype())?;
             let described = Described::cuda(&cuda);
             let loaded =
                 load_on(cuda, described, forward, (&config, model), &checkpoint, sizes, fill);
@@ -259,6 +259,8 @@ pub(super) struct Described {
     device: String,
     threads: usize,
     cpu_path: Option<&'static str>,
+    /// Bytes of memory of its own that are free, if it has some.
+    free: Option<u64>,
 }
 
 impl Described {
@@ -266,7 +268,8 @@ impl Described {
         let device = format!("cuda:{}", cuda.device().ordinal);
         let text = format!("{device}, {}", cuda.device().name);
         // The thread that launches.
-        Self { text, device, threads: 1, cpu_path: None }
+        let free = Some(cuda.device().free as u64);
+        Self { text, device, threads: 1, cpu_path: None, free }
     }
 }
 
@@ -284,6 +287,7 @@ pub(super) fn load(
         device: "cpu".to_owned(),
         threads: backend.threads(),
         cpu_path: Some(backend.path().name()),
+        free: None,
     };
     load_on(backend, described, forward, named, checkpoint, sizes, fill)
 }
@@ -327,7 +331,16 @@ fn load_on<B: Measurable + Sync>(
         let open = 2 * sequences;
         let largest = LargestStep { tokens, sequences: open, logits: sequences, threads };
         let plan = MemoryPlan::new(checkpoint, weights.format, layout, largest, pages);
-        setup.planned_bytes = plan.process_bytes(memory::process()).total_bytes();
+        // Of the memory that the pages lie in: what the process holds lies elsewhere beside a device's.
+        let plan = match described.free {
+            Some(free) => {
+                let gathers_keys = !Cuda::has_kernels(&config.selection_policy());
+                let limits = DeviceLimits { context: longest, free, gathers_keys };
+                plan.on_device(checkpoint, weights.format, largest, limits)
+            }
+            None => plan.process_bytes(memory::process()),
+        };
+        setup.planned_bytes = plan.total_bytes();
         let backend = Profiled::new(backend);
         let model = Model::load_with(backend, checkpoint, &weights, |done, total| {
             progress.update(done, total);

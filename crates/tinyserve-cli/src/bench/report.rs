@@ -29,7 +29,8 @@ pub(super) struct Setup {
     pub(super) depth_fill: &'static str,
     /// Bytes of the whole cache, which are committed as they are written.
     pub(super) kv_bytes: u64,
-    /// Most bytes that the plan of weights, activations, cache and program has resident.
+    /// Most bytes that the plan of weights, activations, cache and program has resident; of a device of its
+    /// own, without the program.
     pub(super) planned_bytes: u64,
     /// Bytes of weights that every step reads.
     #[serde(skip)]

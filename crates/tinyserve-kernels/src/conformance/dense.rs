@@ -1,6 +1,9 @@
 //! Cases of the operations that know no pages.
 
 use std::collections::HashMap;
+use std::fmt;
+
+use half::bf16;
 
 use super::input::Numbers;
 use super::{CaseOutcome, Table, known, max_error, values};
@@ -125,6 +128,7 @@ fn linears<B: Backend>(
                 for format in FORMATS {
                     // Loaded once for all rows: quantising takes longer than multiplying.
                     let spec = (layout, (dtype, format), inputs, parts.as_slice());
+                    let inputs_as = Inputs::of(backend, (dtype, format));
                     let found = load(backend, spec)?;
                     let mut loaded = None;
                     for (r, rows) in ROWS.into_iter().enumerate() {
@@ -135,15 +139,15 @@ fn linears<B: Backend>(
                             }
                             let case = format!(
                                 "{layout:?} {dtype} as {format:?} [{rows}, {inputs}] to {parts:?} \
-                                 {store:?}"
+                                 {store:?}{inputs_as}"
                             );
-                            let found = linear(backend, &found, rows, store);
+                            let found = linear(backend, &found, rows, store, Inputs::AsTheyAre);
                             checks.check("linear", case, SUMS, &found, || {
                                 let layer = match &mut loaded {
                                     Some(layer) => layer,
                                     none => none.insert(load(reference, spec)?),
                                 };
-                                Ok(linear(reference, layer, rows, store))
+                                Ok(linear(reference, layer, rows, store, inputs_as))
                             })?;
                         }
                     }
@@ -152,16 +156,38 @@ fn linears<B: Backend>(
         }
     }
     for (dtype, rows) in DTYPES.into_iter().flat_map(|dtype| MANY_ROWS.map(|rows| (dtype, rows))) {
-        for (inputs, parts) in [(72, vec![67]), (256, vec![40, 24])] {
+        for (inputs, parts) in [(72, vec![67]), (256, vec![40, 24]), (1100, vec![33])] {
             let spec = (MatrixLayout::OutIn, (dtype, WeightFormat::Stored), inputs, &parts[..]);
-            let case = format!("{dtype} [{rows}, {inputs}] to {parts:?}");
-            let found = linear(backend, &load(backend, spec)?, rows, Store::Add);
+            let inputs_as = Inputs::of(backend, spec.1);
+            let case = format!("{dtype} [{rows}, {inputs}] to {parts:?}{inputs_as}");
+            let found = linear(backend, &load(backend, spec)?, rows, Store::Add, Inputs::AsTheyAre);
             checks.check("linear", case, SUMS, &found, || {
-                Ok(linear(reference, &load(reference, spec)?, rows, Store::Add))
+                Ok(linear(reference, &load(reference, spec)?, rows, Store::Add, inputs_as))
             })?;
         }
     }
     Ok(())
+}
+
+/// What the reference multiplies by: a backend that rounds is right if it gives the exact product
+/// of what it has rounded.
+#[derive(Clone, Copy, PartialEq)]
+enum Inputs {
+    AsTheyAre,
+    RoundedToBf16,
+}
+
+impl Inputs {
+    fn of<B: Backend>(backend: &B, weights: (DType, WeightFormat)) -> Self {
+        let rounded = backend.rounds_inputs() && weights == (DType::Bf16, WeightFormat::Stored);
+        if rounded { Self::RoundedToBf16 } else { Self::AsTheyAre }
+    }
+}
+
+impl fmt::Display for Inputs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if *self == Self::RoundedToBf16 { ", inputs rounded" } else { "" })
+    }
 }
 
 /// Compares what a backend gives with what the reference gave, or gives now.
@@ -191,6 +217,8 @@ fn projections<B: Backend>(
     backend: &B,
     outcomes: &mut Vec<CaseOutcome>,
 ) -> Result<(), KernelError> {
+    // Of the type that is multiplied in a way of its own, if there is one.
+    let dtype = if backend.rounds_inputs() { DType::Bf16 } else { DType::F16 };
     for format in FORMATS {
         // Blocks of quantised outputs that end between the halves of a gate, parts that differ,
         // little work, and enough to be split among threads by few wide rows and by many.
@@ -201,14 +229,15 @@ fn projections<B: Backend>(
             (16, vec![160, 160], vec![220]),
             (8, vec![12_016, 12_016], vec![3]),
         ] {
-            let layer = load(backend, (MatrixLayout::OutIn, (DType::F16, format), inputs, &parts))?;
+            let layer = load(backend, (MatrixLayout::OutIn, (dtype, format), inputs, &parts))?;
             for function in
                 [None, Some((Activation::GeluTanh, false)), Some((Activation::Silu, true))]
             {
                 for &rows in &rows {
                     let kind = if rows == 3 { NormKind::Layer } else { NormKind::Rms };
                     let case = format!(
-                        "{kind:?} {format:?} [{rows}, {inputs}] to {parts:?}, {function:?}"
+                        "{kind:?} {dtype} as {format:?} [{rows}, {inputs}] to {parts:?}, \
+                         {function:?}"
                     );
                     let (found, expected) = project(backend, &layer, kind, rows, function)?;
                     let max_error = max_error(&found, &expected);
@@ -325,9 +354,19 @@ fn load<B: Backend>(
     Ok(Layer { linear, inputs, outputs: outputs.iter().sum(), numbers })
 }
 
-fn linear<B: Backend>(backend: &B, layer: &Layer<B>, rows: usize, store: Store) -> Vec<f32> {
+fn linear<B: Backend>(
+    backend: &B,
+    layer: &Layer<B>,
+    rows: usize,
+    store: Store,
+    inputs: Inputs,
+) -> Vec<f32> {
     let mut numbers = layer.numbers.clone();
-    let x = upload(backend, &numbers.take(rows * layer.inputs), layer.inputs);
+    let mut x = numbers.take(rows * layer.inputs);
+    if inputs == Inputs::RoundedToBf16 {
+        x.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
+    }
+    let x = upload(backend, &x, layer.inputs);
     let mut out = upload(backend, &numbers.take(rows * layer.outputs), layer.outputs);
     backend.linear(LinearArgs { x: &x, linear: &layer.linear, store, out: &mut out });
     values(backend, &out)

@@ -155,7 +155,7 @@ pub(super) fn attend(cpu: &Cpu, args: AttendArgs<'_, Cpu>) -> Result<AttendStats
     let columns = Columns::new(out.values_mut(), width);
     // Heads that do not fill a wide vector waste it: the narrower one has less to waste.
     let path = match cpu.path() {
-        CpuPath::Avx512 if heads.head_dim < 16 => CpuPath::Avx2,
+        CpuPath::Avx512 | CpuPath::Avx512Bf16 if heads.head_dim < 16 => CpuPath::Avx2,
         path => path,
     };
     let context = Context {

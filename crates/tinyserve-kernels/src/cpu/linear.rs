@@ -1,23 +1,33 @@
 //! Matrix products over weights as they are stored.
 //!
+//! Inputs are multiplied as they are, in f32; but where a path says so ([`CpuPath::rounds_inputs`])
+//! they are rounded to bf16 for bf16 weights, once for all outputs, and multiplied in pairs.
+//!
 //! Every element of the output is summed in one order, whatever the number of rows: a batch gives
 //! each sequence bit for bit what it gets alone. In each block of [`BLOCK_INPUTS`] inputs a vector
 //! adds up the products of every so-manieth input; its elements are added up as a tree, and the
 //! blocks in order.
 
+mod factors;
 mod panel;
+mod rounded;
 
 use std::ops::Range;
 use std::sync::PoisonError;
 
+use half::bf16;
+
 use super::Cpu;
 use super::activate::InStore;
 use super::columns::Columns;
-use super::simd::{Element, Kernel, Simd, dispatch};
+use super::path::CpuPath;
+use super::simd::{Element, Kernel, PairKernel, PairSimd, Simd, dispatch, dispatch_pairs};
 use super::tensor::{CpuMatrix, CpuTensor, Elements};
 use crate::Store;
+use factors::{Factors, Pairs, Widened};
 pub(super) use panel::PanelScratch;
 use panel::{PANEL_ROWS, Panel};
+use rounded::rounded;
 
 /// Inputs whose products are added up before the next ones: what six rows of them take stays in
 /// the first-level cache.
@@ -58,24 +68,38 @@ pub(super) fn linear(
     let (path, threads) = (cpu.path(), cpu.threads());
     let (rows, inputs, width) = (x.rows(), x.columns(), out.columns());
     let columns = Columns::new(out.values_mut(), width);
+    let mut buffer;
+    let rounded = if parts.iter().any(|part| multiplies_pairs(path, part)) {
+        // One operation at a time uses a backend's threads, so this does not wait.
+        buffer = cpu.rounded.lock().unwrap_or_else(PoisonError::into_inner);
+        rounded(cpu, x, &mut buffer)
+    } else {
+        &[]
+    };
     let run = |thread: usize, part: &CpuMatrix, start: usize, strip: Range<usize>| {
         let (x, add) = (x.values(), store == Store::Add);
-        let args = StripArgs { x, rows, part, strip, start, columns, add };
+        let args = StripArgs { rows, part, strip, start, columns, add };
         if rows >= PANEL_ROWS {
             // Never waited for: each thread has its own.
             let mut scratch = cpu.panels[thread].lock().unwrap_or_else(PoisonError::into_inner);
             let scratch = &mut *scratch;
             match part.elements() {
-                Elements::F32(w) => dispatch(path, Panel { args, w, scratch }),
-                Elements::F16(w) => dispatch(path, Panel { args, w, scratch }),
-                Elements::Bf16(w) => dispatch(path, Panel { args, w, scratch }),
+                Elements::F32(w) => dispatch(path, Panel { args, x, w, scratch }),
+                Elements::F16(w) => dispatch(path, Panel { args, x, w, scratch }),
+                Elements::Bf16(w) if path.rounds_inputs() => {
+                    dispatch_pairs(path, Panel { args, x: rounded, w, scratch });
+                }
+                Elements::Bf16(w) => dispatch(path, Panel { args, x, w, scratch }),
             }
             return;
         }
         match part.elements() {
-            Elements::F32(w) => dispatch(path, OutIn { args, w }),
-            Elements::F16(w) => dispatch(path, OutIn { args, w }),
-            Elements::Bf16(w) => dispatch(path, OutIn { args, w }),
+            Elements::F32(w) => dispatch(path, OutIn { args, x, w }),
+            Elements::F16(w) => dispatch(path, OutIn { args, x, w }),
+            Elements::Bf16(w) if path.rounds_inputs() => {
+                dispatch_pairs(path, OutIn { args, x: rounded, w });
+            }
+            Elements::Bf16(w) => dispatch(path, OutIn { args, x, w }),
         }
     };
     if threads == 1 || rows * inputs * width < SERIAL_WORK {
@@ -121,9 +145,12 @@ pub(super) fn linear(
     });
 }
 
+/// Whether `part` is multiplied with rounded inputs.
+fn multiplies_pairs(path: CpuPath, part: &CpuMatrix) -> bool {
+    path.rounds_inputs() && matches!(part.elements(), Elements::Bf16(_))
+}
+
 struct StripArgs<'a> {
-    /// `[rows, inputs]`.
-    x: &'a [f32],
     rows: usize,
     part: &'a CpuMatrix,
     /// Outputs of the part.
@@ -149,43 +176,59 @@ impl StripArgs<'_> {
 }
 
 /// `[out, in]`, few rows: dot products of weight rows with input rows.
-struct OutIn<'a, E> {
+struct OutIn<'a, E, X> {
     args: StripArgs<'a>,
+    /// `[rows, inputs]`.
+    x: &'a [X],
     w: &'a [E],
 }
 
-impl<E: Element> Kernel for OutIn<'_, E> {
+impl<E: Element> Kernel for OutIn<'_, E, f32> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
+        self.multiply::<S, Widened<E>>(simd);
+    }
+}
+
+impl PairKernel for OutIn<'_, bf16, bf16> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: PairSimd>(self, simd: S) {
+        self.multiply::<S, Pairs>(simd);
+    }
+}
+
+impl<E, X> OutIn<'_, E, X> {
+    #[inline(always)]
+    fn multiply<S: Simd, F: Factors<S, Weight = E, Input = X>>(&self, simd: S) {
         let inputs = self.args.part.inputs;
         if self.args.rows == 1 && inputs * size_of::<E>() >= STREAM_BYTES {
-            return self.stream(simd);
+            return self.stream::<S, F>(simd);
         }
         if self.args.rows > 1 {
-            return self.batch(simd);
+            return self.batch::<S, F>(simd);
         }
         let mut output = self.args.strip.start;
         // Eight weight rows at once: their sums hide each other's latency.
         while output + 8 <= self.args.strip.end {
-            self.tile::<S, 1, 8, false>(simd, 0, output);
+            self.tile::<S, F, 1, 8, false>(simd, 0, output);
             output += 8;
         }
         while output < self.args.strip.end {
-            self.tile::<S, 1, 1, false>(simd, 0, output);
+            self.tile::<S, F, 1, 1, false>(simd, 0, output);
             output += 1;
         }
     }
-}
 
-impl<E: Element> OutIn<'_, E> {
     /// One input row, weight row after weight row: memory is read fastest as one stream, and the
     /// processor begins the next sum before the last one is done.
     #[inline(always)]
-    fn stream<S: Simd>(&self, simd: S) {
+    fn stream<S: Simd, F: Factors<S, Weight = E, Input = X>>(&self, simd: S) {
         let inputs = self.args.part.inputs;
-        let x = &self.args.x[..inputs];
+        let x = &self.x[..inputs];
         let mut sums = [0.0; STREAM_OUTPUTS];
         for first in self.args.strip.clone().step_by(STREAM_OUTPUTS) {
             let outputs = STREAM_OUTPUTS.min(self.args.strip.end - first);
@@ -193,7 +236,7 @@ impl<E: Element> OutIn<'_, E> {
             for (w, out) in w.chunks_exact(inputs).zip(&mut sums) {
                 *out = 0.0;
                 for (w, x) in w.chunks(BLOCK_INPUTS).zip(x.chunks(BLOCK_INPUTS)) {
-                    *out += dot(simd, w, x);
+                    *out += dot::<S, F>(simd, w, x);
                 }
             }
             self.args.finish(0, first, &sums[..outputs]);
@@ -203,7 +246,7 @@ impl<E: Element> OutIn<'_, E> {
     /// Some input rows: the first tile of them streams some weight rows from memory, those after it
     /// read the same weight rows from the cache.
     #[inline(always)]
-    fn batch<S: Simd>(&self, simd: S) {
+    fn batch<S: Simd, F: Factors<S, Weight = E, Input = X>>(&self, simd: S) {
         let rows = self.args.rows;
         for first in self.args.strip.clone().step_by(STREAM_OUTPUTS) {
             let outputs = first..(first + STREAM_OUTPUTS).min(self.args.strip.end);
@@ -212,10 +255,10 @@ impl<E: Element> OutIn<'_, E> {
                 let outputs = outputs.clone();
                 row += match rows - row {
                     // As many sums as registers hold.
-                    8.. if S::LANES == 16 => self.row_tile::<S, 8>(simd, row, outputs),
-                    4.. => self.row_tile::<S, 4>(simd, row, outputs),
-                    2.. => self.row_tile::<S, 2>(simd, row, outputs),
-                    _ => self.row_tile::<S, 1>(simd, row, outputs),
+                    8.. if S::LANES == 16 => self.row_tile::<S, F, 8>(simd, row, outputs),
+                    4.. => self.row_tile::<S, F, 4>(simd, row, outputs),
+                    2.. => self.row_tile::<S, F, 2>(simd, row, outputs),
+                    _ => self.row_tile::<S, F, 1>(simd, row, outputs),
                 };
             }
         }
@@ -223,7 +266,7 @@ impl<E: Element> OutIn<'_, E> {
 
     /// Some outputs of `R` rows; gives `R`.
     #[inline(always)]
-    fn row_tile<S: Simd, const R: usize>(
+    fn row_tile<S: Simd, F: Factors<S, Weight = E, Input = X>, const R: usize>(
         &self,
         simd: S,
         row: usize,
@@ -232,37 +275,40 @@ impl<E: Element> OutIn<'_, E> {
         let mut output = outputs.start;
         while output + 2 <= outputs.end {
             if row == 0 {
-                self.tile::<S, R, 2, true>(simd, row, output);
+                self.tile::<S, F, R, 2, true>(simd, row, output);
             } else {
-                self.tile::<S, R, 2, false>(simd, row, output);
+                self.tile::<S, F, R, 2, false>(simd, row, output);
             }
             output += 2;
         }
         if output < outputs.end {
-            self.tile::<S, R, 1, false>(simd, row, output);
+            self.tile::<S, F, R, 1, false>(simd, row, output);
         }
         R
     }
 
     #[inline(always)]
-    fn tile<S: Simd, const R: usize, const O: usize, const AHEAD: bool>(
+    fn tile<S, F, const R: usize, const O: usize, const AHEAD: bool>(
         &self,
         simd: S,
         row: usize,
         output: usize,
-    ) {
+    ) where
+        S: Simd,
+        F: Factors<S, Weight = E, Input = X>,
+    {
         let inputs = self.args.part.inputs;
         let w: [&[E]; O] =
             std::array::from_fn(|o| &self.w[(output + o) * inputs..(output + o + 1) * inputs]);
-        let x: [&[f32]; R] =
-            std::array::from_fn(|r| &self.args.x[(row + r) * inputs..(row + r + 1) * inputs]);
+        let x: [&[X]; R] =
+            std::array::from_fn(|r| &self.x[(row + r) * inputs..(row + r + 1) * inputs]);
         let mut totals = [[0.0; O]; R];
         for start in (0..inputs).step_by(BLOCK_INPUTS) {
             let block = start..(start + BLOCK_INPUTS).min(inputs);
             let w: [&[E]; O] = std::array::from_fn(|o| &w[o][block.clone()]);
-            let x: [&[f32]; R] = std::array::from_fn(|r| &x[r][block.clone()]);
+            let x: [&[X]; R] = std::array::from_fn(|r| &x[r][block.clone()]);
             let stream = &self.w[output * inputs + O * start..];
-            let sums = block_sums::<S, E, R, O, AHEAD>(simd, (&w, stream), &x);
+            let sums = block_sums::<S, F, R, O, AHEAD>(simd, (&w, stream), &x);
             for (o, sums) in sums.iter().enumerate() {
                 for (totals, sum) in totals.iter_mut().zip(simd.sums(sums)) {
                     totals[o] += sum;
@@ -277,17 +323,18 @@ impl<E: Element> OutIn<'_, E> {
 
 /// The sum of one block's products.
 #[inline(always)]
-fn dot<S: Simd, E: Element>(simd: S, w: &[E], x: &[f32]) -> f32 {
-    let whole = x.len() - x.len() % S::LANES;
+fn dot<S: Simd, F: Factors<S>>(simd: S, w: &[F::Weight], x: &[F::Input]) -> f32 {
+    let whole = x.len() - x.len() % F::INPUTS;
     let mut sum = simd.splat(0.0);
-    let vectors = w[..whole].chunks_exact(S::LANES);
-    for (w, x) in vectors.zip(x[..whole].chunks_exact(S::LANES)) {
+    let vectors = w[..whole].chunks_exact(F::INPUTS);
+    for (w, x) in vectors.zip(x[..whole].chunks_exact(F::INPUTS)) {
         // Files are mapped in small pages, at whose ends the processor's own prefetching stops.
         simd.prefetch(w.as_ptr().cast::<u8>().wrapping_add(AHEAD_BYTES));
-        sum = simd.mul_add(E::load(simd, w), simd.load(x), sum);
+        sum = F::multiply_add(simd, F::weights(simd, w), F::inputs(simd, x), sum);
     }
     if whole < x.len() {
-        sum = simd.mul_add(simd.load_tail(&w[whole..]), simd.load_tail(&x[whole..]), sum);
+        let (w, x) = (F::last_weights(simd, &w[whole..]), F::last_inputs(simd, &x[whole..]));
+        sum = F::multiply_add(simd, w, x, sum);
     }
     simd.sum(sum)
 }
@@ -297,38 +344,38 @@ fn dot<S: Simd, E: Element>(simd: S, w: &[E], x: &[f32]) -> f32 {
 /// Where the weights come from memory, `AHEAD` asks it for those that follow `stream`: rows follow
 /// one another, so that `O` of them are one stream, too.
 #[inline(always)]
-fn block_sums<S: Simd, E: Element, const R: usize, const O: usize, const AHEAD: bool>(
+fn block_sums<S: Simd, F: Factors<S>, const R: usize, const O: usize, const AHEAD: bool>(
     simd: S,
-    (w, stream): (&[&[E]; O], &[E]),
-    x: &[&[f32]; R],
+    (w, stream): (&[&[F::Weight]; O], &[F::Weight]),
+    x: &[&[F::Input]; R],
 ) -> [[S::V; R]; O] {
     let inputs = x[0].len();
     let mut sums = [[simd.splat(0.0); R]; O];
-    let whole = inputs - inputs % S::LANES;
+    let whole = inputs - inputs % F::INPUTS;
     let mut i = 0;
     while i < whole {
         if AHEAD {
-            let bytes = O * size_of::<E>();
+            let bytes = O * size_of::<F::Weight>();
             let next = stream.as_ptr().cast::<u8>().wrapping_add(i * bytes + BATCH_AHEAD_BYTES);
-            for line in (0..S::LANES * bytes).step_by(LINE_BYTES) {
+            for line in (0..F::INPUTS * bytes).step_by(LINE_BYTES) {
                 simd.prefetch_far(next.wrapping_add(line));
             }
         }
-        let w: [S::V; O] = std::array::from_fn(|o| E::load(simd, &w[o][i..i + S::LANES]));
+        let w: [F::Weights; O] = std::array::from_fn(|o| F::weights(simd, &w[o][i..i + F::INPUTS]));
         for r in 0..R {
-            let x = simd.load(&x[r][i..i + S::LANES]);
+            let x = F::inputs(simd, &x[r][i..i + F::INPUTS]);
             for o in 0..O {
-                sums[o][r] = simd.mul_add(w[o], x, sums[o][r]);
+                sums[o][r] = F::multiply_add(simd, w[o], x, sums[o][r]);
             }
         }
-        i += S::LANES;
+        i += F::INPUTS;
     }
     if whole < inputs {
         for r in 0..R {
-            let x = simd.load_tail(&x[r][whole..]);
+            let x = F::last_inputs(simd, &x[r][whole..]);
             for o in 0..O {
-                let w = simd.load_tail(&w[o][whole..]);
-                sums[o][r] = simd.mul_add(w, x, sums[o][r]);
+                let w = F::last_weights(simd, &w[o][whole..]);
+                sums[o][r] = F::multiply_add(simd, w, x, sums[o][r]);
             }
         }
     }

@@ -23,6 +23,7 @@ mod turned;
 
 use std::sync::Mutex;
 
+use half::bf16;
 use tinyserve_kv::{
     HostPages, KvFormat, KvLayout, NewToken, PageCopy, PageId, PagePool, SelectionPolicy, TokenMove,
 };
@@ -76,6 +77,8 @@ pub struct Cpu {
     sums: Vec<Mutex<Aligned>>,
     /// Input rows of the running product over quantised weights; grows, and is kept.
     quantised: Mutex<Vec<RowGroup>>,
+    /// Input rows of the running product of bf16 pairs; grows, and is kept.
+    rounded: Mutex<Vec<bf16>>,
     /// Times the choice of pages, when asked to.
     clock: Clock,
 }
@@ -114,8 +117,8 @@ impl Cpu {
         let scratch = (0..threads).map(|_| Mutex::default()).collect();
         let panels = (0..threads).map(|_| Mutex::default()).collect();
         let sums = (0..threads).map(|_| Mutex::default()).collect();
-        let (plan, quantised) = Default::default();
-        Ok(Self { pool, path, scratch, plan, panels, sums, quantised, clock: Clock::default() })
+        let (plan, quantised, rounded, clock) = Default::default();
+        Ok(Self { pool, path, scratch, plan, panels, sums, quantised, rounded, clock })
     }
 
     /// The scalar reference, on the thread that calls it: what other backends are held to.
@@ -129,6 +132,7 @@ impl Cpu {
             panels: Vec::new(),
             sums: Vec::new(),
             quantised: Mutex::default(),
+            rounded: Mutex::default(),
             clock: Clock::default(),
         }
     }
@@ -228,6 +232,10 @@ impl Backend for Cpu {
 
     fn allocate_pages(&self, layout: KvLayout, pages: usize) -> Result<HostPages, KernelError> {
         Ok(HostPages::new(layout, pages)?)
+    }
+
+    fn rounds_inputs(&self) -> bool {
+        self.path.rounds_inputs()
     }
 
     fn kv_formats(&self) -> &'static [KvFormat] {

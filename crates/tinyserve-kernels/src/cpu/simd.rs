@@ -10,7 +10,10 @@ mod avx2;
 pub(in crate::cpu) mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+mod pairs;
 mod portable;
+
+pub(crate) use pairs::{PairKernel, PairSimd, dispatch_pairs};
 
 /// A set of vector instructions.
 ///
@@ -274,12 +277,12 @@ pub(crate) trait Kernel {
 pub(crate) fn dispatch<K: Kernel>(path: CpuPath, kernel: K) -> K::Output {
     match path {
         #[cfg(target_arch = "x86_64")]
-        CpuPath::Avx512 => avx512::run(kernel),
+        CpuPath::Avx512 | CpuPath::Avx512Bf16 => avx512::run(kernel),
         #[cfg(target_arch = "x86_64")]
         CpuPath::Avx2 => avx2::run(kernel),
         #[cfg(target_arch = "aarch64")]
         CpuPath::Neon => neon::run(kernel),
-        CpuPath::Portable => kernel.run(portable::Portable),
+        CpuPath::Portable | CpuPath::PortableBf16 => kernel.run(portable::Portable),
         other => unreachable!("the {other} path has no vectors"),
     }
 }

@@ -7,6 +7,7 @@ mod custom;
 mod fused;
 mod kernels;
 mod observe;
+mod parts;
 mod plan;
 
 use tinyserve_kv::SelectionPolicy;
@@ -19,10 +20,12 @@ use super::pages::CudaPages;
 use super::workload::{CudaWorkload, f32s};
 use super::{Cuda, CudaTensor};
 use crate::{AttendArgs, AttendStats, Heads, KernelError};
+pub(super) use fused::{FusedChoice, fused_bytes, has_fused_kernel};
 pub use fused::{FusedRow, FusedTable};
-use kernels::{ATTEND_1, ATTEND_4, ATTEND_8, ATTEND_ANY, FUSED_1, FUSED_4, FUSED_8, SCORE_MOMENTS};
+use kernels::{ATTEND_1, ATTEND_4, ATTEND_8, ATTEND_ANY, SCORE_MOMENTS};
 use observe::measure;
-use plan::{Layout, MOST_QUERIES, Scored, TilePlan, TileRecord, page_bucket, part_pages};
+use parts::{MOST_PARTS, part_pages};
+use plan::{Layout, MOST_QUERIES, Scored, TilePlan, TileRecord, page_bucket};
 
 /// As `ATTEND_STATE` in kernels/attend.cuh.
 const STATE: usize = 3;
@@ -71,10 +74,12 @@ pub(super) fn most_bytes(workload: &CudaWorkload<'_>) -> u64 {
         (_, true) => layout.pages_for(tokens).min(tokens),
         (_, false) => 0,
     };
+    let of_row = of_sequence.div_ceil(part);
     let parts = alone
-        .saturating_mul(of_sequence.div_ceil(part))
+        .saturating_mul(of_row)
         .saturating_add(pages / part)
-        .saturating_add(sequences);
+        .saturating_add(sequences)
+        .min(of_row.max(MOST_PARTS));
     let tiles = bucket(tokens.max(sequences));
     let listed = pages.saturating_add(sequences);
     let scored = [bucket(sequences), kv_heads, page_bucket(of_sequence)];
@@ -157,7 +162,7 @@ pub(super) fn attend(cuda: &Cuda, args: AttendArgs<'_, Cuda>) -> Result<AttendSt
     let mut state = cuda.state();
     let scratch = &mut state.attend[usize::from(selects)];
     scratch.kv_heads = heads.kv_heads;
-    let plan = Layout::new(&tiles, sequences, pages, heads, cuda.use_fused);
+    let plan = Layout::new(&tiles, sequences, pages, heads, cuda.fused);
     let placed = call.place(scratch, &plan)?;
     call.select(scratch, &plan, placed)?;
     let recall = measure_recall && selects;
@@ -258,52 +263,6 @@ impl Call<'_> {
         unsafe { device.launch("select_pages", Shape::new(grid, SELECT_THREADS), &args) }
     }
 
-    /// Scores, selects and attends in one launch, for the tiles that are small enough.
-    fn fused(
-        &self,
-        scratch: &mut Scratch,
-        plan: &Layout,
-        placed: Placed,
-        (out, states): (Arg, Arg),
-    ) -> Result<(), CudaError> {
-        if plan.fused.is_empty() {
-            return Ok(());
-        }
-        let (device, heads) = (self.device, self.heads);
-        let fused = scratch.fused.send(device, &plan.fused)?;
-        let bytes = 4 * plan.fused.len() * heads.kv_heads * plan.most_fused_pages;
-        let scores = grown(&mut scratch.fused_scores, device, bytes, "page scores")?.arg();
-        let names = match heads.group() {
-            1 => FUSED_1,
-            2..=4 => FUSED_4,
-            _ => FUSED_8,
-        };
-        let mut args = vec![
-            self.qkv,
-            self.pages.layer(self.layer),
-            self.pages.layer_boxes(self.layer),
-            placed.tables,
-            placed.records,
-            fused,
-            placed.lists,
-            scores,
-            out,
-            states,
-            self.pages.shape(),
-            Arg::count(heads.group()),
-            Arg::count(heads.qkv_width()),
-            Arg::Number(self.scale),
-            Arg::count(plan.most_fused_pages),
-        ];
-        // It has the boxes already.
-        args.extend(self.code_args().skip(1));
-        let shared = u32::try_from(4 * heads.group() * heads.head_dim).unwrap_or(u32::MAX);
-        let grid = (plan.fused.len(), heads.kv_heads, 1);
-        let shape = Shape { shared, ..Shape::new(grid, SELECT_THREADS) };
-        // SAFETY: `plan` was laid out for these pages, and the buffers are as large as it says.
-        unsafe { device.launch(self.pages.element().kernel(names), shape, &args) }
-    }
-
     /// Scores pages by their boxes, or by the moments of their keys.
     fn score(
         &self,
@@ -355,7 +314,7 @@ impl Call<'_> {
     ) -> Result<(), CudaError> {
         let (device, heads) = (self.device, self.heads);
         let layout = self.pages.layout();
-        let bytes = 4 * plan.parts * heads.q_heads * (heads.head_dim + STATE);
+        let bytes = 4 * plan.parts.most * heads.q_heads * (heads.head_dim + STATE);
         let parts = grown(parts, device, bytes, "parts of attention")?.arg();
         let part_pages = Arg::count(part_pages(layout.page_size()));
         let (names, queries) = match (self.pages.is_wide(), plan.most_queries) {
@@ -366,42 +325,46 @@ impl Call<'_> {
         };
         let kernel = self.pages.element().kernel(names);
         let passes = plan.most_queries.div_ceil(queries);
-        let grid = (plan.records.len(), plan.most_parts, heads.kv_heads * passes);
-        let mut args = vec![
-            self.qkv,
-            self.pages.layer(self.layer),
-            placed.tables,
-            placed.records,
-            placed.lists,
-            placed.lengths,
-            out,
-            parts,
-            states,
-            self.pages.shape(),
-            Arg::count(heads.group()),
-            Arg::count(heads.qkv_width()),
-            Arg::Number(self.scale),
-            part_pages,
-        ];
-        args.extend(self.code_args());
-        // SAFETY: `plan` was laid out for these pages, and the buffers are as large as it says.
-        unsafe { device.launch(kernel, Shape::new(grid, ATTEND_THREADS), &args)? };
-        if plan.parts == 0 {
-            return Ok(());
+        for tiles in plan.parts.launches(plan.records.len()) {
+            let records = placed.records.offset(size_of::<TileRecord>() * tiles.start);
+            let mut args = vec![
+                self.qkv,
+                self.pages.layer(self.layer),
+                placed.tables,
+                records,
+                placed.lists,
+                placed.lengths,
+                out,
+                parts,
+                states,
+                self.pages.shape(),
+                Arg::count(heads.group()),
+                Arg::count(heads.qkv_width()),
+                Arg::Number(self.scale),
+                part_pages,
+            ];
+            args.extend(self.code_args());
+            let grid = (tiles.len(), plan.parts.blocks(), heads.kv_heads * passes);
+            // SAFETY: `plan` was laid out for these pages, and the buffers are as large as it says.
+            unsafe { device.launch(kernel, Shape::new(grid, ATTEND_THREADS), &args)? };
+            if plan.parts.most == 0 {
+                continue;
+            }
+            let args = [
+                parts,
+                records,
+                placed.lengths,
+                out,
+                states,
+                self.pages.shape(),
+                Arg::count(heads.group()),
+                part_pages,
+            ];
+            let grid = (tiles.len(), heads.q_heads, 1);
+            // SAFETY: as above; launches are in order, so the parts of one are merged before the next.
+            unsafe { device.launch("combine", Shape::new(grid, ATTEND_THREADS), &args)? };
         }
-        let args = [
-            parts,
-            placed.records,
-            placed.lengths,
-            out,
-            states,
-            self.pages.shape(),
-            Arg::count(heads.group()),
-            part_pages,
-        ];
-        let grid = (plan.records.len(), heads.q_heads, 1);
-        // SAFETY: as above.
-        unsafe { device.launch("combine", Shape::new(grid, ATTEND_THREADS), &args) }
+        Ok(())
     }
 
     /// What kernels over codes read beside them: boxes and open pages.

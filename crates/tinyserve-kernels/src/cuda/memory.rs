@@ -89,6 +89,12 @@ impl Buffer {
         device.stream.memcpy_htod(bytes, &mut to).map_err(driver_error("copying to the device"))
     }
 
+    /// Zeroes it.
+    pub(super) fn clear(&mut self, device: &Launcher) -> Result<(), CudaError> {
+        device.before_writing(&self.addresses())?;
+        device.stream.memset_zeros(&mut self.slice).map_err(driver_error("zeroing memory"))
+    }
+
     /// Copies all of `from` to `offset`.
     pub(super) fn copy_from(
         &mut self,

@@ -13,6 +13,7 @@ mod copies;
 mod cublas;
 mod device;
 mod error;
+mod fused_times;
 mod graph;
 mod launch;
 mod linear;
@@ -29,9 +30,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tinyserve_kv::{KvFormat, KvLayout, PageCopy, PageId, PagePool, SelectionPolicy, TokenMove};
 
+use attend::FusedChoice;
 pub use attend::{FusedRow, FusedTable};
 pub use device::CudaDevice;
 pub use error::{CudaError, CudaVersion};
+pub use fused_times::{FusedTimes, most_fused_bytes};
 pub use pages::CudaPages;
 pub use tensor::{CudaLinear, CudaTensor, CudaVector};
 pub use workload::CudaWorkload;
@@ -62,7 +65,7 @@ pub fn cublas_version() -> Result<String, CudaError> {
 pub struct Cuda {
     launcher: Launcher,
     device: CudaDevice,
-    use_fused: Option<bool>,
+    fused: FusedChoice,
     use_graphs: bool,
     state: Mutex<State>,
     copies: Mutex<copies::Copies>,
@@ -102,7 +105,7 @@ impl Cuda {
         Ok(Self {
             launcher,
             device,
-            use_fused: None,
+            fused: FusedChoice::default(),
             use_graphs: true,
             state: Mutex::default(),
             copies: Mutex::default(),
@@ -110,10 +113,18 @@ impl Cuda {
     }
 
     /// Whether decode steps score, select and attend in one launch where there is a kernel for it;
-    /// `None` decides by shape, as [`FusedTable`] says.
+    /// `None` decides by size, as [`Self::use_fused_up_to`] says.
     #[must_use]
     pub fn use_fused_kernel(mut self, fused: Option<bool>) -> Self {
-        self.use_fused = fused;
+        self.fused.forced = fused;
+        self
+    }
+
+    /// Most bytes of a KV head, counted as [`FusedRow::most_bytes`] counts them, of which decode
+    /// steps score, select and attend in one launch; [`FusedTable::DEFAULT`] says unless it is set.
+    #[must_use]
+    pub fn use_fused_up_to(mut self, bytes: Option<usize>) -> Self {
+        self.fused.most_bytes = bytes;
         self
     }
 

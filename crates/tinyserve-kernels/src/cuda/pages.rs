@@ -133,16 +133,21 @@ impl CudaPages {
         pages * self.layout.shape().kv_heads * self.layout.head_bytes()
     }
 
-    /// Whether 16-byte loads divide the rows of keys and of values: a page size that is a power of
-    /// two, and fills one, and a head_dim that is a multiple. Of codes, four words do.
+    /// Whether 16-byte loads divide the rows of keys and of values.
     pub(super) fn is_wide(&self) -> bool {
-        let shape = self.layout.shape();
-        let quantised = shape.format.is_quantised();
-        let elements = if quantised { 4 } else { 16 / shape.format.element_bytes() };
-        shape.page_size.is_power_of_two()
-            && shape.page_size >= elements
-            && shape.head_dim.is_multiple_of(elements)
+        is_wide(&self.layout)
     }
+}
+
+/// Whether 16-byte loads divide the rows of keys and of values: a page size that is a power of two,
+/// and fills one, and a head_dim that is a multiple. Of codes, four words do.
+pub(super) fn is_wide(layout: &KvLayout) -> bool {
+    let shape = layout.shape();
+    let quantised = shape.format.is_quantised();
+    let elements = if quantised { 4 } else { 16 / shape.format.element_bytes() };
+    shape.page_size.is_power_of_two()
+        && shape.page_size >= elements
+        && shape.head_dim.is_multiple_of(elements)
 }
 
 /// What keys and values are, of the formats that kernels are compiled for.

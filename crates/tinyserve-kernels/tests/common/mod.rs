@@ -35,10 +35,15 @@ impl Numbers {
 }
 
 /// A backend per path that this processor has, on `threads` threads.
-pub(crate) fn backends(threads: usize) -> Vec<Cpu> {
+pub(crate) fn every_backend(threads: usize) -> Vec<Cpu> {
     CpuPath::available()
         .map(|path| Cpu::new(CpuOptions { threads: Some(threads), path: Some(path) }).unwrap())
         .collect()
+}
+
+/// As [`every_backend`], without those that differ from another in products with weights alone.
+pub(crate) fn backends(threads: usize) -> Vec<Cpu> {
+    every_backend(threads).into_iter().filter(|cpu| !cpu.path().rounds_inputs()).collect()
 }
 
 /// Shapes of a cache: grouped heads, odd head sizes, pages of one token and of more than there are.

@@ -166,7 +166,7 @@ impl<R: Runner> Scheduler<R> {
         let mut left = reused;
         match kept {
             Some(Kept { table, .. }) if shares => self.runner.release(table),
-            Some(Kept { mut table, tokens, dense, prunings, .. }) => {
+            Some(Kept { mut table, tokens, dense, mut selected, prunings, .. }) => {
                 if reused < tokens.len() {
                     // A sealed page of codes goes whole.
                     left = self.runner.truncate(&mut table, reused);
@@ -176,6 +176,11 @@ impl<R: Runner> Scheduler<R> {
                 sequence.table = table;
                 // What follows tokens of selecting steps is not what any request would compute.
                 sequence.dense = if left > dense { dense } else { usize::MAX };
+                selected.retain_mut(|(positions, _)| {
+                    positions.end = positions.end.min(left);
+                    positions.start < positions.end
+                });
+                sequence.selected = selected;
             }
             None => {}
         }

@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use smallvec::SmallVec;
-use tinyserve_kernels::{Attention, PageLists};
+use tinyserve_kernels::PageLists;
 use tinyserve_model::{Batch, LogitRows, ModelError, SequenceStep};
 
 use super::{ON_STACK, Scheduler, hooks, model_failure, panicked};
@@ -118,7 +118,7 @@ fn step(sequence: &Sequence) -> SequenceStep<'_> {
     } else {
         LogitRows::None
     };
-    let attention = if in_prompt { Attention::Dense } else { sequence.attention.as_kernel() };
+    let (attention, _) = sequence.attention_at(start);
     SequenceStep {
         tokens: &sequence.tokens[start..end],
         table: &sequence.table,

@@ -54,6 +54,8 @@ impl<R: Runner> Scheduler<R> {
             tokens: restored.tokens,
             cache_salt: restored.salt,
             dense: restored.dense_tokens,
+            // Files do not tell.
+            selected: Vec::new(),
             prunings: Prunings::default(),
         };
         if let Some(before) = self.sessions.keep(id, kept) {

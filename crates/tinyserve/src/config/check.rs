@@ -48,6 +48,13 @@ impl TinyServeConfig {
                 expected: "a CUDA device: the CPU has no launches to save".to_owned(),
             });
         }
+        if let Some(file) = self.fused_table.as_ref().filter(|_| self.cuda_devices().is_empty()) {
+            return Err(TinyServeError::Setting {
+                field: "fused_table",
+                found: format!("{} with device {}", file.display(), String::from(self.device)),
+                expected: "a CUDA device: the CPU has no launches to save".to_owned(),
+            });
+        }
         if !self.target_latency().is_ok_and(|target| !target.is_zero()) {
             return Err(TinyServeError::Setting {
                 field: "target_latency_ms",

@@ -153,10 +153,7 @@ impl TinyServeBuilder {
         config.check()?;
         // Opened before anything is read: a device that is not there is told at once.
         let devices = config.cuda_devices();
-        let open = |number| {
-            Ok::<_, TinyServeError>(Cuda::new(number)?.use_fused_kernel(config.use_fused_kernel))
-        };
-        let cudas = devices.into_iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        let cudas = devices.into_iter().map(Cuda::new).collect::<Result<Vec<_>, _>>()?;
         let replicas = config.replicas;
         let threads = config.threads.or_else(|| {
             let all = std::thread::available_parallelism().map_or(1, usize::from);
@@ -252,6 +249,8 @@ impl TinyServeBuilder {
         let (engine, weight_bytes, weights_cache) = if cudas.is_empty() {
             loading.start(backends, &scheduling, progress)?
         } else {
+            let choose = |cuda| config.choose_fused(cuda, checkpoint.config(), checkpoint.dtype());
+            let cudas = cudas.into_iter().map(choose).collect::<Result<Vec<_>, _>>()?;
             loading.start(cudas, &scheduling, progress)?
         };
         Ok(TinyServe {

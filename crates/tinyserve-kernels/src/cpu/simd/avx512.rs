@@ -4,11 +4,11 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{ABOVE, Kernel, PIECES, Simd};
+use super::{ABOVE, Kernel, PIECES, PairKernel, PairSimd, Simd};
 
-/// Proof that the processor has AVX-512 F, BW, VL and DQ, and VNNI if it says so.
+/// Proof that the processor has AVX-512 F, BW, VL and DQ, and VNNI and BF16 if it says so.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512<const VNNI: bool> {
+pub(super) struct Avx512<const VNNI: bool, const BF16: bool = false> {
     _only_made_after_detection: (),
 }
 
@@ -41,6 +41,17 @@ fn run_with<K: Kernel>(kernel: K, vnni: bool) -> K::Output {
     unsafe { compiled(kernel, Avx512 { _only_made_after_detection: () }) }
 }
 
+/// Runs products of bf16 pairs.
+pub(super) fn run_pairs<K: PairKernel>(kernel: K) -> K::Output {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]
+    fn compiled<K: PairKernel>(kernel: K, simd: Avx512<false, true>) -> K::Output {
+        kernel.run(simd)
+    }
+    assert!(super::CpuPath::Avx512Bf16.is_available(), "this processor has no AVX-512 BF16");
+    // SAFETY: the processor has the features, as the assertion above made sure.
+    unsafe { compiled(kernel, Avx512 { _only_made_after_detection: () }) }
+}
+
 /// Calls intrinsics from methods of a type whose existence proves that the processor has them.
 macro_rules! intrinsic {
     ($call:expr) => {
@@ -63,7 +74,7 @@ unsafe fn quarters(x: __m512) -> __m128 {
     }
 }
 
-impl<const VNNI: bool> Simd for Avx512<VNNI> {
+impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
     type V = __m512;
     const LANES: usize = 16;
 
@@ -310,9 +321,31 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     }
 }
 
+impl PairSimd for Avx512<false, true> {
+    type Pairs = __m512bh;
+
+    #[inline(always)]
+    fn pairs(self, x: &[bf16]) -> __m512bh {
+        let x = &x[..32];
+        // SAFETY: 32 numbers of 16 bits are as long as the vector, of which any bits are one.
+        unsafe { x.as_ptr().cast::<__m512bh>().read_unaligned() }
+    }
+    #[inline(always)]
+    fn add_pairs(self, sums: __m512, a: __m512bh, b: __m512bh) -> __m512 {
+        intrinsic!(_mm512_dpbf16_ps(sums, a, b))
+    }
+    #[inline(always)]
+    fn store_rounded(self, x: __m512, out: &mut [bf16]) {
+        let out = &mut out[..16];
+        let rounded = intrinsic!(_mm512_cvtneps_pbh(x));
+        // SAFETY: sixteen numbers of 16 bits are as long as the vector, and any bits are such.
+        unsafe { out.as_mut_ptr().cast::<__m256bh>().write_unaligned(rounded) }
+    }
+}
+
 /// The tree of [`Simd::sum`], for four vectors at once: halves, quarters, pairs, one.
 #[inline(always)]
-fn four_sums<const VNNI: bool>(simd: Avx512<VNNI>, &[a, b, c, d]: &[__m512; 4]) -> [f32; 4] {
+fn four_sums<S: Simd<V = __m512>>(simd: S, &[a, b, c, d]: &[__m512; 4]) -> [f32; 4] {
     let mut sums = [0.0; 16];
     let four = intrinsic!({
         let halves = |a, b| {

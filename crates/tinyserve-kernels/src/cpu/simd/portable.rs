@@ -2,7 +2,8 @@
 
 use half::{bf16, f16};
 
-use super::Simd;
+use super::pairs::{add_product, rounded};
+use super::{PairSimd, Simd};
 
 const LANES: usize = 8;
 
@@ -159,5 +160,27 @@ impl Simd for Portable {
     #[inline(always)]
     fn block_values(self, block: [f32; 16]) -> [f32; 16] {
         block
+    }
+}
+
+impl PairSimd for Portable {
+    type Pairs = [bf16; 2 * LANES];
+
+    #[inline(always)]
+    fn pairs(self, x: &[bf16]) -> Self::Pairs {
+        std::array::from_fn(|i| x[i])
+    }
+    #[inline(always)]
+    fn add_pairs(self, sums: Self::V, a: Self::Pairs, b: Self::Pairs) -> Self::V {
+        std::array::from_fn(|lane| {
+            let [low, high] = [2 * lane, 2 * lane + 1];
+            add_product(add_product(sums[lane], a[high], b[high]), a[low], b[low])
+        })
+    }
+    #[inline(always)]
+    fn store_rounded(self, x: Self::V, out: &mut [bf16]) {
+        for (out, x) in out[..LANES].iter_mut().zip(x) {
+            *out = rounded(x);
+        }
     }
 }

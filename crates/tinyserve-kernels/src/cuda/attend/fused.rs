@@ -1,9 +1,27 @@
 //! Which tiles are scored, selected for and attended to in one launch.
 
-use super::plan::{MOST_QUERIES, PART_TOKENS, Pages, Scored, TilePlan};
-use crate::cuda::pages::CudaPages;
+use tinyserve_kv::KvLayout;
 
-/// Up to how much reading one launch takes the place of four.
+use super::kernels::{FUSED_1, FUSED_4, FUSED_8};
+use super::parts::PART_TOKENS;
+use super::plan::{Layout, MOST_QUERIES, Pages, Scored, TilePlan};
+use super::{Call, Placed, SELECT_THREADS, Scratch};
+use crate::cuda::error::CudaError;
+use crate::cuda::launch::{Arg, Shape};
+use crate::cuda::memory::grown;
+use crate::cuda::pages::{CudaPages, is_wide};
+
+/// What decides between one launch and several.
+#[derive(Debug, Clone, Copy, Default)]
+pub(in crate::cuda) struct FusedChoice {
+    /// What the user asks for, as far as there is a kernel.
+    pub(in crate::cuda) forced: Option<bool>,
+    /// Most bytes of one launch, where they were measured.
+    pub(in crate::cuda) most_bytes: Option<usize>,
+}
+
+/// Up to how much reading one launch takes the place of four, where nothing was measured: see
+/// [`Cuda::time_fused`](crate::Cuda::time_fused).
 ///
 /// One block then does the work of a KV head. That saves launches, and it leaves multiprocessors
 /// idle that could read a part each: what the block reads, and no block of a split launch would,
@@ -42,7 +60,7 @@ const fn modelled(kv_heads: usize) -> FusedRow {
 }
 
 impl FusedTable {
-    /// The table that is in use.
+    /// The table that is in use unless another is measured.
     pub const DEFAULT: Self = Self {
         rows: &[
             modelled(1),
@@ -65,25 +83,90 @@ impl FusedTable {
     }
 }
 
+/// Whether there is a kernel that does all in one for such pages and `group` queries of a KV head.
+pub(in crate::cuda) fn has_fused_kernel(layout: &KvLayout, group: usize) -> bool {
+    is_wide(layout) && group <= MOST_QUERIES
+}
+
+/// What decides: bytes of the boxes of `total` pages of a KV head, and of keys and values of
+/// `budget` pages beyond one part.
+pub(in crate::cuda) fn fused_bytes(
+    layout: &KvLayout,
+    group: usize,
+    total: usize,
+    budget: usize,
+) -> usize {
+    let shape = layout.shape();
+    // Of a lone query one corner of the two is read.
+    let corners = if group == 1 { 1 } else { 2 };
+    let boxes = total * corners * shape.head_dim * shape.format.element_bytes();
+    let beyond = (budget * layout.page_size()).saturating_sub(PART_TOKENS);
+    boxes + beyond * 2 * layout.token_head_bytes()
+}
+
 /// Whether `tile`, of `total` pages, is done in one launch. It depends on the tile and the model
-/// alone, so that a batch changes nothing; `forced` is what the user asks for, as far as there is a
-/// kernel.
+/// alone, so that a batch changes nothing.
 pub(super) fn is_fused(
     tile: &TilePlan,
     total: usize,
     pages: &CudaPages,
     group: usize,
-    forced: Option<bool>,
+    choice: FusedChoice,
 ) -> bool {
     let Pages::Best { scored_by: Scored::Boxes, budget, .. } = tile.pages else { return false };
-    let (layout, shape) = (pages.layout(), pages.layout().shape());
-    // Of a lone query one corner of the two is read.
-    let corners = if group == 1 { 1 } else { 2 };
-    let boxes = total * corners * shape.head_dim * shape.format.element_bytes();
-    let beyond = (budget * layout.page_size()).saturating_sub(PART_TOKENS);
-    let bytes = boxes + beyond * 2 * layout.token_head_bytes();
-    let small = bytes <= FusedTable::DEFAULT.most_bytes(shape.kv_heads);
-    pages.is_wide() && group <= MOST_QUERIES && forced.unwrap_or(small)
+    let layout = pages.layout();
+    let modelled = || FusedTable::DEFAULT.most_bytes(layout.shape().kv_heads);
+    let most = choice.most_bytes.unwrap_or_else(modelled);
+    let small = fused_bytes(layout, group, total, budget) <= most;
+    has_fused_kernel(layout, group) && choice.forced.unwrap_or(small)
+}
+
+impl Call<'_> {
+    /// Scores, selects and attends in one launch, for the tiles that are small enough.
+    pub(super) fn fused(
+        &self,
+        scratch: &mut Scratch,
+        plan: &Layout,
+        placed: Placed,
+        (out, states): (Arg, Arg),
+    ) -> Result<(), CudaError> {
+        if plan.fused.is_empty() {
+            return Ok(());
+        }
+        let (device, heads) = (self.device, self.heads);
+        let fused = scratch.fused.send(device, &plan.fused)?;
+        let bytes = 4 * plan.fused.len() * heads.kv_heads * plan.most_fused_pages;
+        let scores = grown(&mut scratch.fused_scores, device, bytes, "page scores")?.arg();
+        let names = match heads.group() {
+            1 => FUSED_1,
+            2..=4 => FUSED_4,
+            _ => FUSED_8,
+        };
+        let mut args = vec![
+            self.qkv,
+            self.pages.layer(self.layer),
+            self.pages.layer_boxes(self.layer),
+            placed.tables,
+            placed.records,
+            fused,
+            placed.lists,
+            scores,
+            out,
+            states,
+            self.pages.shape(),
+            Arg::count(heads.group()),
+            Arg::count(heads.qkv_width()),
+            Arg::Number(self.scale),
+            Arg::count(plan.most_fused_pages),
+        ];
+        // It has the boxes already.
+        args.extend(self.code_args().skip(1));
+        let shared = u32::try_from(4 * heads.group() * heads.head_dim).unwrap_or(u32::MAX);
+        let grid = (plan.fused.len(), heads.kv_heads, 1);
+        let shape = Shape { shared, ..Shape::new(grid, SELECT_THREADS) };
+        // SAFETY: `plan` was laid out for these pages, and the buffers are as large as it says.
+        unsafe { device.launch(self.pages.element().kernel(names), shape, &args) }
+    }
 }
 
 #[cfg(test)]

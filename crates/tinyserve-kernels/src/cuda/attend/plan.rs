@@ -7,11 +7,10 @@ use tinyserve_kv::{KvLayout, PageSelector, ScoreCost, Scorer, SelectionPolicy};
 
 use super::super::bucket::bucket;
 use super::super::pages::CudaPages;
-use super::fused::is_fused;
+use super::fused::{FusedChoice, is_fused};
+use super::parts::{Parts, part_pages};
 use crate::{AttendSequence, AttendStats, Attention, Heads};
 
-/// Tokens of a part: a list of one row is read by a block for each.
-pub(super) const PART_TOKENS: usize = 512;
 /// Queries that one pass over keys and values serves, at most.
 pub(super) const MOST_QUERIES: usize = 8;
 /// As `ts::NO_PARTS`.
@@ -206,9 +205,7 @@ pub(super) struct Layout {
     /// Lists that the host knows, by where they lie.
     pub(super) known_lists: Vec<(usize, Vec<u32>)>,
     /// Parts of one KV head.
-    pub(super) parts: usize,
-    /// Most parts of a tile, at least 1, as a power of two.
-    pub(super) most_parts: usize,
+    pub(super) parts: Parts,
     /// Most pages that are scored for one tile, as a power of two.
     pub(super) most_pages: usize,
     /// Most queries of a tile.
@@ -221,10 +218,10 @@ impl Layout {
         sequences: &[AttendSequence<'_>],
         pages: &CudaPages,
         heads: Heads,
-        use_fused: Option<bool>,
+        fused: FusedChoice,
     ) -> Self {
         let layout = pages.layout();
-        let mut all = Self { most_parts: 1, most_queries: 1, ..Self::default() };
+        let mut all = Self { most_queries: 1, ..Self::default() };
         let mut starts = Vec::with_capacity(sequences.len());
         for sequence in sequences {
             starts.push(all.tables.len() as u32);
@@ -264,7 +261,7 @@ impl Layout {
                 let of = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
                 (record.budget, record.sink, record.recent) = (of(budget), of(sink), of(recent));
                 match scored_by {
-                    _ if is_fused(tile, total, pages, heads.group(), use_fused) => {
+                    _ if is_fused(tile, total, pages, heads.group(), fused) => {
                         all.fused.push(number as u32);
                         record.parts = FUSED;
                     }
@@ -283,16 +280,13 @@ impl Layout {
             }
             let parts = longest.div_ceil(part_pages);
             if tile.rows.len() == 1 && parts > 1 && record.parts != FUSED {
-                record.parts = all.parts as u32;
-                all.parts += parts;
-                all.most_parts = all.most_parts.max(parts);
+                record.parts = all.parts.place(number, parts);
             }
             all.most_queries = all.most_queries.max(tile.rows.len() * heads.group());
             all.records.push(record);
         }
         all.attends = all.fused.len() < tiles.len();
         all.fill_up();
-        all.most_parts = all.most_parts.next_power_of_two();
         all.most_pages = page_bucket(all.most_pages);
         all.most_fused_pages = page_bucket(all.most_fused_pages);
         all
@@ -319,8 +313,8 @@ impl Layout {
     /// The same tiles of those rows, reading every page.
     pub(super) fn everything(&self, page_size: usize) -> Self {
         let part_pages = part_pages(page_size);
-        let mut all = Self { most_parts: 1, most_queries: self.most_queries, ..Self::default() };
-        for record in &self.records {
+        let mut all = Self { most_queries: self.most_queries, ..Self::default() };
+        for (number, record) in self.records.iter().enumerate() {
             let mut record = TileRecord { list_stride: 0, parts: NO_PARTS, ..*record };
             if record.rows == 0 {
                 all.records.push(record);
@@ -329,20 +323,12 @@ impl Layout {
             let tokens = (record.visible + record.rows - 1) as usize;
             let parts = tokens.div_ceil(page_size).div_ceil(part_pages);
             if record.rows == 1 && parts > 1 {
-                record.parts = all.parts as u32;
-                all.parts += parts;
-                all.most_parts = all.most_parts.max(parts);
+                record.parts = all.parts.place(number, parts);
             }
             all.records.push(record);
         }
-        all.most_parts = all.most_parts.next_power_of_two();
         all
     }
-}
-
-/// Pages of a part.
-pub(super) fn part_pages(page_size: usize) -> usize {
-    (PART_TOKENS / page_size).max(1)
 }
 
 /// What the rows of a tile read, as [`crate::Cpu`] counts it.
