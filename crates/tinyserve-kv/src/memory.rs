@@ -37,6 +37,19 @@ impl ZeroedMemory {
         Ok(Self { map, bytes })
     }
 
+    /// Keeps `range`, of which little may ever be written, off huge pages: they become resident as a
+    /// whole.
+    pub(crate) fn commit_finely(&mut self, range: Range<usize>) {
+        #[cfg(target_os = "linux")]
+        if self.bytes >= HUGE_PAGE_BYTES {
+            // A system without huge pages refuses, and has nothing to be told.
+            let advice = memmap2::Advice::NoHugePage;
+            let _ = self.map.advise_range(advice, range.start, range.len());
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = range;
+    }
+
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
     }

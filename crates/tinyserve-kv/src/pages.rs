@@ -54,7 +54,7 @@ impl HostPages {
     /// When the sizes overflow or the system refuses the memory.
     pub fn new(layout: KvLayout, capacity: usize) -> Result<Self, KvError> {
         let shape = layout.shape();
-        // The last group is whole, too: what is never written costs nothing.
+        // The last group is whole, too: what is never written costs nothing ...
         let total = |bytes_per_page: usize| {
             capacity
                 .checked_next_multiple_of(GROUP_PAGES)
@@ -67,10 +67,19 @@ impl HostPages {
         };
         let boxes = layout.box_bytes_per_page();
         let opens = if shape.format.is_quantised() { shape.layers } else { 0 };
+        let mut pages = ZeroedMemory::new(total(layout.bytes_per_page() - boxes)?)?;
+        if !capacity.is_multiple_of(GROUP_PAGES) && shape.layers > 0 {
+            // ... unless it shares a huge page with what is.
+            let layer = pages.bytes() / shape.layers;
+            let group = layer / capacity.div_ceil(GROUP_PAGES).max(1);
+            for end in (1..=shape.layers).map(|layers| layers * layer) {
+                pages.commit_finely(end - group..end);
+            }
+        }
         Ok(Self {
             layout,
             capacity,
-            pages: ZeroedMemory::new(total(layout.bytes_per_page() - boxes)?)?,
+            pages,
             boxes: ZeroedMemory::new(total(boxes)?)?,
             summaries: Summaries::new(),
             open: OpenPages::new(opens, capacity, layout.open_page_bytes()),
@@ -263,5 +272,42 @@ impl HostPages {
 
     pub(crate) fn check_page(&self, page: PageId) {
         assert!(page.index() < self.capacity, "page {} of {}", page.index(), self.capacity);
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use half::f16;
+
+    use super::*;
+    use crate::{KvFormat, KvShape};
+
+    #[test]
+    fn a_group_that_is_not_whole_takes_what_is_written() {
+        let resident_pages = || -> usize {
+            let text = std::fs::read_to_string("/proc/self/statm").unwrap();
+            text.split_whitespace().nth(1).unwrap().parse().unwrap()
+        };
+        let shape = KvShape {
+            layers: 24,
+            kv_heads: 16,
+            head_dim: 64,
+            page_size: 16,
+            format: KvFormat::F16,
+        };
+        let layout = KvLayout::new(shape).unwrap();
+        let mut pages = HostPages::new(layout, 3).unwrap();
+        let before = resident_pages();
+        for layer in 0..shape.layers {
+            let start = layer * pages.layer_bytes() / size_of::<f16>();
+            for kv_head in 0..shape.kv_heads {
+                let at = start + layout.head_offset(0, kv_head);
+                let both = pages.pages.elements_mut::<f16>(at..at + 2 * layout.head_elements());
+                both.fill(f16::ONE);
+            }
+        }
+        let growth = resident_pages().saturating_sub(before);
+        // A page is 1.5 MiB, its group, on huge pages, 96 MiB; other tests touch memory, too.
+        assert!(growth < 8_192, "{growth} pages became resident");
     }
 }
