@@ -2,8 +2,13 @@
 
 mod common;
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use tinyserve_cuda_emulator::ready;
-use tinyserve_kernels::{Backend, Cuda, CudaDevice, CudaError, KernelError};
+use tinyserve_kernels::{
+    Backend, Cuda, CudaDevice, CudaError, DType, HostTensor, KernelError, LinearPart, LinearSpec,
+    MatrixLayout, WeightFormat,
+};
 use tinyserve_kv::KvFormat;
 use tinyserve_model::ModelError;
 
@@ -119,22 +124,26 @@ fn a_capture_that_is_invalidated(emulator: &tinyserve_cuda_emulator::Emulator) {
 /// Another engine of the process comes and goes: it loads and unloads code.
 fn devices_opened_beside_a_step(emulator: &tinyserve_cuda_emulator::Emulator) {
     let before = emulator.invalidate(0);
-    let done = std::sync::atomic::AtomicBool::new(false);
+    let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let beside = scope.spawn(|| {
-            let mut times = 0;
-            while times < 3 || !done.load(std::sync::atomic::Ordering::Relaxed) {
-                let mut engine = Engine::new(Cuda::new(0).unwrap(), KvFormat::F16);
-                prompt(&mut engine, &[3, 4]).unwrap();
+            let mut times = 0u32;
+            while !done.load(Ordering::Relaxed) {
+                let weight = HostTensor::new("a matrix", vec![0; 16].into(), DType::F32, &[2, 2]);
+                let parts = vec![LinearPart { weight: weight.unwrap(), bias: None }];
+                let (layout, format) = (MatrixLayout::InOut, WeightFormat::Stored);
+                let cuda = Cuda::new(0).unwrap();
+                cuda.load_linear(LinearSpec { parts, layout, format }).unwrap();
                 times += 1;
             }
+            times
         });
-        for _ in 0..3 {
+        for _ in 0..8 {
             let mut engine = Engine::new(Cuda::new(0).unwrap(), KvFormat::F16);
             steps(&mut engine, 1);
         }
-        done.store(true, std::sync::atomic::Ordering::Relaxed);
-        beside.join().unwrap();
+        done.store(true, Ordering::Relaxed);
+        assert!(beside.join().unwrap() > 8);
     });
     assert_eq!(emulator.invalidate(0), before, "captures that our own calls invalidated");
 }
