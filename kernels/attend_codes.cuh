@@ -17,7 +17,7 @@ template <int BITS, bool WIDE> struct CodePages {
   // Heads of all layers: the distance of two slots.
   int heads;
   // Scales, as lower halves, and minima of the values of a chunk, by group and token, in shared memory.
-  u32 (*ranges)[ATTEND_TOKENS];
+  u32 (*ranges)[CHUNK];
 
   // Place in the sequence of the page that the tile's rows are in.
   static __device__ __forceinline__ u32 own_place(const Tile& tile, PageShape shape) {
@@ -33,25 +33,21 @@ template <int BITS, bool WIDE> struct CodePages {
   template <int Q, int WARPS> __device__ __forceinline__ void scores(const AttendJob& job, const Chunk& chunk) {
     // Minimum, as lower half, and maximum of each channel of the page that a warp is at.
     TS_SHARED(u32, corners, [WARPS][ATTEND_MOST_DIM]);
-    TS_SHARED(u32, of_values, [MOST_GROUPS][ATTEND_TOKENS]);
-    ranges = of_values;
+    TS_SHARED(u32, of_values, [WARPS][MOST_GROUPS][CHUNK]);
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    ranges = of_values[warp];
     int dim = job.shape.head_dim, page_size = job.shape.page_size;
-    int sealed = sealed_pages(job, chunk), n_tokens = sealed * chunk.offsets, groups = C::groups(job.shape);
-    for (int i = threadIdx.x; i < groups * n_tokens; i += WARPS * WARP) {
-      int group = i / n_tokens, token = i % n_tokens, page = token / chunk.offsets;
-      const u32* head = C::keys(pages, job.shape, chunk.page_ids[page], job.kv_head);
+    int sealed = sealed_pages(job, chunk), groups = C::groups(job.shape);
+    if (lane < sealed * chunk.offsets) {
+      const u32* head = C::keys(pages, job.shape, chunk.page_ids[lane / chunk.offsets], job.kv_head);
       const unsigned short* scales = reinterpret_cast<const unsigned short*>(head) + C::scales(job.shape);
-      size_t at = size_t(group) * page_size + chunk.piece + token % chunk.offsets;
-      ranges[group][token] = scales[at] | u32(scales[size_t(groups) * page_size + at]) << 16;
-    }
-    for (int page = warp; page < chunk.pages; page += WARPS) {
-      u32 id = chunk.page_ids[page];
-      if (page == sealed) {
-        const __half* keys = open + open_at(job.shape, job.tile.open, heads, job.kv_head) + chunk.piece;
-        page_scores<N, Q>(keys, job, chunk, page);
-        continue;
+      for (int group = 0; group < groups; group++) {
+        int at = group * page_size + chunk.piece + lane % chunk.offsets;
+        ranges[group][lane] = scales[at] | u32(scales[groups * page_size + at]) << 16;
       }
+    }
+    for (int page = 0; page < sealed; page++) {
+      u32 id = chunk.page_ids[page];
       // The lanes are done with the page before.
       __syncwarp();
       const unsigned short* box = reinterpret_cast<const unsigned short*>(boxes) + box_at(job.shape, id, job.kv_head);
@@ -62,6 +58,10 @@ template <int BITS, bool WIDE> struct CodePages {
       __syncwarp();
       const u32* words = C::keys(pages, job.shape, id, job.kv_head) + chunk.piece;
       code_scores<Q>(words, corners[warp], job, chunk, page);
+    }
+    if (sealed < chunk.pages) {
+      const __half* keys = open + open_at(job.shape, job.tile.open, heads, job.kv_head) + chunk.piece;
+      page_scores<N, Q>(keys, job, chunk, sealed);
     }
   }
 
@@ -78,44 +78,57 @@ template <int BITS, bool WIDE> struct CodePages {
     }
   }
 
-  // Scores of the tokens of a sealed page, by one warp; their words of keys begin at `words`.
+  // Scores of the tokens of a sealed page; their words of keys begin at `words`.
   template <int Q>
   __device__ __forceinline__ void code_scores(const u32* words, const u32* corners, const AttendJob& job,
                                               const Chunk& chunk, int page) {
+    // Words whose loads are on their way together.
+    constexpr int ROWS = 4;
     int dim = job.shape.head_dim, page_size = job.shape.page_size;
     int n_words = C::key_words(job.shape), row = chunk.offsets / N;
     // A row is the tokens of a word of channels; where it is no power of two, every lane lies along it.
     Lanes lanes(WIDE ? row : WARP);
-    for (int start = 0; start < row; start += lanes.across) {
-      float products[Q][N] = {};
-      int token = (start + lanes.column) * N;
-      bool inside = start + lanes.column < row;
+    float products[Q * N] = {};
+    int token = lanes.column * N;
+    bool inside = lanes.column < row;
+    int end = inside ? n_words : 0;
 #pragma unroll 1
-      for (int word = lanes.first; word < n_words && inside; word += lanes.down) {
-        u32 raw[N];
-        load_words(words + size_t(word) * page_size + token, raw);
+    for (int first = lanes.first; first < end; first += ROWS * lanes.down) {
+      u32 raw[ROWS][N];
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) {
+        int word = first + r * lanes.down;
+        if (word < end) {
+          load_words(words + word * page_size + token, raw[r]);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) {
 #pragma unroll
         for (int i = 0; i < PER_WORD; i++) {
-          int channel = word * PER_WORD + i;
+          int channel = (first + r * lanes.down) * PER_WORD + i;
           if (channel < dim) {
             float least, most;
             widen_pair(corners[channel], least, most, __half());
             float step = (most - least) * (1.f / C::HIGHEST);
             float k[N];
+#pragma unroll
             for (int n = 0; n < N; n++) {
-              k[n] = fmaf(step, C::code(raw[n], i), least);
+              k[n] = fmaf(step, C::code(raw[r][n], i), least);
             }
+#pragma unroll
             for (int q = 0; q < Q; q++) {
               float x = chunk.queries[q][channel];
+#pragma unroll
               for (int n = 0; n < N; n++) {
-                products[q][n] = fmaf(x, k[n], products[q][n]);
+                products[q * N + n] = fmaf(x, k[n], products[q * N + n]);
               }
             }
           }
         }
       }
-      store_scores(products, lanes, chunk, page, token, inside);
     }
+    store_scores<N, Q>(products, lanes, chunk, page, token, inside);
   }
 
   template <int Q>
@@ -157,10 +170,13 @@ template <int BITS, bool WIDE> struct CodePages {
       const __half* values = open + open_at(job.shape, job.tile.open, heads, job.kv_head) +
                              size_t(job.shape.page_size) * dim;
       for (int offset = share.slice; offset < chunk.offsets; offset += share.slices) {
-        u32 position = chunk.positions[sealed] + offset;
-        if (position < chunk.seen) {
-          const __half* from = values + size_t(chunk.piece + offset) * dim + column * N;
-          add_value<Q, N>(from, chunk, sealed * chunk.offsets + offset, position, total);
+        // What lies beyond the sequence may be anything.
+        if (chunk.positions[sealed] + offset < chunk.seen) {
+          Packed<__half, N> packed;
+          packed.load(values + size_t(chunk.piece + offset) * dim + column * N);
+          float x[N];
+          packed.widen_to(x);
+          add_value<Q>(x, chunk, sealed * chunk.offsets + offset, total);
         }
       }
     }

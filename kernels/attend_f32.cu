@@ -4,3 +4,4 @@
 #include "attend_tile.cuh"
 
 ATTEND_FLOATS_QUERIES(attend_f32, float)
+ATTEND_FLOATS(attend_f32_any, float, false, 4)

@@ -6,13 +6,13 @@ namespace ts {
 
 // `WIDE`: loads of 16 bytes, where page_size is a power of two that fills one, and head_dim a multiple.
 template <class T, bool WIDE> struct FloatPages {
-  // Channels of a thread's vector of a value.
+  // Channels of a lane's vector of a value.
   static constexpr int N = WIDE ? Wide<T>::N : 1;
   const T* pages;
 
   // Scores of all queries and tokens of a chunk.
   template <int Q, int WARPS> __device__ __forceinline__ void scores(const AttendJob& job, const Chunk& chunk) {
-    for (int page = threadIdx.x / WARP; page < chunk.pages; page += WARPS) {
+    for (int page = 0; page < chunk.pages; page++) {
       const T* keys = pages + keys_at(job.shape, chunk.page_ids[page], job.kv_head) + chunk.piece;
       page_scores<N, Q>(keys, job, chunk, page);
     }
@@ -22,15 +22,32 @@ template <class T, bool WIDE> struct FloatPages {
   template <int Q>
   __device__ __forceinline__ void add(const AttendJob& job, const Chunk& chunk, int column, const Share& share,
                                       float (&total)[Q][N]) {
-    int dim = job.shape.head_dim, n_tokens = chunk.pages * chunk.offsets;
-#pragma unroll(Q > 4 ? 1 : 2)
-    for (int token = share.slice; token < n_tokens; token += share.slices) {
-      int page = token / chunk.offsets, offset = token % chunk.offsets;
-      u32 position = chunk.positions[page] + offset;
+    // Tokens whose loads are on their way together.
+    constexpr int TOKENS = LOADS;
+    int dim = job.shape.head_dim;
+    for (int page = 0; page < chunk.pages; page++) {
+      const T* values = pages + values_at(job.shape, chunk.page_ids[page], job.kv_head) + chunk.piece * dim + column * N;
       // What lies beyond the sequence may be anything.
-      if (position < chunk.seen) {
-        const T* values = pages + values_at(job.shape, chunk.page_ids[page], job.kv_head);
-        add_value<Q, N>(values + size_t(chunk.piece + offset) * dim + column * N, chunk, token, position, total);
+      u32 position = chunk.positions[page];
+      int end = position < chunk.seen ? int(min(u32(chunk.offsets), chunk.seen - position)) : 0;
+      for (int first = share.slice; first < end; first += TOKENS * share.slices) {
+        Packed<T, N> tokens[TOKENS];
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) {
+          int offset = first + t * share.slices;
+          if (offset < end) {
+            tokens[t].load(values + offset * dim);
+          }
+        }
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) {
+          int offset = first + t * share.slices;
+          if (offset < end) {
+            float x[N];
+            tokens[t].widen_to(x);
+            add_value<Q>(x, chunk, page * chunk.offsets + offset, total);
+          }
+        }
       }
     }
   }

@@ -2,8 +2,8 @@
 //
 // qkv [rows, width] f32, of which the queries [q_heads, head_dim] come first; pages as pages.cuh and codes.cuh
 // have them, the latter with the boxes and the open pages;
-// out [rows, q_heads·head_dim] f32. A list of a single row is read in parts of `part_pages` pages, one
-// block each, whose results combine.cu merges: parts [parts, kv_heads, group][head_dim + 3] f32.
+// out [rows, q_heads·head_dim] f32. A list of a single row is read in parts, one block each (see
+// tile.cuh), whose results combine.cu merges: parts [parts, kv_heads, group][head_dim + 3] f32.
 // states [rows, q_heads][3] f32 or null: largest score, sum of weights and their tilt, see attend.cuh.
 // Grid (tiles, most parts, kv_heads·ceil(queries / Q)), block 128: a block reads its part of the list once
 // for up to Q queries, which are the query heads of the KV head and, in a prefill, of several rows.
@@ -11,17 +11,19 @@
 #pragma once
 #include "attend_codes.cuh"
 #include "attend_floats.cuh"
+#include "attend_tensor.cuh"
 
 constexpr int ATTEND_WARPS = 4;
 
 // Blocks of a multiprocessor that registers are shared out among: as many as spill nothing.
-#define ATTEND_BLOCKS(WIDE, Q) (!(WIDE) ? 3 : (Q) == 1 ? 5 : (Q) == 4 ? 3 : 2)
+#define ATTEND_BLOCKS(WIDE, Q) (!(WIDE) ? 3 : (Q) == 1 ? 4 : (Q) == 4 ? 3 : 2)
 
-template <class Reader, int Q>
-__device__ __forceinline__ void attend_tile(const float* qkv, Reader reader, const ts::u32* tables,
-                                            const ts::Tile* tiles, const ts::u32* lists, const ts::u32* lengths,
-                                            float* out, float* parts, float* states, ts::PageShape shape, int group,
-                                            int width, float scale, int part_pages) {
+// Finds the block's job, and calls `attend(job, finish)` unless there is none.
+template <int Q, class Attend>
+__device__ __forceinline__ void attend_tile(const ts::u32* tables, const ts::Tile* tiles, const ts::u32* lists,
+                                            const ts::u32* lengths, float* out, float* parts, float* states,
+                                            ts::PageShape shape, int group, int width, float scale, int part_pages,
+                                            Attend attend) {
   ts::AttendJob job;
   job.tile = tiles[blockIdx.x];
   job.shape = shape;
@@ -41,15 +43,16 @@ __device__ __forceinline__ void attend_tile(const float* qkv, Reader reader, con
   }
   bool whole = job.tile.parts == ts::NO_PARTS;
   if (!whole) {
-    job.begin = blockIdx.y * part_pages;
-    job.end = min(job.end, job.begin + part_pages);
+    ts::u32 of_part = ts::pages_of_part(job.end, part_pages);
+    job.begin = blockIdx.y * of_part;
+    job.end = min(job.end, job.begin + of_part);
   }
   // The whole block leaves together: a shorter list has fewer parts, a smaller tile fewer queries.
   if (job.tile.parts == ts::FUSED || job.begin >= job.end || job.first_query >= job.n_queries || (whole && blockIdx.y > 0)) {
     return;
   }
   int dim = shape.head_dim;
-  ts::attend<Reader, Q, ATTEND_WARPS>(qkv, reader, job, [&](int query, int channel, float sum, const float* state) {
+  attend(job, [&](int query, int channel, float sum, const float* state) {
     if (whole) {
       size_t row = job.tile.row + query / group;
       size_t head = row * shape.kv_heads * group + job.kv_head * group + query % group;
@@ -72,30 +75,43 @@ __device__ __forceinline__ void attend_tile(const float* qkv, Reader reader, con
   });
 }
 
-#define ATTEND_FLOATS(name, T, WIDE, Q)                                                                           \
-  extern "C" __global__ void __launch_bounds__(128, ATTEND_BLOCKS(WIDE, Q))                                       \
-  name(const float* qkv, const T* pages, const ts::u32* tables, const ts::Tile* tiles, const ts::u32* lists,      \
-       const ts::u32* lengths, float* out, float* parts, float* states, ts::PageShape shape, int group,           \
-       int width, float scale, int part_pages) {                                                                  \
-    ts::FloatPages<T, WIDE> reader = {pages};                                                                     \
-    attend_tile<ts::FloatPages<T, WIDE>, Q>(qkv, reader, tables, tiles, lists, lengths, out, parts, states, shape, \
-                                            group, width, scale, part_pages);                                     \
+#define ATTEND_FLOATS(name, T, WIDE, Q)                                                                            \
+  extern "C" __global__ void __launch_bounds__(128, ATTEND_BLOCKS(WIDE, Q))                                        \
+  name(const float* qkv, const T* pages, const ts::u32* tables, const ts::Tile* tiles, const ts::u32* lists,       \
+       const ts::u32* lengths, float* out, float* parts, float* states, ts::PageShape shape, int group, int width, \
+       float scale, int part_pages) {                                                                              \
+    ts::FloatPages<T, WIDE> reader = {pages};                                                                      \
+    attend_tile<Q>(tables, tiles, lists, lengths, out, parts, states, shape, group, width, scale, part_pages,      \
+                   [&](const ts::AttendJob& job, auto finish) {                                                    \
+                     ts::attend<ts::FloatPages<T, WIDE>, Q, ATTEND_WARPS>(qkv, reader, job, finish);               \
+                   });                                                                                             \
   }
 #define ATTEND_FLOATS_QUERIES(name, T)   \
   ATTEND_FLOATS(name##_1, T, true, 1)    \
   ATTEND_FLOATS(name##_4, T, true, 4)    \
-  ATTEND_FLOATS(name##_8, T, true, 8)    \
-  ATTEND_FLOATS(name##_any, T, false, 4)
+  ATTEND_FLOATS(name##_8, T, true, 8)
 
-#define ATTEND_CODES(name, BITS, WIDE, Q)                                                                       \
-  extern "C" __global__ void __launch_bounds__(128, ATTEND_BLOCKS(WIDE, Q))                                     \
-  name(const float* qkv, const ts::u32* pages, const ts::u32* tables, const ts::Tile* tiles,                    \
-       const ts::u32* lists, const ts::u32* lengths, float* out, float* parts, float* states,                   \
-       ts::PageShape shape, int group, int width, float scale, int part_pages, const __half* boxes,             \
-       const __half* open, int heads) {                                                                         \
-    ts::CodePages<BITS, WIDE> reader = {pages, boxes, open, heads, nullptr};                                    \
-    attend_tile<ts::CodePages<BITS, WIDE>, Q>(qkv, reader, tables, tiles, lists, lengths, out, parts, states,   \
-                                              shape, group, width, scale, part_pages);                          \
+#define ATTEND_TENSOR(name, T, PASSES)                                                                             \
+  extern "C" __global__ void __launch_bounds__(128, 2)                                                             \
+  name(const float* qkv, const T* pages, const ts::u32* tables, const ts::Tile* tiles, const ts::u32* lists,       \
+       const ts::u32* lengths, float* out, float* parts, float* states, ts::PageShape shape, int group, int width, \
+       float scale, int part_pages) {                                                                              \
+    attend_tile<ts::TENSOR_QUERIES>(tables, tiles, lists, lengths, out, parts, states, shape, group, width, scale, \
+                                    part_pages, [&](const ts::AttendJob& job, auto finish) {                       \
+                                      ts::attend_tensor<T, PASSES, ATTEND_WARPS, false>(qkv, pages, job, finish);      \
+                                    });                                                                            \
+  }
+#define ATTEND_CODES(name, BITS, WIDE, Q)                                                                          \
+  extern "C" __global__ void __launch_bounds__(128, ATTEND_BLOCKS(WIDE, Q))                                        \
+  name(const float* qkv, const ts::u32* pages, const ts::u32* tables, const ts::Tile* tiles,                       \
+       const ts::u32* lists, const ts::u32* lengths, float* out, float* parts, float* states,                      \
+       ts::PageShape shape, int group, int width, float scale, int part_pages, const __half* boxes,                \
+       const __half* open, int heads) {                                                                            \
+    ts::CodePages<BITS, WIDE> reader = {pages, boxes, open, heads, nullptr};                                       \
+    attend_tile<Q>(tables, tiles, lists, lengths, out, parts, states, shape, group, width, scale, part_pages,      \
+                   [&](const ts::AttendJob& job, auto finish) {                                                    \
+                     ts::attend<ts::CodePages<BITS, WIDE>, Q, ATTEND_WARPS>(qkv, reader, job, finish);             \
+                   });                                                                                             \
   }
 #define ATTEND_CODES_QUERIES(name, BITS)   \
   ATTEND_CODES(name##_1, BITS, true, 1)    \

@@ -15,7 +15,7 @@ combine(const float* parts, const ts::Tile* tiles, const ts::u32* lengths, float
   }
   int head = blockIdx.y, kv_head = head / group, dim = shape.head_dim;
   ts::u32 pages = tile.list_stride > 0 ? lengths[tile.lengths + kv_head] : ts::pages_seen(tile, shape.page_size);
-  ts::u32 n = (pages + part_pages - 1) / part_pages;
+  ts::u32 of_part = ts::pages_of_part(pages, part_pages), n = (pages + of_part - 1) / of_part;
   size_t stride = size_t(shape.kv_heads) * group * (dim + ts::ATTEND_STATE);
   const float* first = parts + tile.parts * stride + size_t(head) * (dim + ts::ATTEND_STATE);
   float largest = -INFINITY;

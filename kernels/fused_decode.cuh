@@ -9,6 +9,7 @@
 #pragma once
 #include "attend_codes.cuh"
 #include "attend_floats.cuh"
+#include "attend_tensor.cuh"
 #include "score.cuh"
 #include "select.cuh"
 
@@ -16,11 +17,12 @@ namespace ts {
 
 constexpr int FUSED_WARPS = SELECT_BINS / WARP;
 
-template <class Reader, class B, int Q>
-__device__ __forceinline__ void fused_decode(const float* qkv, Reader reader, const B* boxes, const u32* tables,
-                                             const Tile* tiles, const u32* selecting, u32* lists, float* scores,
-                                             float* out, float* states, PageShape shape, int group, int width,
-                                             float scale, int most_pages) {
+// `attend(job, finish)` reads the list.
+template <class B, class Attend>
+__device__ __forceinline__ void fused_decode(const float* qkv, const B* boxes, const u32* tables, const Tile* tiles,
+                                             const u32* selecting, u32* lists, float* scores, float* out,
+                                             float* states, PageShape shape, int group, int width, float scale,
+                                             int most_pages, Attend attend) {
   TS_DYN_SHARED(float, unscaled);
   u32 number = selecting[blockIdx.x];
   if (number == NO_TILE) {
@@ -57,7 +59,7 @@ __device__ __forceinline__ void fused_decode(const float* qkv, Reader reader, co
   job.list = list;
   job.begin = 0;
   job.end = tile.list_stride;
-  attend<Reader, Q, FUSED_WARPS>(qkv, reader, job, [&](int query, int channel, float sum, const float* state) {
+  attend(job, [&](int query, int channel, float sum, const float* state) {
     size_t head = size_t(tile.row) * shape.kv_heads * group + kv_head * group + query;
     out[head * dim + channel] = sum / state[1];
     if (channel == 0 && states) {
@@ -76,8 +78,20 @@ __device__ __forceinline__ void fused_decode(const float* qkv, Reader reader, co
        const ts::u32* selecting, ts::u32* lists, float* scores, float* out, float* states, ts::PageShape shape,  \
        int group, int width, float scale, int most_pages) {                                                      \
     ts::FloatPages<T, true> reader = {pages};                                                                    \
-    ts::fused_decode<ts::FloatPages<T, true>, T, Q>(qkv, reader, boxes, tables, tiles, selecting, lists, scores, \
-                                                    out, states, shape, group, width, scale, most_pages);        \
+    ts::fused_decode(qkv, boxes, tables, tiles, selecting, lists, scores, out, states, shape, group, width,      \
+                     scale, most_pages, [&](const ts::AttendJob& job, auto finish) {                             \
+                       ts::attend<ts::FloatPages<T, true>, Q, ts::FUSED_WARPS>(qkv, reader, job, finish);        \
+                     });                                                                                         \
+  }
+#define FUSED_TENSOR(name, T, PASSES)                                                                            \
+  extern "C" __global__ void __launch_bounds__(256, 1)                                                           \
+  name(const float* qkv, const T* pages, const T* boxes, const ts::u32* tables, const ts::Tile* tiles,           \
+       const ts::u32* selecting, ts::u32* lists, float* scores, float* out, float* states, ts::PageShape shape,  \
+       int group, int width, float scale, int most_pages) {                                                      \
+    ts::fused_decode(qkv, boxes, tables, tiles, selecting, lists, scores, out, states, shape, group, width,      \
+                     scale, most_pages, [&](const ts::AttendJob& job, auto finish) {                             \
+                       ts::attend_tensor<T, PASSES, ts::FUSED_WARPS, true>(qkv, pages, job, finish);                \
+                     });                                                                                         \
   }
 #define FUSED_CODES(name, BITS, Q)                                                                               \
   extern "C" __global__ void __launch_bounds__(256, (Q) == 1 ? 2 : 1)                                            \
@@ -85,7 +99,8 @@ __device__ __forceinline__ void fused_decode(const float* qkv, Reader reader, co
        const ts::u32* selecting, ts::u32* lists, float* scores, float* out, float* states, ts::PageShape shape,  \
        int group, int width, float scale, int most_pages, const __half* open, int heads) {                       \
     ts::CodePages<BITS, true> reader = {pages, boxes, open, heads, nullptr};                                     \
-    ts::fused_decode<ts::CodePages<BITS, true>, __half, Q>(qkv, reader, boxes, tables, tiles, selecting, lists,  \
-                                                           scores, out, states, shape, group, width, scale,      \
-                                                           most_pages);                                          \
+    ts::fused_decode(qkv, boxes, tables, tiles, selecting, lists, scores, out, states, shape, group, width,      \
+                     scale, most_pages, [&](const ts::AttendJob& job, auto finish) {                             \
+                       ts::attend<ts::CodePages<BITS, true>, Q, ts::FUSED_WARPS>(qkv, reader, job, finish);      \
+                     });                                                                                         \
   }

@@ -4,6 +4,6 @@
 // keys and values, per KV head.
 #include "fused_decode.cuh"
 
-FUSED_FLOATS(fused_decode_bf16_1, __nv_bfloat16, 1)
-FUSED_FLOATS(fused_decode_bf16_4, __nv_bfloat16, 4)
+FUSED_TENSOR(fused_decode_bf16_64, __nv_bfloat16, 1)
+FUSED_TENSOR(fused_decode_bf16_128, __nv_bfloat16, 2)
 FUSED_FLOATS(fused_decode_bf16_8, __nv_bfloat16, 8)

@@ -4,6 +4,6 @@
 // keys and values, per KV head.
 #include "fused_decode.cuh"
 
-FUSED_FLOATS(fused_decode_f16_1, __half, 1)
-FUSED_FLOATS(fused_decode_f16_4, __half, 4)
+FUSED_TENSOR(fused_decode_f16_64, __half, 1)
+FUSED_TENSOR(fused_decode_f16_128, __half, 2)
 FUSED_FLOATS(fused_decode_f16_8, __half, 8)

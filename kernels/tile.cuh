@@ -37,4 +37,16 @@ __device__ __forceinline__ u32 pages_seen(const Tile& tile, int page_size) {
   return (tokens + page_size - 1) / page_size;
 }
 
+// Parts of a list of `pages` pages, the most that there are, and pages of each but the last: all about as long, so
+// that blocks end together. As in crates/tinyserve-kernels/src/cuda/attend/parts.rs.
+__device__ __forceinline__ u32 parts_of_list(u32 pages, u32 least_pages) {
+  u32 least = min(4u, (pages + least_pages - 1) / least_pages);
+  return max(least, (pages + 2 * least_pages - 1) / (2 * least_pages));
+}
+
+__device__ __forceinline__ u32 pages_of_part(u32 pages, u32 least_pages) {
+  u32 parts = max(1u, parts_of_list(pages, least_pages));
+  return max(1u, (pages + parts - 1) / parts);
+}
+
 }  // namespace ts

@@ -94,6 +94,42 @@ template <class T> __device__ __forceinline__ void load_wide(const T* p, float (
   widen_pair(raw.w, x[6], x[7], T());
 }
 
+// Adds the product of a tile [16, 16] and a tile [16, 8] to `sums`, on tensor cores: a warp has them as PTX's
+// mma.m16n8k16 lays them out. With `g` a quarter of the lane's number and `t` the rest, `a` has of rows g and g + 8
+// the columns 2t and 2t + 1, then those 8 further; b0 has of column g the rows 2t and 2t + 1, b1 those 8 further;
+// `sums` has of rows g, then g + 8, the columns 2t and 2t + 1.
+__device__ __forceinline__ void add_tile(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1, __half) {
+#ifdef __CUDACC__
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  emu_mma_m16n8k16<__half>(sums, a, b0, b1);
+#endif
+}
+
+__device__ __forceinline__ void add_tile(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1, __nv_bfloat16) {
+#ifdef __CUDACC__
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  emu_mma_m16n8k16<__nv_bfloat16>(sums, a, b0, b1);
+#endif
+}
+
+// 2^x in one instruction: about two units in the last place off, and 0 where only subnormal numbers are left.
+__device__ __forceinline__ float power_of_2(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  float y = exp2f(x);
+  return y < 1.17549435e-38f ? 0.f : y;
+#endif
+}
+
 // The sum over the lanes of a warp, in every lane.
 __device__ __forceinline__ float warp_sum(float x) {
   for (int step = WARP / 2; step > 0; step /= 2) {

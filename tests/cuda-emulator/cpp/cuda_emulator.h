@@ -264,30 +264,36 @@ EMU_INL T max(T a, std::common_type_t<T> b) {
 EMU_INL void __pipeline_memcpy_async(void* d, const void* s, size_t n) { emu::cp_async(d, s, n); }
 EMU_INL void __pipeline_commit() { emu::cp_commit(); }
 EMU_INL void __pipeline_wait_prior(unsigned n) { emu::cp_wait(n); }
-// tensor core tile, PTX mma.m16n8k16 row.col f32.f16.f16.f32 fragment layout
-EMU_INL void ts_mma_m16n8k16(float d[4], const unsigned a[4], const unsigned b[2], EMU_L) {
-  float A[16][16], B[16][8];
-  auto h = [](unsigned v, int i) { return __half2float(__half{uint16_t(v >> 16 * i)}); };
-  const uint64_t* g;
+EMU_INL unsigned __byte_perm(unsigned x, unsigned y, unsigned s) {
+  uint64_t both = x | uint64_t(y) << 32;
+  unsigned r = 0;
+  for (int i = 0; i < 4; i++)
+    r |= unsigned(both >> 8 * (s >> 4 * i & 7) & 0xff) << 8 * i;
+  return r;
+}
+EMU_INL float emu_widen(unsigned short v, __half) { return __half2float(__half{v}); }
+EMU_INL float emu_widen(unsigned short v, __nv_bfloat16) { return __bfloat162float(__nv_bfloat16{v}); }
+// tensor core tile of halves T, PTX mma.m16n8k16 row.col with f32 sums: each lane takes the two rows and the two
+// columns of its own four results
+template <class T>
+EMU_INL void emu_mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, EMU_L) {
+  float A[2][16], B[2][16];
+  unsigned m = EMU_LANE / 4, n = EMU_LANE % 4 * 2;
+  auto h = [](uint64_t v, int i) { return emu_widen((unsigned short)(v >> 16 * i), T()); };
   for (int p = 0; p < 2; p++) {
-    g = emu::gather(~0u, a[2 * p] | uint64_t(a[2 * p + 1]) << 32, emu::MMA, line);
-    for (int l = 0; l < 32; l++)
-      for (int r = 0; r < 2; r++)
-        for (int i = 0; i < 2; i++)
-          A[l / 4 + 8 * r][l % 4 * 2 + 8 * p + i] = h(unsigned(g[l] >> 32 * r), i);
+    const uint64_t* g = emu::gather(~0u, a[2 * p] | uint64_t(a[2 * p + 1]) << 32, emu::MMA, line);
+    for (int l = 0; l < 4; l++)
+      for (int i = 0; i < 4; i++)
+        A[i / 2][l * 2 + 8 * p + i % 2] = h(g[4 * m + l], i);
   }
-  g = emu::gather(~0u, b[0] | uint64_t(b[1]) << 32, emu::MMA, line);
-  for (int l = 0; l < 32; l++)
-    for (int r = 0; r < 2; r++)
-      for (int i = 0; i < 2; i++)
-        B[l % 4 * 2 + 8 * r + i][l / 4] = h(unsigned(g[l] >> 32 * r), i);
-  for (int i = 0; i < 4; i++) {
-    int m = EMU_LANE / 4 + 8 * (i / 2), n = EMU_LANE % 4 * 2 + (i & 1);
-    float s = d[i];
+  const uint64_t* g = emu::gather(~0u, b0 | uint64_t(b1) << 32, emu::MMA, line);
+  for (int c = 0; c < 2; c++)
+    for (int l = 0; l < 4; l++)
+      for (int i = 0; i < 4; i++)
+        B[c][l * 2 + 8 * (i / 2) + i % 2] = h(g[4 * (n + c) + l], i);
+  for (int i = 0; i < 4; i++)
     for (int k = 0; k < 16; k++)
-      s += A[m][k] * B[k][n];
-    d[i] = s;
-  }
+      d[i] += A[i / 2][k] * B[i & 1][k];
 }
 // ---- host side: registry and launch ----
 namespace emu {
