@@ -45,6 +45,7 @@ const MODULES: &[(&str, &str)] = modules!(
     "norm",
     "observe",
     "pack_pages",
+    "project",
     "rotary",
     "rows",
     "score_moments",

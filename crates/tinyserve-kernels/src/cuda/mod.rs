@@ -39,9 +39,10 @@ pub use pages::CudaPages;
 pub use tensor::{CudaLinear, CudaTensor, CudaVector};
 pub use workload::CudaWorkload;
 
+use crate::backend::project_step_by_step;
 use crate::{
-    ActivateArgs, Activation, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs,
-    HostTensor, KernelError, LinearArgs, LinearSpec, NormArgs, NormKind, RotaryAnglesArgs,
+    ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
+    KernelError, LinearArgs, LinearSpec, NormArgs, NormKind, ProjectArgs, RotaryAnglesArgs,
     RotaryArgs, Store, TopLogitsArgs,
 };
 use bucket::{MOST_ROWS, filled};
@@ -292,7 +293,19 @@ impl Backend for Cuda {
     }
 
     fn linear(&self, args: LinearArgs<'_, Self>) {
-        self.run(|state| linear::linear(&self.launcher, &mut state.linear, args));
+        let multiprocessors = self.device.multiprocessors;
+        self.run(|state| linear::linear(&self.launcher, multiprocessors, &mut state.linear, args));
+    }
+
+    fn project(&self, args: ProjectArgs<'_, Self>) {
+        let mut left = None;
+        self.run(|_| {
+            left = linear::project(&self.launcher, self.device.multiprocessors, args)?;
+            Ok(())
+        });
+        if let Some(args) = left {
+            project_step_by_step(self, args);
+        }
     }
 
     fn rotary_angles(&self, args: RotaryAnglesArgs<'_, Self>) {
@@ -347,13 +360,7 @@ impl Backend for Cuda {
         assert_eq!(x.columns(), expected, "input width of an activation");
         self.run(|_| {
             out.resize(&self.launcher, rows)?;
-            // As the kernel numbers them.
-            let number = match activation {
-                Activation::GeluTanh => 0,
-                Activation::Gelu => 1,
-                Activation::Relu => 2,
-                Activation::Silu => 3,
-            };
+            let number = linear::activation_number(activation);
             let args =
                 [x.arg(), out.arg(), Arg::Whole(number), Arg::flag(gated), Arg::count(width)];
             let shape = Self::pointwise(out.bucket(), width);
