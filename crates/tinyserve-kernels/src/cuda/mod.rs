@@ -39,11 +39,11 @@ pub use pages::CudaPages;
 pub use tensor::{CudaLinear, CudaTensor, CudaVector};
 pub use workload::CudaWorkload;
 
-use crate::backend::project_step_by_step;
+use crate::backend::{project_step_by_step, rotate_then_append};
 use crate::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
     KernelError, LinearArgs, LinearSpec, NormArgs, NormKind, ProjectArgs, RotaryAnglesArgs,
-    RotaryArgs, Store, TopLogitsArgs,
+    RotaryArgs, RotateAndAppendArgs, Store, TopLogitsArgs,
 };
 use bucket::{MOST_ROWS, filled};
 use launch::{Arg, Launcher, Shape};
@@ -345,7 +345,17 @@ impl Backend for Cuda {
     }
 
     fn append_kv(&self, args: AppendKvArgs<'_, Self>) {
-        self.run(|state| append::append_kv(&self.launcher, &mut state.append, args));
+        self.run(|state| append::append_kv(&self.launcher, &mut state.append, None, args));
+    }
+
+    fn rotate_and_append(&self, args: RotateAndAppendArgs<'_, Self>) {
+        // Blocks take the rows of a page one after the other: long prompts are rotated apart.
+        if args.slots.len() > MOST_ROWS {
+            return rotate_then_append(self, args);
+        }
+        let RotateAndAppendArgs { angles, layer, heads, qkv, slots, pages } = args;
+        let args = AppendKvArgs { layer, heads, qkv: &*qkv, slots, pages };
+        self.run(|state| append::append_kv(&self.launcher, &mut state.append, Some(angles), args));
     }
 
     fn attend(&self, args: AttendArgs<'_, Self>) -> Result<AttendStats, KernelError> {
