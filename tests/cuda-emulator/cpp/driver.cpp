@@ -29,7 +29,8 @@ enum {
   OUT_OF_RESOURCES = 701,
   LAUNCH_FAILED = 719,
   NOT_PERMITTED = 800,
-  CAPTURE_UNSUPPORTED = 900
+  CAPTURE_UNSUPPORTED = 900,
+  CAPTURE_INVALIDATED = 901
 };
 typedef std::function<CUresult()> Op;
 struct Graph {
@@ -38,6 +39,7 @@ struct Graph {
 };
 struct Stream {
   Graph* cap = nullptr;
+  bool invalid = false;  // what is captured was invalidated
   std::deque<Op> waiting;
   uint64_t run = 0;  // operations that are not waiting any more
   CUresult failed = OK;
@@ -89,8 +91,31 @@ static bool valid(CUdeviceptr p, size_t n) {
       return true;
   return n == 0;
 }
+// Captures that were invalidated, and how many of the next ones will be.
+static uint64_t invalidated, to_invalidate;
+static void invalidate(Stream* s) {
+  invalidated += s->cap && !s->invalid;
+  s->invalid = s->cap != nullptr;
+}
+// What waits for all work of the context does this to every capture.
+static CUresult invalidate_captures() {
+  std::lock_guard<std::recursive_mutex> l(mu);
+  CUresult r = OK;
+  for (Stream* s : streams)
+    if (s->cap) {
+      invalidate(s);
+      r = CAPTURE_UNSUPPORTED;
+    }
+  return r;
+}
 static CUresult submit(void* s, Op f) {
   std::lock_guard<std::recursive_mutex> l(mu);
+  if (st(s)->cap && to_invalidate) {
+    to_invalidate--;
+    invalidate(st(s));
+  }
+  if (st(s)->invalid)
+    return CAPTURE_INVALIDATED;
   if (st(s)->cap)
     st(s)->cap->ops.push_back(std::move(f));
   else
@@ -220,6 +245,8 @@ API cuCtxGetCurrent(void** c) {
   return OK;
 }
 API cuCtxSynchronize() {
+  if (CUresult r = invalidate_captures())
+    return r;
   run_everything();
   return OK;
 }
@@ -389,10 +416,12 @@ API cuModuleLoadData(void** m, const void* image) {
   const char* t = (const char*)image;
   if (!strstr(t, ".version"))
     return 200;
+  invalidate_captures();
   *m = new Module{t};
   return OK;
 }
 API cuModuleUnload(void* m) {
+  invalidate_captures();
   delete (Module*)m;
   return OK;
 }
@@ -442,14 +471,21 @@ API cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, 
   });
 }
 API cuStreamBeginCapture_v2(void* s, int) {
+  std::lock_guard<std::recursive_mutex> l(mu);
   if (st(s)->cap)
     return INVALID;
   st(s)->cap = new Graph;
   return OK;
 }
 API cuStreamEndCapture(void* s, void** g) {
+  std::lock_guard<std::recursive_mutex> l(mu);
   if (!st(s)->cap)
     return INVALID;
+  if (std::exchange(st(s)->invalid, false)) {
+    delete std::exchange(st(s)->cap, nullptr);
+    *g = nullptr;
+    return CAPTURE_INVALIDATED;
+  }
   *g = st(s)->cap;
   st(s)->cap = nullptr;
   return OK;
@@ -503,6 +539,12 @@ extern "C" __attribute__((visibility("default"))) void cuda_emulator_leave(uint6
   run_everything();
   limit = bytes ? used + bytes : 0;
 }
+// Invalidates the next captures; how many were invalidated so far.
+extern "C" __attribute__((visibility("default"))) uint64_t cuda_emulator_invalidate(uint64_t captures) {
+  std::lock_guard<std::recursive_mutex> l(mu);
+  to_invalidate = captures;
+  return invalidated;
+}
 // Has launches of a kernel fail from now on; of none when the name is empty.
 extern "C" __attribute__((visibility("default"))) void cuda_emulator_fail(const char* name) { failing = name; }
 API cuGetErrorName(int e, const char** s) {
@@ -512,7 +554,8 @@ API cuGetErrorName(int e, const char** s) {
        : e == OOM              ? "CUDA_ERROR_OUT_OF_MEMORY"
        : e == NO_DEVICE        ? "CUDA_ERROR_NO_DEVICE"
        : e == NOT_FOUND        ? "CUDA_ERROR_NOT_FOUND"
-                               : "CUDA_ERROR";
+       : e == CAPTURE_INVALIDATED ? "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"
+                                  : "CUDA_ERROR";
   return OK;
 }
 API cuGetErrorString(int e, const char** s) { return cuGetErrorName(e, s); }

@@ -99,6 +99,7 @@ pub struct Emulator {
     idle: Symbol<unsafe extern "C" fn() -> *const c_char>,
     peak: Symbol<unsafe extern "C" fn() -> u64>,
     leave: Symbol<unsafe extern "C" fn(u64)>,
+    invalidate: Symbol<unsafe extern "C" fn(u64) -> u64>,
     /// Loaded as long as the process: the bindings' own search for libcuda.so is answered by it.
     _library: Library,
 }
@@ -134,6 +135,13 @@ impl Emulator {
     pub fn leave_free(&self, bytes: Option<u64>) {
         // SAFETY: the function stores a number; the library is never unloaded.
         unsafe { (self.leave)(bytes.unwrap_or(0)) };
+    }
+
+    /// Has the next `captures` captures of graphs be invalidated, as another thread's call may do it;
+    /// how many were invalidated so far.
+    pub fn invalidate(&self, captures: u64) -> u64 {
+        // SAFETY: the function reads and sets a number; the library is never unloaded.
+        unsafe { (self.invalidate)(captures) }
     }
 
     /// Kernels that were not launched so far, in the order of the alphabet.
@@ -282,10 +290,12 @@ fn load(build: Build) -> Result<Emulator, Unavailable> {
             library.get(b"cuda_emulator_idle\0"),
             library.get(b"cuda_emulator_peak\0"),
             library.get(b"cuda_emulator_leave\0"),
+            library.get(b"cuda_emulator_invalidate\0"),
         )
     };
-    let (Ok(seed), Ok(fail), Ok(waits), Ok(idle), Ok(peak), Ok(leave)) = functions else {
+    let (Ok(seed), Ok(fail), Ok(waits), Ok(idle), Ok(peak), Ok(leave), Ok(invalidate)) = functions
+    else {
         panic!("{}: a function of cpp/driver.cpp is missing", path.display());
     };
-    Ok(Emulator { seed, fail, waits, idle, peak, leave, _library: library })
+    Ok(Emulator { seed, fail, waits, idle, peak, leave, invalidate, _library: library })
 }

@@ -3,8 +3,8 @@
 use half::{bf16, f16};
 use tinyserve_cuda_emulator::{install_cublas, ready};
 use tinyserve_kernels::{
-    Backend, Cpu, Cuda, CudaError, DType, HostTensor, KernelError, LinearArgs, LinearPart,
-    LinearSpec, MatrixLayout, Store, WeightFormat, cublas_version,
+    Backend, Cpu, Cuda, CudaError, DType, EmbedArgs, HostTensor, KernelError, LinearArgs,
+    LinearPart, LinearSpec, MatrixLayout, Store, WeightFormat, cublas_version,
 };
 
 /// More than a batch of decode steps has, and more than are multiplied at once.
@@ -56,6 +56,13 @@ fn product<B: Backend>(backend: &B, dtype: DType) -> Result<Vec<f32>, KernelErro
     let (mut x, mut out) = (backend.tensor(INPUTS), backend.tensor(outputs));
     backend.upload(&rows(), &mut x);
     backend.upload(&vec![0.25; ROWS * outputs], &mut out);
+    // A step of few rows begins, whose launches are kept back.
+    let table = LinearPart { weight: numbers.tensor(dtype, &[4, INPUTS]), bias: None };
+    let spec = LinearSpec { parts: vec![table], layout, format };
+    let table = backend.load_linear(spec).unwrap();
+    let mut row = backend.tensor(INPUTS);
+    let (store, out_row) = (Store::Overwrite, &mut row);
+    backend.embed(EmbedArgs { table: &table, ids: &[3], store, out: out_row });
     backend.linear(LinearArgs { x: &x, linear: &linear, store: Store::Add, out: &mut out });
     let mut values = Vec::new();
     backend.download(&out, &mut values);

@@ -2,8 +2,13 @@
 
 mod common;
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use tinyserve_cuda_emulator::ready;
-use tinyserve_kernels::{Backend, Cuda, CudaDevice, CudaError, KernelError};
+use tinyserve_kernels::{
+    Backend, Cuda, CudaDevice, CudaError, DType, HostTensor, KernelError, LinearPart, LinearSpec,
+    MatrixLayout, WeightFormat,
+};
 use tinyserve_kv::KvFormat;
 use tinyserve_model::ModelError;
 
@@ -45,6 +50,8 @@ fn failures_leave_the_engine_usable_and_memory_comes_back() {
     }
     assert_eq!(free(), before, "memory that was not given back");
     a_step_that_is_replayed(emulator);
+    a_capture_that_is_invalidated(emulator);
+    devices_opened_beside_a_step(emulator);
     assert_eq!(free(), before, "memory that was not given back");
     no_memory_for_a_pool_or_a_step(emulator);
     assert_eq!(free(), before, "memory that was not given back");
@@ -71,6 +78,74 @@ fn a_step_that_is_replayed(emulator: &tinyserve_cuda_emulator::Emulator) {
     let mut other = Engine::new(Cuda::new(0).unwrap(), KvFormat::F16);
     let tokens = [1, 5, 9, 2, 6];
     assert_eq!(prompt(&mut engine, &tokens).unwrap(), prompt(&mut other, &tokens).unwrap());
+}
+
+/// Steps of one token, until `replays` were replayed; the logits of each.
+fn steps(engine: &mut Engine, replays: u64) -> Vec<Vec<f32>> {
+    let mut table = engine.cache.new_table();
+    let mut logits = vec![engine.step(&mut table, &[1, 5, 9, 2, 6]).unwrap()];
+    while engine.model.backend().replayed_steps() < replays {
+        assert!(table.len() < 60, "no step came again");
+        logits.push(engine.step(&mut table, &[7]).unwrap());
+    }
+    engine.cache.release(table);
+    logits
+}
+
+/// What another thread's call does to a capture.
+fn a_capture_that_is_invalidated(emulator: &tinyserve_cuda_emulator::Emulator) {
+    let mut engine = Engine::new(Cuda::new(0).unwrap(), KvFormat::F16);
+    let before = emulator.invalidate(2);
+    let found = steps(&mut engine, 2);
+    assert_eq!(emulator.invalidate(0) - before, 2, "captures that were invalidated");
+    let mut other = Engine::new(Cuda::new(0).unwrap().use_graphs(false), KvFormat::F16);
+    let mut table = other.cache.new_table();
+    let mut expected = vec![other.step(&mut table, &[1, 5, 9, 2, 6]).unwrap()];
+    expected.extend(found[1..].iter().map(|_| other.step(&mut table, &[7]).unwrap()));
+    assert_eq!(found, expected);
+    // A kernel that fails during a capture is named.
+    let mut engine = Engine::new(Cuda::new(0).unwrap(), KvFormat::F16);
+    let mut table = engine.cache.new_table();
+    let captures = |engine: &Engine| engine.model.backend().captured_steps();
+    engine.step(&mut table, &[1, 5, 9, 2, 6]).unwrap();
+    emulator.invalidate(1);
+    let before = emulator.invalidate(1);
+    while emulator.invalidate(1) == before {
+        engine.step(&mut table, &[7]).unwrap();
+    }
+    emulator.invalidate(0);
+    assert_eq!(captures(&engine), 0);
+    emulator.fail(c"rotary");
+    let sentence = engine.step(&mut table, &[7]).unwrap_err().to_string();
+    emulator.fail(c"");
+    assert!(sentence.contains("kernel rotary failed in a grid"), "{sentence}");
+}
+
+/// Another engine of the process comes and goes: it loads and unloads code.
+fn devices_opened_beside_a_step(emulator: &tinyserve_cuda_emulator::Emulator) {
+    let before = emulator.invalidate(0);
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let beside = scope.spawn(|| {
+            let mut times = 0u32;
+            while !done.load(Ordering::Relaxed) {
+                let weight = HostTensor::new("a matrix", vec![0; 16].into(), DType::F32, &[2, 2]);
+                let parts = vec![LinearPart { weight: weight.unwrap(), bias: None }];
+                let (layout, format) = (MatrixLayout::InOut, WeightFormat::Stored);
+                let cuda = Cuda::new(0).unwrap();
+                cuda.load_linear(LinearSpec { parts, layout, format }).unwrap();
+                times += 1;
+            }
+            times
+        });
+        for _ in 0..8 {
+            let mut engine = Engine::new(Cuda::new(0).unwrap(), KvFormat::F16);
+            steps(&mut engine, 1);
+        }
+        done.store(true, Ordering::Relaxed);
+        assert!(beside.join().unwrap() > 8);
+    });
+    assert_eq!(emulator.invalidate(0), before, "captures that our own calls invalidated");
 }
 
 fn no_memory_for_a_pool_or_a_step(emulator: &tinyserve_cuda_emulator::Emulator) {

@@ -9,6 +9,7 @@ use cudarc::cublas::{CudaBlas, sys};
 use super::Cuda;
 use super::bucket::MOST_ROWS;
 use super::error::CudaError;
+use super::graph::undisturbed;
 use super::launch::{Arg, Launcher, Shape};
 use super::memory::{Buffer, grown};
 use super::tensor::{CudaMatrix, CudaTensor};
@@ -85,6 +86,13 @@ fn failed(what: &'static str, error: &cudarc::cublas::result::CublasError) -> Cu
     CudaError::Driver { what, message: format!("{:?}", error.0) }
 }
 
+impl Drop for Products {
+    fn drop(&mut self) {
+        let _guard = undisturbed();
+        self.library = None;
+    }
+}
+
 impl Products {
     /// Whether cuBLAS multiplies; it is started if it was not.
     pub(super) fn are_there(&mut self, device: &Launcher) -> bool {
@@ -94,14 +102,25 @@ impl Products {
     fn library(&mut self, device: &Launcher) -> Option<&CudaBlas> {
         let start = || {
             version().ok()?;
+            let _guard = undisturbed();
             // One that cannot be started, say without memory, is as good as none.
             CudaBlas::new(device.stream.clone()).ok()
         };
         self.library.get_or_insert_with(start).as_ref()
     }
 
-    /// `out = x·Wᵀ + b`, in columns of `out`.
+    /// `out = x·Wᵀ + b`, in columns of `out`: launched at once, since the library's kernels are.
     pub(super) fn multiply(
+        &mut self,
+        device: &Launcher,
+        x: &CudaTensor,
+        part: &CudaMatrix,
+        target: Target<'_>,
+    ) -> Result<(), CudaError> {
+        device.directly(|| self.multiply_now(device, x, part, target))
+    }
+
+    fn multiply_now(
         &mut self,
         device: &Launcher,
         x: &CudaTensor,
@@ -109,8 +128,6 @@ impl Products {
         Target { out, column, add }: Target<'_>,
     ) -> Result<(), CudaError> {
         let (inputs, outputs) = (x.columns(), part.outputs);
-        // It is not among the launches that wait.
-        device.flush()?;
         for first in (0..x.rows()).step_by(ROWS) {
             let rows = ROWS.min(x.rows() - first);
             let from = x.arg().offset(4 * first * inputs);
@@ -194,6 +211,8 @@ impl Products {
         let of = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
         let (one, beta) = (1f32, if first { 0f32 } else { 1f32 });
         let pointer = |arg: Arg| arg.address() as usize;
+        // It loads code when a kind of product comes first.
+        let _guard = undisturbed();
         // cuBLAS counts columns first: what is [rows, n] here is n by rows there.
         // SAFETY: the sizes are those of the three buffers, and the two factors live long enough.
         let done = unsafe {

@@ -1,7 +1,7 @@
 //! Steps that come again as one graph.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::{CudaGraph, CudaStream, sys};
 
@@ -109,11 +109,19 @@ impl Graphs {
     }
 }
 
-/// Captures what `launch` launches on `stream`.
+/// While it is held, no capture of this process is under way: for calls that wait for all work on a
+/// device, as loading code does, and so end the captures of every thread.
+pub(super) fn undisturbed() -> MutexGuard<'static, ()> {
+    static CAPTURES: Mutex<()> = Mutex::new(());
+    CAPTURES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Captures what `launch` launches on `stream`; it loads no code.
 pub(super) fn capture(
     stream: &Arc<CudaStream>,
     launch: impl FnOnce() -> Result<(), CudaError>,
 ) -> Result<CudaGraph, CudaError> {
+    let _guard = undisturbed();
     let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
     stream.begin_capture(mode).map_err(driver_error("beginning a capture"))?;
     let launched = launch();

@@ -11,7 +11,7 @@ use cudarc::nvrtc::Ptx;
 
 use super::device::message;
 use super::error::CudaError;
-use super::graph::{Graphs, Step, capture};
+use super::graph::{Graphs, Step, capture, undisturbed};
 use super::queue::Queue;
 
 macro_rules! modules {
@@ -144,6 +144,19 @@ pub(super) struct Stream {
     waiting: Mutex<Waiting>,
 }
 
+impl Drop for Stream {
+    fn drop(&mut self) {
+        // Unloading code waits for what runs: the wait is here, where it ends nobody's capture. What
+        // goes wrong in the stream was told, or nobody is left to ask.
+        let _ = self.stream.synchronize();
+        self.waiting().graphs = Graphs::default();
+        let _guard = undisturbed();
+        let loaded = self.loaded.get_mut().unwrap_or_else(PoisonError::into_inner);
+        loaded.kernels.clear();
+        loaded.modules.clear();
+    }
+}
+
 #[derive(Debug, Default)]
 struct Loaded {
     modules: HashMap<&'static str, Arc<CudaModule>>,
@@ -182,6 +195,19 @@ impl Stream {
         Ok(())
     }
 
+    /// Launches what waits, and after it, at once, whatever `work` launches: what goes to the stream
+    /// past the queue, as a library's kernels do, is then in its place among them.
+    pub(super) fn directly<T>(
+        &self,
+        work: impl FnOnce() -> Result<T, CudaError>,
+    ) -> Result<T, CudaError> {
+        self.flush()?;
+        let kept = std::mem::replace(&mut self.waiting().keeps, false);
+        let done = work();
+        self.waiting().keeps = kept;
+        done
+    }
+
     /// Steps that were replayed as graphs.
     pub(super) fn replays(&self) -> u64 {
         self.waiting().graphs.replays()
@@ -211,11 +237,19 @@ impl Stream {
             Step::Launch => launch(queue),
             Step::Replay(number) => graphs.replay(number),
             Step::Capture => {
-                let graph = capture(&self.stream, || launch(queue));
-                graph.and_then(|graph| {
-                    let number = graphs.keep(queue, graph);
-                    graphs.replay(number)
-                })
+                // Code is loaded before: that would end captures.
+                let loaded = queue.iter().try_for_each(|(name, ..)| self.kernel(name).map(drop));
+                match loaded.map(|()| capture(&self.stream, || launch(queue))) {
+                    Ok(Ok(graph)) => {
+                        let number = graphs.keep(queue, graph);
+                        graphs.replay(number)
+                    }
+                    // Nothing of it ran. Somebody else's call may have ended the capture; a kernel
+                    // that fails does so here, too, and is named. The step is captured when it
+                    // comes again twice.
+                    Ok(Err(_)) => launch(queue),
+                    Err(error) => Err(error),
+                }
             }
         };
         queue.clear();
@@ -295,11 +329,13 @@ impl Stream {
 
     /// A kernel by its name; its module is loaded, and compiled for the device, when first used.
     fn kernel(&self, name: &'static str) -> Result<CudaFunction, CudaError> {
-        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        let Loaded { modules, kernels } = &mut *loaded;
-        if let Some(kernel) = kernels.get(name) {
+        let loaded = || self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kernel) = loaded().kernels.get(name) {
             return Ok(kernel.clone());
         }
+        let _guard = undisturbed();
+        let mut loaded = loaded();
+        let Loaded { modules, kernels } = &mut *loaded;
         let failed = |message| CudaError::Driver {
             what: "loading a kernel",
             message: format!("{name}: {message}"),
