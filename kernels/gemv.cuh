@@ -47,6 +47,7 @@ __device__ __forceinline__ void normalise_rows(const float* x, float* to, int co
   float* weights = to + R * columns;
   float* shifts = weights + columns;
   // Every thread prepares what it has loaded itself.
+#pragma unroll(R > 1 ? 1 : 2)
   for (int i = threadIdx.x * 4; i < columns; i += NORM_THREADS * 4) {
     float four[4];
     int at = place<T>(i, columns);
@@ -64,6 +65,7 @@ __device__ __forceinline__ void normalise_rows(const float* x, float* to, int co
   float mean[R], scale[R];
   auto load = [=](int r, int i, float(&four)[4]) { load_wide(to + r * columns + place<T>(i, columns), four); };
   row_statistics<4>(load, columns, norm, mean, scale);
+#pragma unroll(R > 1 ? 1 : 2)
   for (int i = threadIdx.x * 4; i < columns; i += NORM_THREADS * 4) {
     float weight[4], shift[4], y[4];
     int at = place<T>(i, columns);

@@ -23,6 +23,7 @@ __device__ __forceinline__ void row_statistics(Load load, int columns, const Row
     mean[r] = scale[r] = 0.f;
   }
   if (norm.centred) {
+#pragma unroll(R > 1 ? 1 : 2)
     for (int i = threadIdx.x * N; i < columns; i += NORM_THREADS * N) {
       for (int r = 0; r < R; r++) {
         float x[N];
@@ -37,7 +38,7 @@ __device__ __forceinline__ void row_statistics(Load load, int columns, const Row
       mean[r] = __fdiv_rn(mean[r], float(columns));
     }
   }
-#pragma unroll(R > 1 ? 1 : 4)
+#pragma unroll(R > 1 ? 1 : 2)
   for (int i = threadIdx.x * N; i < columns; i += NORM_THREADS * N) {
     for (int r = 0; r < R; r++) {
       float x[N];

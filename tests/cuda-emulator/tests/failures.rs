@@ -115,10 +115,10 @@ fn a_capture_that_is_invalidated(emulator: &tinyserve_cuda_emulator::Emulator) {
     }
     emulator.invalidate(0);
     assert_eq!(captures(&engine), 0);
-    emulator.fail(c"rotary");
+    emulator.fail(c"rotary_angles");
     let sentence = engine.step(&mut table, &[7]).unwrap_err().to_string();
     emulator.fail(c"");
-    assert!(sentence.contains("kernel rotary failed in a grid"), "{sentence}");
+    assert!(sentence.contains("kernel rotary_angles failed in a grid"), "{sentence}");
 }
 
 /// Another engine of the process comes and goes: it loads and unloads code.

@@ -8,6 +8,7 @@
 // block normalises its rows while the first weights are on their way. Gates and ups take those of two
 // outputs a warp: all but project_*_1.
 // Must move outputs·inputs·element bytes of weights once per R rows; x comes out of the caches.
+#pragma once
 #include "gemv.cuh"
 
 #define PROJECT(name, T, R, O)                                                                              \
@@ -24,6 +25,3 @@
   PROJECT(name##_2, T, 2, 2)      \
   PROJECT(name##_4, T, 4, 2)      \
   PROJECT(name##_8, T, 8, 2)
-PROJECT_ROWS(project_f32, float)
-PROJECT_ROWS(project_f16, __half)
-PROJECT_ROWS(project_bf16, __nv_bfloat16)
