@@ -22,9 +22,9 @@ use super::{Cuda, CudaTensor};
 use crate::{AttendArgs, AttendStats, Heads, KernelError};
 pub(super) use fused::{FusedChoice, fused_bytes, has_fused_kernel};
 pub use fused::{FusedRow, FusedTable};
-use kernels::{ATTEND_1, ATTEND_4, ATTEND_8, ATTEND_ANY, SCORE_MOMENTS};
+use kernels::{SCORE_MOMENTS, attend_kernel};
 use observe::measure;
-use parts::{MOST_PARTS, part_pages};
+use parts::{MOST_PARTS, part_pages, parts_of_list};
 use plan::{Layout, MOST_QUERIES, Scored, TilePlan, TileRecord, page_bucket};
 
 /// As `ATTEND_STATE` in kernels/attend.cuh.
@@ -74,7 +74,7 @@ pub(super) fn most_bytes(workload: &CudaWorkload<'_>) -> u64 {
         (_, true) => layout.pages_for(tokens).min(tokens),
         (_, false) => 0,
     };
-    let of_row = of_sequence.div_ceil(part);
+    let of_row = parts_of_list(of_sequence, layout.page_size());
     let parts = alone
         .saturating_mul(of_row)
         .saturating_add(pages / part)
@@ -317,13 +317,12 @@ impl Call<'_> {
         let bytes = 4 * plan.parts.most * heads.q_heads * (heads.head_dim + STATE);
         let parts = grown(parts, device, bytes, "parts of attention")?.arg();
         let part_pages = Arg::count(part_pages(layout.page_size()));
-        let (names, queries) = match (self.pages.is_wide(), plan.most_queries) {
-            (false, _) => (ATTEND_ANY, 4),
-            (true, 1) => (ATTEND_1, 1),
-            (true, 2..=4) => (ATTEND_4, 4),
-            (true, _) => (ATTEND_8, MOST_QUERIES),
-        };
-        let kernel = self.pages.element().kernel(names);
+        let (kernel, queries) = attend_kernel(
+            self.pages.element(),
+            self.pages.is_wide(),
+            heads.head_dim,
+            plan.most_queries,
+        );
         let passes = plan.most_queries.div_ceil(queries);
         for tiles in plan.parts.launches(plan.records.len()) {
             let records = placed.records.offset(size_of::<TileRecord>() * tiles.start);

@@ -2,7 +2,7 @@
 
 use tinyserve_kv::KvLayout;
 
-use super::kernels::{FUSED_1, FUSED_4, FUSED_8};
+use super::kernels::fused_kernel;
 use super::parts::PART_TOKENS;
 use super::plan::{Layout, MOST_QUERIES, Pages, Scored, TilePlan};
 use super::{Call, Placed, SELECT_THREADS, Scratch};
@@ -137,11 +137,7 @@ impl Call<'_> {
         let fused = scratch.fused.send(device, &plan.fused)?;
         let bytes = 4 * plan.fused.len() * heads.kv_heads * plan.most_fused_pages;
         let scores = grown(&mut scratch.fused_scores, device, bytes, "page scores")?.arg();
-        let names = match heads.group() {
-            1 => FUSED_1,
-            2..=4 => FUSED_4,
-            _ => FUSED_8,
-        };
+        let kernel = fused_kernel(self.pages.element(), heads.head_dim, heads.group());
         let mut args = vec![
             self.qkv,
             self.pages.layer(self.layer),
@@ -165,7 +161,7 @@ impl Call<'_> {
         let grid = (plan.fused.len(), heads.kv_heads, 1);
         let shape = Shape { shared, ..Shape::new(grid, SELECT_THREADS) };
         // SAFETY: `plan` was laid out for these pages, and the buffers are as large as it says.
-        unsafe { device.launch(self.pages.element().kernel(names), shape, &args) }
+        unsafe { device.launch(kernel, shape, &args) }
     }
 }
 

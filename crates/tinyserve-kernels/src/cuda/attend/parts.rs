@@ -2,15 +2,23 @@
 
 use std::ops::Range;
 
-/// Tokens of a part: a list of one row is read by a block for each.
+/// Tokens of a part, of lists of up to four; of longer lists, parts are up to twice as long. A list of
+/// one row is read by a block for each.
 pub(super) const PART_TOKENS: usize = 512;
 /// Parts of one KV head that one launch leaves to be merged, at most, unless one row has more: enough
 /// blocks for any device, and a bound for the buffer that they lie in.
 pub(super) const MOST_PARTS: usize = 2048;
 
-/// Pages of a part.
+/// Pages of [`PART_TOKENS`].
 pub(super) fn part_pages(page_size: usize) -> usize {
     (PART_TOKENS / page_size).max(1)
+}
+
+/// Most parts of a list of `pages` pages, as `parts_of_list` in kernels/tile.cuh: it depends on the
+/// list alone, and so does what its parts add up to.
+pub(super) fn parts_of_list(pages: usize, page_size: usize) -> usize {
+    let least = part_pages(page_size);
+    pages.div_ceil(least).min(4).max(pages.div_ceil(2 * least))
 }
 
 /// Where the parts of tiles lie, and which launches leave them there: the next one begins where the
@@ -58,6 +66,13 @@ impl Parts {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn short_lists_have_short_parts() {
+        let parts = [0, 32, 33, 128, 129, 256, 257, 2048].map(|pages| parts_of_list(pages, 16));
+        assert_eq!(parts, [0, 1, 2, 4, 4, 4, 5, 32]);
+        assert_eq!(parts_of_list(7, 1024), 4);
+    }
 
     #[test]
     fn launches_leave_no_more_parts_than_there_is_room_for() {

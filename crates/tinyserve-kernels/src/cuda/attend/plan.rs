@@ -8,7 +8,7 @@ use tinyserve_kv::{KvLayout, PageSelector, ScoreCost, Scorer, SelectionPolicy};
 use super::super::bucket::bucket;
 use super::super::pages::CudaPages;
 use super::fused::{FusedChoice, is_fused};
-use super::parts::{Parts, part_pages};
+use super::parts::{Parts, parts_of_list};
 use crate::{AttendSequence, AttendStats, Attention, Heads};
 
 /// Queries that one pass over keys and values serves, at most.
@@ -227,7 +227,6 @@ impl Layout {
             starts.push(all.tables.len() as u32);
             all.tables.extend(sequence.pages.iter().map(|page| page.index() as u32));
         }
-        let part_pages = part_pages(layout.page_size());
         for (number, tile) in tiles.iter().enumerate() {
             let total = layout.pages_for(tile.tokens());
             let longest = (0..heads.kv_heads).map(|head| tile.length(head, total)).max();
@@ -278,7 +277,7 @@ impl Layout {
                 };
                 *most = total.max(*most);
             }
-            let parts = longest.div_ceil(part_pages);
+            let parts = parts_of_list(longest, layout.page_size());
             if tile.rows.len() == 1 && parts > 1 && record.parts != FUSED {
                 record.parts = all.parts.place(number, parts);
             }
@@ -312,7 +311,6 @@ pub(super) fn page_bucket(pages: usize) -> usize {
 impl Layout {
     /// The same tiles of those rows, reading every page.
     pub(super) fn everything(&self, page_size: usize) -> Self {
-        let part_pages = part_pages(page_size);
         let mut all = Self { most_queries: self.most_queries, ..Self::default() };
         for (number, record) in self.records.iter().enumerate() {
             let mut record = TileRecord { list_stride: 0, parts: NO_PARTS, ..*record };
@@ -321,7 +319,7 @@ impl Layout {
                 continue;
             }
             let tokens = (record.visible + record.rows - 1) as usize;
-            let parts = tokens.div_ceil(page_size).div_ceil(part_pages);
+            let parts = parts_of_list(tokens.div_ceil(page_size), page_size);
             if record.rows == 1 && parts > 1 {
                 record.parts = all.parts.place(number, parts);
             }
