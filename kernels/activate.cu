@@ -3,32 +3,14 @@
 // x [rows, width], or [rows, 2·width] with gate beside up; out [rows, width], all f32.
 // Grid (rows, ceil(width / 256)), block 256: one thread per output.
 // Must move rows·width·8 bytes, 12 when gated.
-#include "ts_cuda.cuh"
-
-enum { GELU_TANH = 0, GELU = 1, RELU = 2, SILU = 3 };
-
-__device__ __forceinline__ float activated(int activation, float x) {
-  switch (activation) {
-    // Written without the difference of two near ones, which would lose the tails.
-    case GELU_TANH:
-      // 0.5·x·(1 + tanh(y)) = x / (1 + exp(-2·y)), with y = sqrt(2/pi)·(x + 0.044715·x^3).
-      return x / (1.f + expf(-x * fmaf(0.07135481627159f, x * x, 1.59576912160573f)));
-    case GELU:
-      // 1 + erf(y) = erfc(-y).
-      return 0.5f * x * erfcf(x * -0.7071067811865476f);
-    case RELU:
-      return x < 0.f ? 0.f : x;
-    default:
-      return x / (1.f + expf(-x));
-  }
-}
+#include "activate.cuh"
 
 extern "C" __global__ void activate(const float* x, float* out, int activation, int gated, int width) {
   int channel = blockIdx.y * blockDim.x + threadIdx.x;
   size_t row = blockIdx.x;
   if (channel < width) {
     const float* gate = x + row * (gated ? 2 * width : width) + channel;
-    float y = activated(activation, gate[0]);
+    float y = ts::activated(activation, gate[0]);
     out[row * width + channel] = gated ? y * gate[width] : y;
   }
 }

@@ -21,6 +21,23 @@ template <int WARPS> __device__ __forceinline__ float block_sum(float x) {
   return warp_sum(gather_warps<WARPS>(warp_sum(x), 0.f));
 }
 
+// The sums of several values at once, each in the order of block_sum.
+template <int WARPS, int R> __device__ __forceinline__ void block_sums(float (&x)[R]) {
+  TS_SHARED(float, sums_of_warps, [R][WARPS]);
+  int lane = threadIdx.x % WARP;
+  __syncthreads();
+  for (int r = 0; r < R; r++) {
+    float sum = warp_sum(x[r]);
+    if (lane == 0) {
+      sums_of_warps[r][threadIdx.x / WARP] = sum;
+    }
+  }
+  __syncthreads();
+  for (int r = 0; r < R; r++) {
+    x[r] = warp_sum(lane < WARPS ? sums_of_warps[r][lane] : 0.f);
+  }
+}
+
 template <int WARPS> __device__ __forceinline__ float block_max(float x) {
   return warp_max(gather_warps<WARPS>(warp_max(x), -INFINITY));
 }

@@ -3,32 +3,39 @@
 // x and out [rows, columns] f32, weight [columns] f32, bias [columns] f32 or null.
 // Grid (rows), block 256: one block per row, which stays in the caches between the passes over it.
 // Must move rows·columns·8 bytes, and weight and bias once.
-#include "block.cuh"
+#include "norm.cuh"
 
-constexpr int NORM_WARPS = 8;
+template <int N>
+__device__ __forceinline__ void norm_row(const float* x, float* out, int columns, const ts::RowNorm& norm) {
+  float mean[1], scale[1];
+  ts::row_statistics<N>([=](int, int i, float(&to)[N]) { ts::load_wide(x + i, to); }, columns, norm, mean, scale);
+#pragma unroll 2
+  for (int i = threadIdx.x * N; i < columns; i += ts::NORM_THREADS * N) {
+    float y[N], weight[N], shift[N];
+    ts::load_wide(x + i, y);
+    ts::load_wide(norm.weight + i, weight);
+    if (norm.shift) {
+      ts::load_wide(norm.shift + i, shift);
+    }
+    for (int n = 0; n < N; n++) {
+      y[n] = ts::normalised(y[n], mean[0], scale[0], weight[n]);
+      y[n] = norm.shift ? __fadd_rn(y[n], shift[n]) : y[n];
+    }
+    ts::store_wide(out + i, y);
+  }
+}
 
 template <bool CENTRED>
 __device__ __forceinline__ void norm(const float* x, const float* weight, const float* bias, float* out,
                                      int columns, float epsilon) {
   x += size_t(blockIdx.x) * columns;
   out += size_t(blockIdx.x) * columns;
-  float mean = 0.f;
-  if (CENTRED) {
-    float sum = 0.f;
-    for (int i = threadIdx.x; i < columns; i += blockDim.x) {
-      sum += x[i];
-    }
-    mean = ts::block_sum<NORM_WARPS>(sum) / float(columns);
-  }
-  float squares = 0.f;
-  for (int i = threadIdx.x; i < columns; i += blockDim.x) {
-    float d = x[i] - mean;
-    squares = fmaf(d, d, squares);
-  }
-  float scale = 1.f / sqrtf(ts::block_sum<NORM_WARPS>(squares) / float(columns) + epsilon);
-  for (int i = threadIdx.x; i < columns; i += blockDim.x) {
-    float y = (x[i] - mean) * scale * weight[i];
-    out[i] = bias ? y + bias[i] : y;
+  ts::RowNorm how = {weight, bias, epsilon, CENTRED};
+  // Rows that 16 bytes do not divide begin at any address.
+  if (columns % 4 == 0) {
+    norm_row<4>(x, out, columns, how);
+  } else {
+    norm_row<1>(x, out, columns, how);
   }
 }
 

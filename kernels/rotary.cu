@@ -7,7 +7,7 @@
 // rotary: angles [rows, head_dim], qkv [rows, width] f32, of which the first `heads` heads (queries and
 // keys) are rotated in place. Grid (rows, heads), block 64: one thread per pair of channels.
 // Must move rows·heads·head_dim·8 bytes, and the angles once.
-#include "ts_cuda.cuh"
+#include "rotary.cuh"
 
 extern "C" __global__ void rotary_angles(const ts::u32* positions, const float* frequencies, float* out, int half) {
   size_t row = blockIdx.x;
@@ -27,7 +27,7 @@ extern "C" __global__ void rotary(const float* angles, float* qkv, int head_dim,
   float* head = qkv + size_t(blockIdx.x) * width + size_t(blockIdx.y) * head_dim;
   for (int i = threadIdx.x; i < half; i += blockDim.x) {
     float low = head[i], high = head[half + i], cosine = angles[i], sine = angles[half + i];
-    head[i] = low * cosine - high * sine;
-    head[half + i] = high * cosine + low * sine;
+    head[i] = ts::rotated_low(low, high, cosine, sine);
+    head[half + i] = ts::rotated_high(low, high, cosine, sine);
   }
 }

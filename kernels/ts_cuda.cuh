@@ -87,13 +87,53 @@ __device__ __forceinline__ void load_wide(const __half* p, float (&x)[4]) {
 // One element, where wider loads do not divide.
 template <class T> __device__ __forceinline__ void load_wide(const T* p, float (&x)[1]) { x[0] = widen(*p); }
 
-template <class T> __device__ __forceinline__ void load_wide(const T* p, float (&x)[8]) {
-  uint4 raw = *reinterpret_cast<const uint4*>(p);
+// The elements that lie in 16 bytes.
+__device__ __forceinline__ void widen_wide(uint4 raw, float (&x)[4], float) {
+  x[0] = __uint_as_float(raw.x);
+  x[1] = __uint_as_float(raw.y);
+  x[2] = __uint_as_float(raw.z);
+  x[3] = __uint_as_float(raw.w);
+}
+
+template <class T> __device__ __forceinline__ void widen_wide(uint4 raw, float (&x)[8], T) {
   widen_pair(raw.x, x[0], x[1], T());
   widen_pair(raw.y, x[2], x[3], T());
   widen_pair(raw.z, x[4], x[5], T());
   widen_pair(raw.w, x[6], x[7], T());
 }
+
+template <class T> __device__ __forceinline__ void load_wide(const T* p, float (&x)[8]) {
+  widen_wide(*reinterpret_cast<const uint4*>(p), x, T());
+}
+
+__device__ __forceinline__ void store_wide(float* p, const float (&x)[4]) {
+  *reinterpret_cast<float4*>(p) = {x[0], x[1], x[2], x[3]};
+}
+
+__device__ __forceinline__ void store_wide(float* p, const float (&x)[1]) { *p = x[0]; }
+
+// Loads that begin where they stand, whenever their values are used: the compiler moves others down to
+// their use, behind barriers and sums that they could have overlapped with.
+#ifdef __CUDACC__
+// 16 bytes that this block reads once and nobody writes: the first cache is left to what comes again.
+__device__ __forceinline__ uint4 load_once(const void* p) {
+  uint4 raw;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+               : "l"(__cvta_generic_to_global(p)));
+  return raw;
+}
+
+__device__ __forceinline__ float load_early(const float* p) {
+  float x;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(__cvta_generic_to_global(p)));
+  return x;
+}
+#else
+__device__ __forceinline__ uint4 load_once(const void* p) { return *static_cast<const uint4*>(p); }
+
+__device__ __forceinline__ float load_early(const float* p) { return *p; }
+#endif
 
 // The sum over the lanes of a warp, in every lane.
 __device__ __forceinline__ float warp_sum(float x) {

@@ -258,6 +258,31 @@ pub struct AppendKvArgs<'a, B: Backend> {
     pub pages: &'a mut B::KvPages,
 }
 
+/// Rotates queries and keys, and writes keys and values into pages.
+#[derive(Debug)]
+pub struct RotateAndAppendArgs<'a, B: Backend> {
+    /// What [`Backend::rotary_angles`] wrote.
+    pub angles: &'a B::Tensor,
+    /// The layer whose pages are written.
+    pub layer: usize,
+    /// Heads of `qkv`.
+    pub heads: Heads,
+    /// `[rows, heads.qkv_width()]`; the queries are rotated in place, and what the keys are
+    /// afterwards is not defined.
+    pub qkv: &'a mut B::Tensor,
+    /// As [`AppendKvArgs::slots`].
+    pub slots: &'a [Slot],
+    /// The pages.
+    pub pages: &'a mut B::KvPages,
+}
+
+/// One operation after the other.
+pub(crate) fn rotate_then_append<B: Backend>(backend: &B, args: RotateAndAppendArgs<'_, B>) {
+    let RotateAndAppendArgs { angles, layer, heads, qkv, slots, pages } = args;
+    backend.rotary(RotaryArgs { angles, heads, qkv: &mut *qkv });
+    backend.append_kv(AppendKvArgs { layer, heads, qkv, slots, pages });
+}
+
 /// Which pages attention reads.
 #[derive(Clone, Copy)]
 pub enum Attention<'a> {
@@ -586,6 +611,12 @@ pub trait Backend: Send + Sized {
 
     /// Writes keys and values into pages.
     fn append_kv(&self, args: AppendKvArgs<'_, Self>);
+
+    /// Rotates queries and keys, and writes keys and values into pages: what [`Self::rotary`] and
+    /// [`Self::append_kv`] do, in one pass where a backend can.
+    fn rotate_and_append(&self, args: RotateAndAppendArgs<'_, Self>) {
+        rotate_then_append(self, args);
+    }
 
     /// Attends over pages.
     ///

@@ -7,6 +7,7 @@
 mod attention;
 mod dense;
 mod input;
+mod rotated;
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -82,6 +83,7 @@ impl Table {
         let mut outcomes = Vec::new();
         dense::run(backend, self, &mut outcomes)?;
         attention::run(backend, self, &mut outcomes)?;
+        rotated::run(backend, &mut outcomes)?;
         Ok(outcomes)
     }
 }

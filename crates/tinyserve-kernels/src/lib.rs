@@ -15,7 +15,7 @@ pub use backend::{
     ActivateArgs, Activation, AppendKvArgs, AttendArgs, AttendSequence, AttendStats, Attention,
     Backend, EmbedArgs, Heads, LinearArgs, LinearImage, LinearPart, LinearSize, LinearSpec,
     MassArgs, MatrixLayout, NormArgs, NormKind, ObserveArgs, ProjectActivation, ProjectArgs,
-    RotaryAnglesArgs, RotaryArgs, Store, WeightFormat,
+    RotaryAnglesArgs, RotaryArgs, RotateAndAppendArgs, Store, WeightFormat,
 };
 pub use cpu::{Cpu, CpuLinear, CpuOptions, CpuPath, CpuTensor, CpuVector, SelectionTimes};
 pub use cuda::{

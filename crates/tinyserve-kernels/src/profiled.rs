@@ -8,7 +8,7 @@ use tinyserve_kv::{KvFormat, KvLayout, PageCopy, PageId, PagePool, TokenMove};
 use crate::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
     KernelError, LinearArgs, LinearImage, LinearSpec, NormArgs, ProjectActivation, ProjectArgs,
-    RotaryAnglesArgs, RotaryArgs, TopLogitsArgs,
+    RotaryAnglesArgs, RotaryArgs, RotateAndAppendArgs, TopLogitsArgs,
 };
 
 /// Forwards every operation to `B`; while it is switched on, it adds up what the large ones take.
@@ -211,6 +211,12 @@ impl<B: Backend + Sync> Backend for Profiled<B> {
     fn activate(&self, args: ActivateArgs<'_, Self>) {
         let ActivateArgs { activation, gated, x, out } = args;
         self.inner.activate(ActivateArgs { activation, gated, x, out });
+    }
+
+    fn rotate_and_append(&self, args: RotateAndAppendArgs<'_, Self>) {
+        let RotateAndAppendArgs { angles, layer, heads, qkv, slots, pages } = args;
+        let args = RotateAndAppendArgs { angles, layer, heads, qkv, slots, pages };
+        self.inner.rotate_and_append(args);
     }
 
     fn project(&self, args: ProjectArgs<'_, Self>) {

@@ -4,7 +4,7 @@ use tinyserve_kernels::{
     ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, Cpu, CpuLinear, CpuOptions,
     CpuPath, CpuTensor, CpuVector, EmbedArgs, HostTensor, KernelError, LinearArgs, LinearSpec,
     MassArgs, NormArgs, ObserveArgs, ProjectActivation, ProjectArgs, RotaryAnglesArgs, RotaryArgs,
-    TopLogitsArgs, conformance::Table,
+    RotateAndAppendArgs, TopLogitsArgs, conformance::Table,
 };
 use tinyserve_kv::{HostPages, KvLayout, PageCopy, PageId, TokenMove};
 
@@ -132,6 +132,13 @@ impl Backend for Perturbed {
         self.cpu.rotary(RotaryArgs { angles, heads, qkv: &mut *qkv });
         self.spoil("rotary", qkv);
     }
+    fn rotate_and_append(&self, args: RotateAndAppendArgs<'_, Self>) {
+        let RotateAndAppendArgs { angles, layer, heads, qkv, slots, pages } = args;
+        if self.op != "rotate_and_append" {
+            self.rotary(RotaryArgs { angles, heads, qkv: &mut *qkv });
+        }
+        self.append_kv(AppendKvArgs { layer, heads, qkv, slots, pages });
+    }
     fn append_kv(&self, args: AppendKvArgs<'_, Self>) {
         let AppendKvArgs { layer, heads, qkv, slots, pages } = args;
         if self.op == "append_kv" {
@@ -251,7 +258,7 @@ fn a_wrong_result_fails_its_operation_and_no_other() {
     let mut failing = |op, fault| failing(&mut table, op, fault);
     let pages = ["append_kv and attend", "move_tokens and attend", "select and attend"];
     for fault in [Fault::Nudge, Fault::Nan] {
-        for op in ["embed", "rotary", "project", "gather_rows", "top_logits"] {
+        for op in ["embed", "rotary", "project", "gather_rows", "top_logits", "rotate_and_append"] {
             assert_eq!(failing(op, fault), [op], "{fault:?}");
         }
         // A projection is compared with its operations.

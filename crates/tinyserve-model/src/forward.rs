@@ -6,7 +6,7 @@ use smallvec::SmallVec;
 use tinyserve_kernels::{
     AppendKvArgs, AttendArgs, AttendSequence, AttendStats, Backend, EmbedArgs, LinearArgs,
     MOST_TOP_LOGITS, NormArgs, PageLists, ProjectActivation, ProjectArgs, RotaryAnglesArgs,
-    RotaryArgs, Store, TopLogitsArgs,
+    RotateAndAppendArgs, Store, TopLogitsArgs,
 };
 use tinyserve_kv::Slot;
 
@@ -247,16 +247,20 @@ impl<B: Backend> Model<B> {
             activate: None,
             out: &mut a.qkv,
         });
-        if !self.structure.inverse_frequencies.is_empty() {
-            backend.rotary(RotaryArgs { angles: &a.angles, heads, qkv: &mut a.qkv });
+        let (slots, pages) = (&a.slots, &mut cache.pages);
+        if self.structure.inverse_frequencies.is_empty() {
+            backend.append_kv(AppendKvArgs { layer, heads, qkv: &a.qkv, slots, pages });
+        } else {
+            let (angles, qkv) = (&a.angles, &mut a.qkv);
+            backend.rotate_and_append(RotateAndAppendArgs {
+                angles,
+                layer,
+                heads,
+                qkv,
+                slots,
+                pages,
+            });
         }
-        backend.append_kv(AppendKvArgs {
-            layer,
-            heads,
-            qkv: &a.qkv,
-            slots: &a.slots,
-            pages: &mut cache.pages,
-        });
         let start = time.is_some().then(Instant::now);
         let stats = backend.attend(AttendArgs {
             layer,

@@ -88,18 +88,18 @@ fn requests_that_fail_leave_the_engine_usable() {
 
 /// Of a prompt, and of two that share a step.
 fn a_kernel_fails(emulator: &Emulator, engine: &Engine, expected: &[u32]) {
-    for kernel in [c"rotary", c"activate"] {
+    for kernel in [c"rotary_angles", c"project_f32_8"] {
         let name = kernel.to_str().unwrap();
         let told = failing(emulator, kernel, || sentence(answer(submit(engine, &PROMPT, 6))));
         assert!(told.contains(&format!("kernel {name} failed in a grid")), "{told}");
         assert!(told.contains("with sizes ["), "{told}");
         assert_eq!(answer(submit(engine, &PROMPT, 6)).unwrap(), expected, "{name}");
     }
-    let told = failing(emulator, c"norm_rms", || {
+    let told = failing(emulator, c"rotary_angles", || {
         let both = [submit(engine, &PROMPT, 6), submit(engine, &PROMPT[1..], 6)];
         both.map(|events| sentence(answer(events)))
     });
-    assert!(told.iter().all(|told| told.contains("norm_rms")), "{told:?}");
+    assert!(told.iter().all(|told| told.contains("rotary_angles")), "{told:?}");
     assert_eq!(answer(submit(engine, &PROMPT, 6)).unwrap(), expected);
 }
 
@@ -108,7 +108,7 @@ fn a_kernel_fails_amid_an_answer(emulator: &Emulator, engine: &Engine, expected:
     let mut events = submit(engine, &PROMPT, 150);
     let first = events.by_ref().find(|event| matches!(event, Event::Token(_)));
     assert!(first.is_some(), "it has begun");
-    let told = failing(emulator, c"rotary", || sentence(answer(events)));
+    let told = failing(emulator, c"rotary_angles", || sentence(answer(events)));
     assert!(told.contains("failed") && told.contains("OUT_OF_RESOURCES"), "{told}");
     assert_eq!(answer(submit(engine, &PROMPT, 6)).unwrap(), expected);
 }

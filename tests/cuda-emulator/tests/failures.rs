@@ -38,7 +38,7 @@ fn failures_leave_the_engine_usable_and_memory_comes_back() {
         let mut engine = Engine::new(Cuda::new(0).unwrap().use_graphs(false), format);
         let tokens = [1, 5, 9, 2, 6];
         let expected = prompt(&mut engine, &tokens).unwrap();
-        for kernel in [c"norm_rms", c"rotary", c"activate"] {
+        for kernel in [c"rotary_angles", c"project_f32_8", c"gemv_f32_8"] {
             emulator.fail(kernel);
             let error = prompt(&mut engine, &tokens).unwrap_err();
             emulator.fail(c"");
@@ -69,10 +69,10 @@ fn a_step_that_is_replayed(emulator: &tinyserve_cuda_emulator::Emulator) {
     let waits = emulator.waits();
     engine.step(&mut table, &[7]).unwrap();
     assert_eq!(emulator.waits() - waits, 1, "a step waits for its logits, and for nothing else");
-    emulator.fail(c"rotary");
+    emulator.fail(c"rotary_angles");
     let sentence = engine.step(&mut table, &[7]).unwrap_err().to_string();
     emulator.fail(c"");
-    assert!(sentence.contains("kernels, from embed_f32 to gemv_f32_"), "{sentence}");
+    assert!(sentence.contains("kernels, from embed_f32 to project_f32_"), "{sentence}");
     assert!(sentence.contains("OUT_OF_RESOURCES"), "{sentence}");
     engine.cache.release(table);
     let mut other = Engine::new(Cuda::new(0).unwrap(), KvFormat::F16);
@@ -115,10 +115,10 @@ fn a_capture_that_is_invalidated(emulator: &tinyserve_cuda_emulator::Emulator) {
     }
     emulator.invalidate(0);
     assert_eq!(captures(&engine), 0);
-    emulator.fail(c"rotary");
+    emulator.fail(c"rotary_angles");
     let sentence = engine.step(&mut table, &[7]).unwrap_err().to_string();
     emulator.fail(c"");
-    assert!(sentence.contains("kernel rotary failed in a grid"), "{sentence}");
+    assert!(sentence.contains("kernel rotary_angles failed in a grid"), "{sentence}");
 }
 
 /// Another engine of the process comes and goes: it loads and unloads code.

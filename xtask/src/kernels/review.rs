@@ -120,6 +120,7 @@ const STREAMS: &[(&str, usize, bool)] = &[
     ("fused_decode_", 3, true),
     ("gemm_", 2, false),
     ("gemv_", 1, false),
+    ("project_", 1, false),
 ];
 
 /// Kernels whose streams are not in 16-byte loads, one line each.

@@ -120,10 +120,10 @@ fn linears<B: Backend>(
             for (inputs, parts) in [
                 (1, vec![1]),
                 (7, vec![5, 3]),
-                (64, vec![64, 16, 16]),
+                (64, vec![64, 40, 32]),
                 (100, vec![131]),
                 (259, vec![260, 131]),
-                (1100, vec![33]),
+                (1096, vec![35]),
             ] {
                 for format in FORMATS {
                     // Loaded once for all rows: quantising takes longer than multiplying.
@@ -229,21 +229,35 @@ fn projections<B: Backend>(
             (16, vec![160, 160], vec![220]),
             (8, vec![12_016, 12_016], vec![3]),
         ] {
-            let layer = load(backend, (MatrixLayout::OutIn, (dtype, format), inputs, &parts))?;
-            for function in
-                [None, Some((Activation::GeluTanh, false)), Some((Activation::Silu, true))]
-            {
-                for &rows in &rows {
-                    let kind = if rows == 3 { NormKind::Layer } else { NormKind::Rms };
-                    let case = format!(
-                        "{kind:?} {dtype} as {format:?} [{rows}, {inputs}] to {parts:?}, \
-                         {function:?}"
-                    );
-                    let (found, expected) = project(backend, &layer, kind, rows, function)?;
-                    let max_error = max_error(&found, &expected);
-                    outcomes.push(CaseOutcome { op: "project", case, max_error, tolerance: 0.0 });
-                }
-            }
+            projections_of(backend, (dtype, format), (inputs, &parts), &rows, outcomes)?;
+        }
+    }
+    // Rows that a device normalises in each block, by the number that share a pass over weights.
+    for dtype in DTYPES {
+        let weights = (dtype, WeightFormat::Stored);
+        projections_of(backend, weights, (1096, &[101, 101]), &[1, 2, 3, 8], outcomes)?;
+    }
+    Ok(())
+}
+
+/// Projections through one matrix.
+fn projections_of<B: Backend>(
+    backend: &B,
+    (dtype, format): (DType, WeightFormat),
+    (inputs, parts): (usize, &[usize]),
+    rows: &[usize],
+    outcomes: &mut Vec<CaseOutcome>,
+) -> Result<(), KernelError> {
+    let layer = load(backend, (MatrixLayout::OutIn, (dtype, format), inputs, parts))?;
+    for function in [None, Some((Activation::GeluTanh, false)), Some((Activation::Silu, true))] {
+        for &rows in rows {
+            let kind = if rows == 3 { NormKind::Layer } else { NormKind::Rms };
+            let case = format!(
+                "{kind:?} {dtype} as {format:?} [{rows}, {inputs}] to {parts:?}, {function:?}"
+            );
+            let (found, expected) = project(backend, &layer, kind, rows, function)?;
+            let max_error = max_error(&found, &expected);
+            outcomes.push(CaseOutcome { op: "project", case, max_error, tolerance: 0.0 });
         }
     }
     Ok(())

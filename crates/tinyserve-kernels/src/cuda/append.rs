@@ -3,11 +3,12 @@
 use tinyserve_kv::{PageCopy, PageId, Slot, TokenMove};
 
 use super::Cuda;
-use super::bucket::{bucket, filled};
+use super::bucket::bucket;
 use super::error::CudaError;
 use super::launch::{Arg, Launcher, Shape};
 use super::memory::Upload;
 use super::pages::{CudaPages, Element};
+use super::tensor::CudaTensor;
 use crate::AppendKvArgs;
 
 /// What the kernel that seals leaves alone.
@@ -18,55 +19,62 @@ const NO_PAGE: [u32; 2] = [u32::MAX, 0];
 pub(super) struct Scratch {
     slots: Vec<Slot>,
     plan: Plan,
-    pages: Upload,
-    offsets: Upload,
-    order: Upload,
-    starts: Upload,
-    open_slots: Upload,
+    sent: Upload,
     filled: Upload,
 }
 
 /// Rows by the page that they go to.
 #[derive(Debug, Default)]
 struct Plan {
-    pages: Vec<u32>,
-    offsets: Vec<u32>,
-    /// Rows, those of one page side by side and in order.
-    order: Vec<u32>,
-    /// Where each page's rows begin in `order`, and their end, up to a bucket of pages.
-    starts: Vec<u32>,
+    /// What the kernel takes: for each run of rows of one page its begin and end among the entries,
+    /// the page and its slot; then for each entry a row and its token in the page. Both are filled
+    /// up to a bucket.
+    words: Vec<u32>,
+    /// The page of each run.
+    pages: Vec<PageId>,
+    /// Runs, those of no rows included.
+    runs: usize,
 }
 
-impl Plan {
-    /// The first slot of each run of rows of one page.
-    fn runs<'a>(&'a self, slots: &'a [Slot]) -> impl Iterator<Item = &'a Slot> {
-        let first = |&start: &u32| self.order.get(start as usize).map(|&row| &slots[row as usize]);
-        self.starts.iter().filter_map(first)
-    }
+/// Words of a run.
+const RUN: usize = 4;
 
+impl Plan {
     fn new(slots: &[Slot]) -> Self {
         let of = |slot: &Slot| (slot.page.index(), slot.offset);
         let mut order: Vec<u32> = (0..slots.len() as u32).collect();
         order.sort_by_key(|&row| of(&slots[row as usize]));
         let page = |row: u32| slots[row as usize].page;
-        let mut starts: Vec<u32> = (0..slots.len())
-            .filter(|&i| i == 0 || page(order[i]) != page(order[i - 1]))
-            .map(|i| i as u32)
-            .collect();
+        let starts: Vec<usize> =
+            (0..slots.len()).filter(|&i| i == 0 || page(order[i]) != page(order[i - 1])).collect();
         let runs = bucket(starts.len());
-        starts.resize(runs + 1, slots.len() as u32);
-        Self {
-            pages: slots.iter().map(|slot| slot.page.index() as u32).collect(),
-            offsets: slots.iter().map(|slot| slot.offset as u32).collect(),
-            order,
-            starts,
+        let mut words = Vec::with_capacity(RUN * runs + 2 * bucket(slots.len()));
+        let ends = starts.iter().skip(1).copied().chain([slots.len()]);
+        let mut pages = Vec::with_capacity(starts.len());
+        for (&start, end) in starts.iter().zip(ends) {
+            pages.push(page(order[start]));
+            let page = page(order[start]).index() as u32;
+            words.extend([start as u32, end as u32, page, NO_PAGE[0]]);
+        }
+        words.resize(RUN * runs, 0);
+        words.extend(order.iter().flat_map(|&row| [row, slots[row as usize].offset as u32]));
+        words.resize(RUN * runs + 2 * bucket(slots.len()), 0);
+        Self { words, pages, runs }
+    }
+
+    /// Notes the slots of open pages.
+    fn put_slots(&mut self, slot: impl Fn(PageId) -> u32) {
+        for (run, &page) in self.words.chunks_exact_mut(RUN).zip(&self.pages) {
+            run[3] = slot(page);
         }
     }
 }
 
+/// Writes the keys and values of `qkv` into pages; with `angles`, rotates queries and keys before.
 pub(super) fn append_kv(
     device: &Launcher,
     scratch: &mut Scratch,
+    angles: Option<&CudaTensor>,
     args: AppendKvArgs<'_, Cuda>,
 ) -> Result<(), CudaError> {
     let AppendKvArgs { layer, heads, qkv, slots, pages } = args;
@@ -79,6 +87,10 @@ pub(super) fn append_kv(
         "heads of pages"
     );
     assert!(layer < shape.layers, "layer {layer} of {}", shape.layers);
+    if let Some(angles) = angles {
+        assert_eq!(angles.columns(), heads.head_dim, "width of the angles");
+        assert_eq!(angles.rows(), qkv.rows(), "rows of the angles");
+    }
     if scratch.slots != slots {
         for slot in slots {
             assert!(slot.offset < shape.page_size, "offset {} in a page", slot.offset);
@@ -91,39 +103,38 @@ pub(super) fn append_kv(
     }
     if let Some(open) = &mut pages.open {
         open.append(device, layer, slots)?;
+        scratch.plan.put_slots(|page| open.slot(page).unwrap_or(u32::MAX));
     }
     let plan = &scratch.plan;
+    let sent = scratch.sent.send(device, &plan.words)?;
+    let (elements, names) = match &pages.open {
+        None => {
+            let names = ["append_kv_f32", "append_kv_f16", "append_kv_bf16"];
+            (pages.layer(layer), pages.element().of_boxes(names))
+        }
+        Some(_) => (pages.layer_open(layer), "append_kv_open"),
+    };
     let mut args = vec![
         qkv.arg(),
-        pages.layer(layer),
+        angles.map_or(Arg::Pointer(0), CudaTensor::arg),
+        elements,
         pages.layer_boxes(layer),
-        scratch.pages.send(device, &plan.pages)?,
-        scratch.offsets.send(device, &plan.offsets)?,
-        scratch.order.send(device, &plan.order)?,
-        scratch.starts.send(device, &plan.starts)?,
+        sent,
+        sent.offset(size_of::<u32>() * RUN * plan.runs),
         pages.shape(),
         Arg::count(heads.qkv_width()),
         Arg::count(heads.k_columns().start),
         Arg::count(heads.v_columns().start),
     ];
-    let names =
-        ["append_kv_f32", "append_kv_f16", "append_kv_bf16", "append_kv_open", "append_kv_open"];
-    let Some(open) = &pages.open else {
-        let grid = (plan.starts.len() - 1, heads.kv_heads, 1);
-        // SAFETY: every slot is inside the pages, and every row inside `qkv`.
-        return unsafe {
-            device.launch(pages.element().kernel(names), Shape::new(grid, 128), &args)
-        };
-    };
-    let open_slots: Vec<u32> = plan.runs(slots).map(|slot| pages.open_slot(slot.page)).collect();
-    // Nobody looks up the slot of a run of no rows.
-    let open_slots = filled(&open_slots, u32::MAX);
-    args[1] = pages.layer_open(layer);
-    args.push(scratch.open_slots.send(device, &open_slots)?);
-    args.push(pages.heads());
-    let grid = (open_slots.len(), heads.kv_heads, 1);
-    // SAFETY: every slot is inside the open pages, and every row inside `qkv`.
-    unsafe { device.launch(pages.element().kernel(names), Shape::new(grid, 128), &args)? };
+    if pages.open.is_some() {
+        args.push(pages.heads());
+    }
+    let queries = if angles.is_some() { heads.q_heads } else { 0 };
+    let grid = (plan.runs, heads.kv_heads + queries, 1);
+    // SAFETY: every slot is inside the pages or the open pages, and every row inside `qkv` and the
+    // angles.
+    unsafe { device.launch(names, Shape::new(grid, 128), &args)? };
+    let Some(open) = &pages.open else { return Ok(()) };
     let of = |&page: &PageId| [page.index() as u32, pages.open_slot(page)];
     let mut filled: Vec<[u32; 2]> = open.full().iter().map(of).collect();
     if filled.is_empty() {

@@ -20,6 +20,8 @@ pub struct CudaDevice {
     pub name: String,
     /// Compute capability, major and minor.
     pub capability: (i32, i32),
+    /// Multiprocessors.
+    pub multiprocessors: usize,
     /// Bytes of memory.
     pub memory: usize,
     /// Bytes of memory that are free.
@@ -47,12 +49,15 @@ impl CudaDevice {
         let name = context.name().map_err(driver_error("asking for the name"))?;
         let (free, memory) =
             context.mem_get_info().map_err(driver_error("asking for the memory"))?;
+        let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let count = context.attribute(count).map_err(driver_error("counting multiprocessors"))?;
+        let multiprocessors = usize::try_from(count).unwrap_or(1).max(1);
         let unusable = (capability < OLDEST_CAPABILITY).then(|| CudaError::DeviceTooOld {
             ordinal,
             name: name.clone(),
             capability,
         });
-        Ok(Self { ordinal, name, capability, memory, free, driver, unusable })
+        Ok(Self { ordinal, name, capability, multiprocessors, memory, free, driver, unusable })
     }
 }
 

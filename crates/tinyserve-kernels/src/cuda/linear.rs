@@ -13,12 +13,18 @@ use super::workload::CudaWorkload;
 use super::workload::f32s;
 use crate::cpu::{CodeBits, CpuWeights, GROUP};
 use crate::{
-    Cpu, CpuLinear, CpuOptions, DType, EmbedArgs, KernelError, LinearArgs, LinearSpec,
-    MatrixLayout, Store, WeightFormat,
+    Activation, Cpu, CpuLinear, CpuOptions, DType, EmbedArgs, KernelError, LinearArgs, LinearSpec,
+    MatrixLayout, NormKind, ProjectArgs, Store, WeightFormat,
 };
 
-/// Outputs of a block of the products over stored weights.
-const GEMV_OUTPUTS: usize = 8;
+/// Warps of a block of the products of few rows with stored weights; each takes a tile of outputs.
+const GEMV_WARPS: usize = 8;
+/// Blocks of those products that a multiprocessor is given at most: each goes on to further tiles.
+const GEMV_BLOCKS: usize = 4;
+/// As [`GEMV_BLOCKS`], where rows are normalised in shared memory: once per block.
+const PROJECT_BLOCKS: usize = 3;
+/// Bytes of shared memory that every device gives a block, but for what sums take.
+const SHARED_BYTES: usize = (48 << 10) - 1024;
 /// Rows and outputs of a block of the products of many rows.
 const GEMM_TILE: usize = 64;
 /// Rows from which on weights go through shared memory: below, most of a tile would be empty.
@@ -133,6 +139,7 @@ fn turn(
 /// `out = x·Wᵀ + b`.
 pub(super) fn linear(
     device: &Launcher,
+    multiprocessors: usize,
     scratch: &mut Scratch,
     args: LinearArgs<'_, Cuda>,
 ) -> Result<(), CudaError> {
@@ -153,7 +160,7 @@ pub(super) fn linear(
                     column += part.outputs;
                     continue;
                 }
-                let (kernel, shape) = stored_kernel(part, inputs, rows);
+                let (kernel, shape) = stored_kernel(part, inputs, rows, multiprocessors);
                 let args = [
                     part.weight.arg(),
                     x.arg(),
@@ -211,9 +218,15 @@ pub(super) fn linear(
 }
 
 /// The kernel for `rows` rows of `inputs` numbers, and how it is launched.
-fn stored_kernel(part: &CudaMatrix, inputs: usize, rows: usize) -> (&'static str, Shape) {
+fn stored_kernel(
+    part: &CudaMatrix,
+    inputs: usize,
+    rows: usize,
+    multiprocessors: usize,
+) -> (&'static str, Shape) {
     // Rows that 16 bytes do not divide begin at any address.
-    if rows >= GEMM_ROWS && (inputs * part.dtype.size()).is_multiple_of(16) {
+    let aligned = (inputs * part.dtype.size()).is_multiple_of(16);
+    if rows >= GEMM_ROWS && aligned {
         let kernel = match part.dtype {
             DType::F32 => "gemm_f32",
             DType::F16 => "gemm_f16",
@@ -222,16 +235,7 @@ fn stored_kernel(part: &CudaMatrix, inputs: usize, rows: usize) -> (&'static str
         let grid = (part.outputs.div_ceil(GEMM_TILE), rows.div_ceil(GEMM_TILE), 1);
         return (kernel, Shape::new(grid, 256));
     }
-    let (kernel, together) = gemv(part.dtype, inputs, rows);
-    let grid = (part.outputs.div_ceil(GEMV_OUTPUTS), rows.div_ceil(together), 1);
-    let mut shape = Shape::new(grid, 32);
-    shape.block.1 = 4;
-    (kernel, shape)
-}
-
-/// The kernel for `rows` rows, and how many of them share a pass over the weights.
-fn gemv(dtype: DType, inputs: usize, rows: usize) -> (&'static str, usize) {
-    let names = match dtype {
+    let names = match part.dtype {
         DType::F32 => ["gemv_f32_1", "gemv_f32_2", "gemv_f32_4", "gemv_f32_8", "gemv_f32_any"],
         DType::F16 => ["gemv_f16_1", "gemv_f16_2", "gemv_f16_4", "gemv_f16_8", "gemv_f16_any"],
         DType::Bf16 => {
@@ -239,13 +243,129 @@ fn gemv(dtype: DType, inputs: usize, rows: usize) -> (&'static str, usize) {
         }
     };
     let [one, two, four, eight, any] = names;
-    match rows {
-        // Rows that 16 bytes do not divide begin at any address.
-        _ if !(inputs * dtype.size()).is_multiple_of(16) => (any, 4),
-        1 => (one, 1),
-        2 => (two, 2),
-        3..=4 => (four, 4),
-        _ => (eight, 8),
+    // Rows that share a pass over the weights, and outputs of a warp.
+    let (kernel, together, outputs) = match rows {
+        _ if !aligned => (any, 4, 1),
+        1 => (one, 1, 1),
+        2 => (two, 2, 2),
+        3..=4 => (four, 4, 2),
+        _ => (eight, 8, 2),
+    };
+    let blocks = gemv_blocks(part.outputs.div_ceil(outputs), GEMV_BLOCKS * multiprocessors);
+    (kernel, Shape::new((blocks, rows.div_ceil(together), 1), 32 * GEMV_WARPS as u32))
+}
+
+/// Blocks for `tiles` tiles, at most `most`, that go through the same number of them, or nearly.
+fn gemv_blocks(tiles: usize, most: usize) -> usize {
+    let blocks = tiles.div_ceil(GEMV_WARPS);
+    blocks.div_ceil(blocks.div_ceil(most).max(1))
+}
+
+/// A projection in one launch, if it is one of few rows that fit into shared memory with weights as
+/// they are stored; gives the arguments back if it is not.
+pub(super) fn project<'a>(
+    device: &Launcher,
+    multiprocessors: usize,
+    args: ProjectArgs<'a, Cuda>,
+) -> Result<Option<ProjectArgs<'a, Cuda>>, CudaError> {
+    let ProjectArgs { norm, linear, activate, out } = &args;
+    let gated = activate.as_ref().is_some_and(|activate| activate.gated);
+    let Some((part, kernel, together, outputs)) = projection(linear, norm.x.bucket(), gated) else {
+        return Ok(Some(args));
+    };
+    let inputs = linear.inputs;
+    let shared = 4 * inputs * (together + 1 + usize::from(norm.bias.is_some()));
+    if shared > SHARED_BYTES {
+        return Ok(Some(args));
+    }
+    let width = if gated { linear.outputs / 2 } else { linear.outputs };
+    assert_eq!(norm.x.columns(), inputs, "input width of a projection");
+    assert_eq!(norm.weight.columns, inputs, "scale of a norm");
+    assert!(norm.bias.is_none_or(|bias| bias.columns == inputs), "shift of a norm");
+    assert_eq!(out.columns(), width, "output width of a projection");
+    assert!(!gated || linear.outputs == 2 * width, "gate beside up");
+    let ProjectArgs { norm, activate, out, .. } = args;
+    let rows = norm.x.bucket();
+    out.resize(device, norm.x.rows())?;
+    let activation = activate.map_or(-1, |activate| activation_number(activate.activation));
+    let args = [
+        part.weight.arg(),
+        norm.x.arg(),
+        part.bias.arg(),
+        out.arg(),
+        Arg::count(inputs),
+        Arg::count(part.outputs),
+        Arg::count(rows),
+        Arg::count(width),
+        norm.weight.values.arg(),
+        norm.bias.map_or(Arg::Pointer(0), |bias| bias.values.arg()),
+        Arg::Number(norm.epsilon),
+        Arg::flag(norm.kind == NormKind::Layer),
+        Arg::Whole(activation),
+        Arg::flag(gated),
+    ];
+    let blocks = gemv_blocks(part.outputs.div_ceil(outputs), PROJECT_BLOCKS * multiprocessors);
+    let grid = (blocks, rows.div_ceil(together), 1);
+    let mut shape = Shape::new(grid, 32 * GEMV_WARPS as u32);
+    shape.shared = u32::try_from(shared).unwrap_or(u32::MAX);
+    // SAFETY: widths were checked above, and the rows fit into the shared memory that is asked for.
+    unsafe { device.launch(kernel, shape, &args)? };
+    Ok(None)
+}
+
+/// The matrix of a projection of `rows` rows, its kernel, how many rows share a pass over the
+/// weights, and how many outputs a warp takes.
+fn projection(
+    linear: &CudaLinear,
+    rows: usize,
+    gated: bool,
+) -> Option<(&CudaMatrix, &'static str, usize, usize)> {
+    let CudaWeights::Stored(parts) = &linear.weights else { return None };
+    let [part] = parts.as_slice() else { return None };
+    if !(linear.inputs * part.dtype.size()).is_multiple_of(16) {
+        return None;
+    }
+    let [one, gate, two, four, eight] = match part.dtype {
+        DType::F32 => [
+            "project_f32_1",
+            "project_f32_gated",
+            "project_f32_2",
+            "project_f32_4",
+            "project_f32_8",
+        ],
+        DType::F16 => [
+            "project_f16_1",
+            "project_f16_gated",
+            "project_f16_2",
+            "project_f16_4",
+            "project_f16_8",
+        ],
+        DType::Bf16 => [
+            "project_bf16_1",
+            "project_bf16_gated",
+            "project_bf16_2",
+            "project_bf16_4",
+            "project_bf16_8",
+        ],
+    };
+    let (kernel, together, outputs) = match rows {
+        1 if gated => (gate, 1, 2),
+        1 => (one, 1, 1),
+        2 => (two, 2, 2),
+        3..=4 => (four, 4, 2),
+        5..=8 => (eight, 8, 2),
+        _ => return None,
+    };
+    Some((part, kernel, together, outputs))
+}
+
+/// A function's number, as kernels/activate.cuh has it.
+pub(super) fn activation_number(activation: Activation) -> i32 {
+    match activation {
+        Activation::GeluTanh => 0,
+        Activation::Gelu => 1,
+        Activation::Relu => 2,
+        Activation::Silu => 3,
     }
 }
 

@@ -40,10 +40,11 @@ pub use pages::CudaPages;
 pub use tensor::{CudaLinear, CudaTensor, CudaVector};
 pub use workload::CudaWorkload;
 
+use crate::backend::{project_step_by_step, rotate_then_append};
 use crate::{
-    ActivateArgs, Activation, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs,
-    HostTensor, KernelError, LinearArgs, LinearSpec, NormArgs, NormKind, RotaryAnglesArgs,
-    RotaryArgs, Store, TopLogitsArgs,
+    ActivateArgs, AppendKvArgs, AttendArgs, AttendStats, Backend, EmbedArgs, HostTensor,
+    KernelError, LinearArgs, LinearSpec, NormArgs, NormKind, ProjectArgs, RotaryAnglesArgs,
+    RotaryArgs, RotateAndAppendArgs, Store, TopLogitsArgs,
 };
 use bucket::{MOST_ROWS, filled};
 use launch::{Arg, Launcher, Shape};
@@ -295,7 +296,19 @@ impl Backend for Cuda {
     }
 
     fn linear(&self, args: LinearArgs<'_, Self>) {
-        self.run(|state| linear::linear(&self.launcher, &mut state.linear, args));
+        let multiprocessors = self.device.multiprocessors;
+        self.run(|state| linear::linear(&self.launcher, multiprocessors, &mut state.linear, args));
+    }
+
+    fn project(&self, args: ProjectArgs<'_, Self>) {
+        let mut left = None;
+        self.run(|_| {
+            left = linear::project(&self.launcher, self.device.multiprocessors, args)?;
+            Ok(())
+        });
+        if let Some(args) = left {
+            project_step_by_step(self, args);
+        }
     }
 
     fn rotary_angles(&self, args: RotaryAnglesArgs<'_, Self>) {
@@ -335,7 +348,17 @@ impl Backend for Cuda {
     }
 
     fn append_kv(&self, args: AppendKvArgs<'_, Self>) {
-        self.run(|state| append::append_kv(&self.launcher, &mut state.append, args));
+        self.run(|state| append::append_kv(&self.launcher, &mut state.append, None, args));
+    }
+
+    fn rotate_and_append(&self, args: RotateAndAppendArgs<'_, Self>) {
+        // Blocks take the rows of a page one after the other: long prompts are rotated apart.
+        if args.slots.len() > MOST_ROWS {
+            return rotate_then_append(self, args);
+        }
+        let RotateAndAppendArgs { angles, layer, heads, qkv, slots, pages } = args;
+        let args = AppendKvArgs { layer, heads, qkv: &*qkv, slots, pages };
+        self.run(|state| append::append_kv(&self.launcher, &mut state.append, Some(angles), args));
     }
 
     fn attend(&self, args: AttendArgs<'_, Self>) -> Result<AttendStats, KernelError> {
@@ -350,13 +373,7 @@ impl Backend for Cuda {
         assert_eq!(x.columns(), expected, "input width of an activation");
         self.run(|_| {
             out.resize(&self.launcher, rows)?;
-            // As the kernel numbers them.
-            let number = match activation {
-                Activation::GeluTanh => 0,
-                Activation::Gelu => 1,
-                Activation::Relu => 2,
-                Activation::Silu => 3,
-            };
+            let number = linear::activation_number(activation);
             let args =
                 [x.arg(), out.arg(), Arg::Whole(number), Arg::flag(gated), Arg::count(width)];
             let shape = Self::pointwise(out.bucket(), width);
