@@ -7,6 +7,7 @@
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline.h>
 // `TS_SHARED(float, tile, [4][33]);` declares `float tile[4][33]` in shared memory.
 #define TS_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
 // `TS_DYN_SHARED(float, x);` is `float* x`, the shared memory whose size the launch states.
