@@ -73,33 +73,50 @@ __device__ __forceinline__ void gemv_quantised(const unsigned char* records, con
   const unsigned char* block = records + size_t(blockIdx.x) * groups * Record<FOUR>::BYTES;
   float total[R][4] = {};
   constexpr int STRIDE = ts::WARP / LANES;
-  for (int group = warp * STRIDE + lane / LANES; group < groups; group += QUANTISED_WARPS * STRIDE) {
-    const unsigned char* record = block + size_t(group) * Record<FOUR>::BYTES;
-    uint4 raw = *reinterpret_cast<const uint4*>(record + lane % LANES * 16);
-    ts::u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
-    const __half* scales_at = reinterpret_cast<const __half*>(record + Record<FOUR>::CODES) + four;
-    float scale[4], minimum[4] = {};
-    ts::load_wide(scales_at, scale);
-    if (FOUR && quad == 0) {
-      ts::load_wide(scales_at + QUANTISED_OUTPUTS, minimum);
+  // Records on their way before the first is used. Beyond the last it is loaded again, and not used.
+  constexpr int LOADS = R == 1 ? 8 : 4;
+  constexpr int TURN = QUANTISED_WARPS * STRIDE;
+  for (int begin = warp * STRIDE + lane / LANES; begin < groups; begin += LOADS * TURN) {
+    uint4 raw[LOADS];
+    uint2 raw_scale[LOADS], raw_minimum[LOADS];
+    for (int u = 0; u < LOADS; u++) {
+      const unsigned char* record = block + size_t(min(begin + u * TURN, groups - 1)) * Record<FOUR>::BYTES;
+      const unsigned char* scales_at = record + Record<FOUR>::CODES + four * 2;
+      raw[u] = ts::load_once(record + lane % LANES * 16);
+      raw_scale[u] = ts::load_half_once(scales_at);
+      if (FOUR) {
+        raw_minimum[u] = ts::load_half_once(scales_at + QUANTISED_OUTPUTS * 2);
+      }
     }
-    for (int r = 0; r < R; r++) {
-      size_t at = size_t(min(row + r, rows - 1)) * groups + group;
-      const int* quads = reinterpret_cast<const int*>(codes + at * QUANTISED_GROUP);
-      int first = quads[quad], second = FOUR ? quads[quad + 4] : 0;
-      float factor = scales[at], sum = FOUR ? sums[at] : 0.f;
-      for (int o = 0; o < 4; o++) {
-        int products;
-        if (FOUR) {
-          products = __dp4a(int(words[o] & 0x0f0f0f0fu), first, 0);
-          products = __dp4a(int(words[o] >> 4 & 0x0f0f0f0fu), second, products);
-        } else {
-          // Codes are 128 too large: without their highest bit turned they would be unsigned.
-          products = __dp4a(int(words[o] ^ 0x80808080u), first, 0);
-        }
-        total[r][o] = fmaf(float(products) * scale[o], factor, total[r][o]);
-        if (FOUR) {
-          total[r][o] = fmaf(minimum[o], sum, total[r][o]);
+    for (int u = 0; u < LOADS; u++) {
+      int group = begin + u * TURN;
+      if (group >= groups) {
+        break;
+      }
+      ts::u32 words[4] = {raw[u].x, raw[u].y, raw[u].z, raw[u].w};
+      float scale[4], minimum[4] = {};
+      ts::widen_half(raw_scale[u], scale);
+      if (FOUR && quad == 0) {
+        ts::widen_half(raw_minimum[u], minimum);
+      }
+      for (int r = 0; r < R; r++) {
+        size_t at = size_t(min(row + r, rows - 1)) * groups + group;
+        const int* quads = reinterpret_cast<const int*>(codes + at * QUANTISED_GROUP);
+        int first = quads[quad], second = FOUR ? quads[quad + 4] : 0;
+        float factor = scales[at], sum = FOUR ? sums[at] : 0.f;
+        for (int o = 0; o < 4; o++) {
+          int products;
+          if (FOUR) {
+            products = __dp4a(int(words[o] & 0x0f0f0f0fu), first, 0);
+            products = __dp4a(int(words[o] >> 4 & 0x0f0f0f0fu), second, products);
+          } else {
+            // Codes are 128 too large: without their highest bit turned they would be unsigned.
+            products = __dp4a(int(words[o] ^ 0x80808080u), first, 0);
+          }
+          total[r][o] = fmaf(float(products) * scale[o], factor, total[r][o]);
+          if (FOUR) {
+            total[r][o] = fmaf(minimum[o], sum, total[r][o]);
+          }
         }
       }
     }

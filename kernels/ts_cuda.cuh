@@ -7,6 +7,7 @@
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline.h>
 // `TS_SHARED(float, tile, [4][33]);` declares `float tile[4][33]` in shared memory.
 #define TS_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
 // `TS_DYN_SHARED(float, x);` is `float* x`, the shared memory whose size the launch states.
@@ -76,11 +77,15 @@ __device__ __forceinline__ void widen_pair(u32 pair, float& low, float& high, __
   high = __uint_as_float(pair & 0xffff0000u);
 }
 
-// Loads 8 bytes.
-__device__ __forceinline__ void load_wide(const __half* p, float (&x)[4]) {
-  uint2 raw = *reinterpret_cast<const uint2*>(p);
+// The halves that lie in 8 bytes.
+__device__ __forceinline__ void widen_half(uint2 raw, float (&x)[4]) {
   widen_pair(raw.x, x[0], x[1], __half());
   widen_pair(raw.y, x[2], x[3], __half());
+}
+
+// Loads 8 bytes.
+__device__ __forceinline__ void load_wide(const __half* p, float (&x)[4]) {
+  widen_half(*reinterpret_cast<const uint2*>(p), x);
 }
 
 // One element, where wider loads do not divide.
@@ -159,6 +164,15 @@ __device__ __forceinline__ uint4 load_once(const void* p) {
   return raw;
 }
 
+// 8 of them.
+__device__ __forceinline__ uint2 load_half_once(const void* p) {
+  uint2 raw;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+               : "=r"(raw.x), "=r"(raw.y)
+               : "l"(__cvta_generic_to_global(p)));
+  return raw;
+}
+
 __device__ __forceinline__ float load_early(const float* p) {
   float x;
   asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(__cvta_generic_to_global(p)));
@@ -166,6 +180,8 @@ __device__ __forceinline__ float load_early(const float* p) {
 }
 #else
 __device__ __forceinline__ uint4 load_once(const void* p) { return *static_cast<const uint4*>(p); }
+
+__device__ __forceinline__ uint2 load_half_once(const void* p) { return *static_cast<const uint2*>(p); }
 
 __device__ __forceinline__ float load_early(const float* p) { return *p; }
 #endif

@@ -203,6 +203,7 @@ fn attention_is_compared_with_dense() {
     for row in rows {
         assert!(number(row, "n_layers") * of_one >= 384.0 * 1024.0 * 1024.0, "{row}");
         assert!(number(row, "median_ns") > 0.0 && number(row, "gb_s") > 0.0, "{row}");
+        assert_eq!((&row["clock"], &row["host_ns"]), (&"host".into(), &Value::Null));
         assert!(number(row, "read_bandwidth_gb_s") > 0.01, "{row}");
         let fma = number(row, "fma_fraction");
         // Four query heads share each f16 element: 4 FLOP per byte of keys and values, none for

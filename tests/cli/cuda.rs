@@ -66,6 +66,7 @@ fn benchmarks_run_on_it() {
     for row in rows {
         assert_eq!((&row["device"], &row["cpu_path"]), (&"cuda:0".into(), &Value::Null));
         assert!(row["median_ns"].as_f64() > Some(0.0), "{row}");
+        assert!(row["clock"] == "device" && row["host_ns"].as_f64() > Some(0.0), "{row}");
         assert!(row["read_bandwidth_gb_s"].as_f64() > Some(0.0), "{row}");
     }
     let bench = "bench latency --device cuda -o json -r 1 -p 8 -n 2";

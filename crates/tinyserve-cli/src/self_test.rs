@@ -1,8 +1,7 @@
 //! Every kernel of a path against the reference.
 
-use std::time::Instant;
-
 use anyhow::Result;
+use half::f16;
 use serde_json::{Value, json};
 use tinyserve::TinyServeError;
 use tinyserve::kernels::conformance::{self, CaseOutcome, Table};
@@ -10,6 +9,9 @@ use tinyserve::kernels::{
     Backend, Cpu, CpuOptions, CpuPath, Cuda, DType, HostTensor, KernelError, LinearArgs,
     LinearPart, LinearSpec, MatrixLayout, Store, WeightFormat,
 };
+use tinyserve::model::SyntheticNormal;
+
+use crate::bench;
 
 /// What the cases of one operation came to.
 struct OpReport {
@@ -40,40 +42,53 @@ pub(crate) fn run_cuda(number: usize) -> Result<PathReport> {
     let run = || {
         let cuda = Cuda::new(number)?;
         let outcomes = conformance::run(&cuda)?;
-        let bandwidths =
-            vec![("copy", cuda.copy_bandwidth()?), ("gemv f16", gemv_bandwidth(&cuda)?)];
-        Ok::<_, KernelError>((outcomes, bandwidths))
+        let copy = cuda.copy_bandwidth()?;
+        Ok::<_, KernelError>((cuda, outcomes, copy))
     };
-    let (outcomes, mut bandwidths) = run().map_err(TinyServeError::from)?;
-    bandwidths.extend(crate::bench::bandwidths(number)?);
+    let (cuda, outcomes, copy) = run().map_err(TinyServeError::from)?;
+    let mut bandwidths = vec![("copy", copy), ("gemv f16", gemv_bandwidth(&cuda)?)];
+    drop(cuda);
+    bandwidths.extend(bench::bandwidths(number)?);
     Ok(PathReport { bandwidths, ..PathReport::new(&format!("cuda:{number}"), &outcomes) })
 }
 
-/// Width of the matrix that a product is timed with: 32 MiB of f16.
+/// Width of the matrices that a product is timed with: 32 MiB of f16 each.
 const GEMV_WIDTH: usize = 4096;
-/// Products; the fastest counts.
-const PRODUCTS: usize = 5;
+/// Matrices that a row is multiplied with in turn: more than a device's cache holds.
+const MATRICES: usize = 4;
 
 /// Bytes of weights that a product with one row reads in a second.
-fn gemv_bandwidth(cuda: &Cuda) -> Result<f64, KernelError> {
-    let bytes = vec![0u8; 2 * GEMV_WIDTH * GEMV_WIDTH];
-    let shape = [GEMV_WIDTH, GEMV_WIDTH];
-    let weight = HostTensor::new("a matrix that is timed", bytes.into(), DType::F16, &shape)?;
-    let parts = vec![LinearPart { weight, bias: None }];
-    let (layout, format) = (MatrixLayout::OutIn, WeightFormat::Stored);
-    let linear = cuda.load_linear(LinearSpec { parts, layout, format })?;
+fn gemv_bandwidth(cuda: &Cuda) -> Result<f64> {
+    let kernel_error = |error| TinyServeError::from(error);
+    let mut random = SyntheticNormal::new(0, "a matrix that is timed");
+    let values = (0..GEMV_WIDTH * GEMV_WIDTH).map(|_| f16::from_f32(random.sample()));
+    let bytes: Vec<u8> = values.flat_map(f16::to_le_bytes).collect();
+    let linears = (0..MATRICES).map(|_| {
+        let shape = [GEMV_WIDTH, GEMV_WIDTH];
+        let weight =
+            HostTensor::new("a matrix that is timed", bytes.clone().into(), DType::F16, &shape)?;
+        let parts = vec![LinearPart { weight, bias: None }];
+        let (layout, format) = (MatrixLayout::OutIn, WeightFormat::Stored);
+        cuda.load_linear(LinearSpec { parts, layout, format })
+    });
+    let linears = linears.collect::<Result<Vec<_>, _>>().map_err(kernel_error)?;
     let (mut x, mut out) = (cuda.tensor(GEMV_WIDTH), cuda.tensor(GEMV_WIDTH));
     cuda.upload(&[1.0; GEMV_WIDTH], &mut x);
-    let mut fastest = f64::INFINITY;
-    for _ in 0..PRODUCTS {
-        cuda.synchronize()?;
-        let start = Instant::now();
-        let store = Store::Overwrite;
-        cuda.linear(LinearArgs { x: &x, linear: &linear, store, out: &mut out });
-        cuda.synchronize()?;
-        fastest = fastest.min(start.elapsed().as_secs_f64());
-    }
-    Ok(cuda.linear_bytes(&linear) as f64 / fastest)
+    let mut run = || {
+        let timed = cuda.time_step(|| {
+            for linear in &linears {
+                let store = Store::Overwrite;
+                cuda.linear(LinearArgs { x: &x, linear, store, out: &mut out });
+            }
+            Ok::<_, KernelError>(())
+        });
+        Ok(timed.map_err(kernel_error)?.1.device.as_secs_f64())
+    };
+    // The first one loads the kernel.
+    run()?;
+    let seconds = bench::typical(run)?;
+    let bytes: usize = linears.iter().map(|linear| cuda.linear_bytes(linear)).sum();
+    Ok(bytes as f64 / seconds)
 }
 
 fn report(path: &str, outcomes: Result<Vec<CaseOutcome>, KernelError>) -> Result<PathReport> {

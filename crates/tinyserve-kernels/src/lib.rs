@@ -20,7 +20,7 @@ pub use backend::{
 pub use cpu::{Cpu, CpuLinear, CpuOptions, CpuPath, CpuTensor, CpuVector, SelectionTimes};
 pub use cuda::{
     Cuda, CudaDevice, CudaError, CudaLinear, CudaPages, CudaTensor, CudaVector, CudaVersion,
-    CudaWorkload, FusedRow, FusedTable, FusedTimes, cublas_version, most_fused_bytes,
+    CudaWorkload, FusedRow, FusedTable, FusedTimes, StepTime, cublas_version, most_fused_bytes,
 };
 pub use error::KernelError;
 pub use page_lists::{PageLists, Reuse};

@@ -26,37 +26,65 @@ impl Whole {
     }
 }
 
+/// A sequence that attends, and where its pages lie.
+#[derive(Debug, Clone, Copy)]
+struct Sequence {
+    heads: Heads,
+    tokens: usize,
+    /// Each page in another group than the one before, instead of side by side.
+    scattered: bool,
+}
+
+impl Sequence {
+    fn rows(&self, numbers: &mut Whole) -> Vec<f32> {
+        (0..self.tokens * self.heads.qkv_width()).map(|_| numbers.next()).collect()
+    }
+}
+
 /// A sequence in the pages of a backend, of which the newest row attends.
 struct Cache<B: Backend> {
+    sequence: Sequence,
     pages: B::KvPages,
     table: PageTable,
     newest: B::Tensor,
 }
 
 impl<B: Backend> Cache<B> {
-    fn new(backend: &B, layout: KvLayout, rows: &[f32]) -> Self {
-        let capacity = layout.pages_for(TOKENS) + 70;
+    fn new(backend: &B, layout: KvLayout, sequence: Sequence, rows: &[f32]) -> Self {
+        let Sequence { heads, tokens, scattered } = sequence;
+        let count = layout.pages_for(tokens);
+        let capacity = if scattered { 4 * 64 * count.div_ceil(64) } else { count + 70 };
         let mut pool = PagePool::new(capacity).unwrap();
         let mut pages = backend.allocate_pages(layout, capacity).unwrap();
         let mut table = PageTable::new(layout.page_size());
-        // Not from a border of the boxes' groups on.
-        for _ in 0..3 {
-            pool.allocate().unwrap();
+        if scattered {
+            let all: Vec<_> = (0..capacity).map(|_| pool.allocate().unwrap()).collect();
+            for i in 0..count {
+                // The only free page is the one that the table gets.
+                pool.release(all[i % 4 * (capacity / 4) + i / 4]);
+                let more = layout.page_size().min(tokens - i * layout.page_size());
+                assert!(table.extend(&mut pool, more).unwrap().is_none());
+            }
+        } else {
+            // Not from a border of the boxes' groups on.
+            for _ in 0..3 {
+                pool.allocate().unwrap();
+            }
+            assert!(table.extend(&mut pool, tokens).unwrap().is_none());
         }
-        assert!(table.extend(&mut pool, TOKENS).unwrap().is_none());
-        let slots: Vec<Slot> = (0..TOKENS).map(|token| table.slot(token)).collect();
-        let mut qkv = backend.tensor(HEADS.qkv_width());
+        let slots: Vec<Slot> = (0..tokens).map(|token| table.slot(token)).collect();
+        let mut qkv = backend.tensor(heads.qkv_width());
         backend.upload(rows, &mut qkv);
         backend.append_kv(AppendKvArgs {
             layer: 0,
-            heads: HEADS,
+            heads,
             qkv: &qkv,
             slots: &slots,
             pages: &mut pages,
         });
-        let mut newest = backend.tensor(HEADS.qkv_width());
-        backend.upload(&rows[(TOKENS - 1) * HEADS.qkv_width()..], &mut newest);
-        Self { pages, table, newest }
+        let mut newest = backend.tensor(heads.qkv_width());
+        backend.upload(&rows[(tokens - 1) * heads.qkv_width()..], &mut newest);
+        Self { sequence, pages, table, newest }
     }
 
     /// Attention, and the lists that the backend tells; one on a device tells none here.
@@ -64,13 +92,13 @@ impl<B: Backend> Cache<B> {
         let mut lists = PageLists::default();
         let sequence = AttendSequence {
             rows: 0..1,
-            first_position: TOKENS - 1,
+            first_position: self.sequence.tokens - 1,
             pages: self.table.pages(),
             attention: Attention::Policy(policy),
         };
         let attended = backend.attend(AttendArgs {
             layer: 0,
-            heads: HEADS,
+            heads: self.sequence.heads,
             qkv: &self.newest,
             scale: 0.35,
             sequences: &[sequence],
@@ -79,7 +107,7 @@ impl<B: Backend> Cache<B> {
             page_lists: Some(&mut lists),
             sequence_stats: None,
             observe: None,
-            out: &mut backend.tensor(HEADS.q_columns().len()),
+            out: &mut backend.tensor(self.sequence.heads.q_columns().len()),
         });
         attended.unwrap();
         lists
@@ -103,13 +131,14 @@ fn kernels_list_what_the_cpu_lists() {
     ready.orders(|seed| {
         let mut cuda = Cuda::new(0).unwrap();
         let mut numbers = Whole(7 + seed);
-        let rows: Vec<f32> = (0..TOKENS * HEADS.qkv_width()).map(|_| numbers.next()).collect();
+        let sequence = Sequence { heads: HEADS, tokens: TOKENS, scattered: false };
+        let rows = sequence.rows(&mut numbers);
         for (i, format) in KvFormat::ALL.into_iter().enumerate() {
             for (page_size, policies) in policies() {
                 let Heads { kv_heads, head_dim, .. } = HEADS;
                 let shape = KvShape { layers: 1, kv_heads, head_dim, page_size, format };
                 let layout = KvLayout::new(shape).unwrap();
-                let on_device = Cache::new(&cuda, layout, &rows);
+                let on_device = Cache::new(&cuda, layout, sequence, &rows);
                 for (budget, scorer) in policies {
                     // Codes stand for numbers that are not whole: moments of them are rounded.
                     if scorer != "box" && format.is_quantised() {
@@ -127,7 +156,7 @@ fn kernels_list_what_the_cpu_lists() {
                     let case = format!("order {seed}, {format}, {page_size}, {budget:?}, {scorer}");
                     let expected = cpus
                         .each_ref()
-                        .map(|cpu| Cache::new(cpu, layout, &rows).attend(cpu, &policy));
+                        .map(|cpu| Cache::new(cpu, layout, sequence, &rows).attend(cpu, &policy));
                     assert_eq!(expected[0], expected[1], "{case}: the two paths of the CPU");
                     for fused in [None, Some(true), Some(false)] {
                         cuda = cuda.use_fused_kernel(fused);
@@ -142,6 +171,42 @@ fn kernels_list_what_the_cpu_lists() {
                         assert_eq!(found, expected[0], "{case}, fused {fused:?}");
                     }
                 }
+            }
+        }
+    });
+}
+
+/// Boxes of whole groups and of single pages, for any number of queries; lists longer than a block
+/// holds at once.
+#[test]
+fn pages_may_lie_anywhere() {
+    let Some(ready) = ready() else { return };
+    let cpu = Cpu::reference();
+    let cases = [(1, 300, 2), (5, 300, 2), (17, 140, 1), (3, 5000, 2)];
+    ready.orders(|seed| {
+        let cuda = Cuda::new(0).unwrap().use_fused_kernel(Some(false));
+        for (group, tokens, page_size) in cases {
+            for (i, scattered) in [false, true].into_iter().enumerate() {
+                let heads = Heads { q_heads: 2 * group, kv_heads: 2, head_dim: 20 };
+                let sequence = Sequence { heads, tokens, scattered };
+                let rows = sequence.rows(&mut Whole(seed));
+                let format = [KvFormat::F16, KvFormat::F32][(i + group / 2) % 2];
+                let Heads { kv_heads, head_dim, .. } = heads;
+                let shape = KvShape { layers: 1, kv_heads, head_dim, page_size, format };
+                let layout = KvLayout::new(shape).unwrap();
+                let policy = SelectionPolicy {
+                    budget: Budget::Ratio(0.4),
+                    dense_layers: 0,
+                    min_context: 0,
+                    ..SelectionPolicy::default()
+                };
+                let expected = Cache::new(&cpu, layout, sequence, &rows).attend(&cpu, &policy);
+                Cache::new(&cuda, layout, sequence, &rows).attend(&cuda, &policy);
+                let mut found = PageLists::default();
+                for (kv_head, list) in cuda.page_lists().unwrap().iter().enumerate() {
+                    found.push((0, 0, kv_head), list);
+                }
+                assert_eq!(found, expected, "order {seed}, {sequence:?}, {format}");
             }
         }
     });

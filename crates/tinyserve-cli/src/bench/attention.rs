@@ -5,6 +5,7 @@ mod table;
 
 use std::fs;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
@@ -120,12 +121,16 @@ struct Row {
     selection_ratio: Option<f64>,
     /// Runs that are counted: fewer than asked for after Ctrl-C.
     n_runs: usize,
+    /// Whose clock times are read from: `host`, or `device` for events around its launches.
+    clock: &'static str,
     avg_attention_time_ms: f64,
     /// Tokens in the cache over the average time.
     throughput_tokens_per_ms: f64,
     avg_ns: f64,
     stddev_ns: f64,
     median_ns: f64,
+    /// Laying a step out on the host, where the device has a clock of its own: the median.
+    host_ns: Option<f64>,
     /// Scoring pages, turning scores into lists, and reading the pages: medians of runs of their
     /// own, in which the phases are timed.
     /// Only the CPU tells them apart.
@@ -221,6 +226,19 @@ pub(crate) fn attention(args: &AttentionArgs) -> Result<()> {
 /// holds.
 const SELF_TEST_TOKENS: usize = 32 << 10;
 
+/// Runs of a self-test whose median counts, and the time after which there are no more.
+const SELF_TEST_RUNS: usize = 9;
+const SELF_TEST_TIME: Duration = Duration::from_millis(500);
+
+/// The median of the times that `run` tells.
+pub(crate) fn typical(mut run: impl FnMut() -> Result<f64>) -> Result<f64> {
+    let (start, mut times) = (Instant::now(), Vec::new());
+    while times.is_empty() || (times.len() < SELF_TEST_RUNS && start.elapsed() < SELF_TEST_TIME) {
+        times.push(run()?);
+    }
+    Ok(median(&times))
+}
+
 /// Bytes that dense attention, and attention to a tenth of the pages, read in a second.
 pub(crate) fn bandwidths(number: usize) -> Result<Vec<(&'static str, f64)>> {
     let setup = Setup {
@@ -234,7 +252,7 @@ pub(crate) fn bandwidths(number: usize) -> Result<Vec<(&'static str, f64)>> {
         kv_cache_dtype: KvCacheDtype::F16,
         layers: Some(1),
     };
-    let bench = Bench::new(Cuda::new(number).map_err(TinyServeError::from)?, &setup)?;
+    let mut bench = Bench::new(Cuda::new(number).map_err(TinyServeError::from)?, &setup)?;
     let policy = SelectionPolicy {
         budget: Budget::Ratio(0.1),
         dense_layers: 0,
@@ -246,10 +264,10 @@ pub(crate) fn bandwidths(number: usize) -> Result<Vec<(&'static str, f64)>> {
     modes
         .into_iter()
         .map(|(name, mode)| {
-            let runs = (0..3).map(|_| bench.run(mode)).collect::<Result<Vec<_>>>()?;
             // The first one loads kernels.
-            let fastest = runs[1..].iter().map(|run| run.0).fold(f64::INFINITY, f64::min);
-            Ok((name, runs[0].1.bytes_read as f64 / fastest))
+            let (_, stats) = bench.run(mode)?;
+            let seconds = typical(|| Ok(bench.run(mode)?.0.step))?;
+            Ok((name, stats.bytes_read as f64 / seconds))
         })
         .collect()
 }
@@ -297,7 +315,9 @@ fn measure<B: Measurable>(
     bandwidth: &mut Option<f64>,
 ) -> Result<Vec<Row>> {
     let (device, threads, path) = (backend.device(), backend.threads(), backend.path());
-    let bench = Bench::new(backend, &setup)?;
+    let clock = backend.clock();
+    let mut bench = Bench::new(backend, &setup)?;
+    let mut hosts = vec![Vec::new(); modes.len()];
     let mut samples = vec![Vec::new(); modes.len()];
     let mut stats = vec![AttendStats::default(); modes.len()];
     let (warm_ups, repetitions) = runs(args);
@@ -309,7 +329,9 @@ fn measure<B: Measurable>(
             let (seconds, of_run) =
                 bench.run(mode.as_ref().map_or(Attention::Dense, Attention::Policy))?;
             if run >= warm_ups {
-                samples[i].push(1e9 * seconds / bench.layers.len() as f64);
+                let per_layer = |seconds: f64| 1e9 * seconds / bench.layers.len() as f64;
+                samples[i].push(per_layer(seconds.step));
+                hosts[i].extend(seconds.host.map(per_layer));
             }
             stats[i] = of_run;
         }
@@ -336,7 +358,7 @@ fn measure<B: Measurable>(
             let per_layer = |seconds: f64| 1e9 * seconds / layers as f64;
             let [score, select] =
                 [times.score, times.select].map(|time| per_layer(time.as_secs_f64()));
-            let phases = [score, select, per_layer(seconds) - score - select];
+            let phases = [score, select, per_layer(seconds.step) - score - select];
             split.iter_mut().zip(phases).for_each(|(phase, time)| phase.push(time));
         }
     }
@@ -376,11 +398,13 @@ fn measure<B: Measurable>(
             scorer: mode.as_ref().map(|policy| policy.scorer.name()),
             selection_ratio: ratio,
             n_runs: samples.len(),
+            clock,
             avg_attention_time_ms: mean(samples) / 1e6,
             throughput_tokens_per_ms: 1e6 * setup.tokens as f64 / mean(samples),
             avg_ns: mean(samples),
             stddev_ns: deviation(samples),
             median_ns: time,
+            host_ns: (!hosts[i].is_empty()).then(|| median(&hosts[i])),
             score_ns: score,
             select_ns: select,
             attend_ns: attend,

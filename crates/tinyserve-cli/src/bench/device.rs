@@ -1,10 +1,20 @@
 //! What is measured.
 
+use std::time::Instant;
+
 use anyhow::Result;
 use tinyserve::TinyServeError;
-use tinyserve::kernels::{Backend, Cpu, Cuda, SelectionTimes};
+use tinyserve::kernels::{Backend, Cpu, Cuda, KernelError, SelectionTimes};
 
 use super::bandwidth::read_bandwidth;
+
+/// What a step took.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct StepSeconds {
+    pub(super) step: f64,
+    /// Laying it out on the host, where the step itself is another device's.
+    pub(super) host: Option<f64>,
+}
 
 /// A backend, and what is known of its speed.
 pub(super) trait Measurable: Backend {
@@ -19,6 +29,12 @@ pub(super) trait Measurable: Backend {
 
     /// Waits for what was asked for; tells what went wrong.
     fn finish(&self) -> Result<()>;
+
+    /// Whose clock [`Self::time`] reads: the host's or the device's.
+    fn clock(&self) -> &'static str;
+
+    /// Runs a step, and what it took.
+    fn time<T>(&self, step: impl FnOnce() -> Result<T>) -> Result<(T, StepSeconds)>;
 
     /// Starts or stops timing how pages are chosen, where that can be timed.
     fn time_selection(&self, on: bool);
@@ -48,6 +64,16 @@ impl Measurable for Cpu {
 
     fn finish(&self) -> Result<()> {
         Ok(())
+    }
+
+    fn clock(&self) -> &'static str {
+        "host"
+    }
+
+    fn time<T>(&self, step: impl FnOnce() -> Result<T>) -> Result<(T, StepSeconds)> {
+        let start = Instant::now();
+        let done = step()?;
+        Ok((done, StepSeconds { step: start.elapsed().as_secs_f64(), host: None }))
     }
 
     fn time_selection(&self, on: bool) {
@@ -85,6 +111,26 @@ impl Measurable for Cuda {
 
     fn finish(&self) -> Result<()> {
         Ok(self.synchronize().map_err(TinyServeError::from)?)
+    }
+
+    fn clock(&self) -> &'static str {
+        "device"
+    }
+
+    fn time<T>(&self, step: impl FnOnce() -> Result<T>) -> Result<(T, StepSeconds)> {
+        /// Has `?` turn the device's errors into ours.
+        struct Failed(anyhow::Error);
+
+        impl From<KernelError> for Failed {
+            fn from(error: KernelError) -> Self {
+                Self(TinyServeError::from(error).into())
+            }
+        }
+
+        let timed = self.time_step(|| step().map_err(Failed));
+        let (done, time) = timed.map_err(|Failed(error)| error)?;
+        let (step, host) = (time.device.as_secs_f64(), time.host.as_secs_f64());
+        Ok((done, StepSeconds { step, host: Some(host) }))
     }
 
     fn time_selection(&self, _on: bool) {}

@@ -16,7 +16,7 @@ mod statistics;
 mod throughput;
 mod trace;
 
-pub(crate) use attention::{AttentionArgs, attention, bandwidths};
+pub(crate) use attention::{AttentionArgs, attention, bandwidths, typical};
 pub(crate) use conversation::{ConversationArgs, conversation};
 pub(crate) use latency::{Format, LatencyArgs, latency};
 pub(crate) use memory::{MemoryArgs, memory};

@@ -10,7 +10,7 @@ mod observe;
 mod parts;
 mod plan;
 
-use tinyserve_kv::SelectionPolicy;
+use tinyserve_kv::{GROUP_PAGES, SelectionPolicy};
 
 use super::bucket::bucket;
 use super::error::CudaError;
@@ -31,8 +31,9 @@ use plan::{Layout, MOST_QUERIES, Scored, TilePlan, TileRecord, page_bucket};
 const STATE: usize = 3;
 /// Threads of a block that attends.
 const ATTEND_THREADS: u32 = 128;
-/// Threads of a block that scores pages; each takes 16 bytes of boxes.
-const SCORE_THREADS: u32 = 64;
+/// Threads of a block that scores pages, as in kernels/score_pages.cu; it takes as many places of a
+/// table as a group has pages.
+const SCORE_THREADS: u32 = 128;
 /// Threads of a block that scores pages by moments, and its pages, as in kernels/score_moments.cu.
 const MOMENT_THREADS: u32 = 128;
 const MOMENT_PAGES: usize = 8;
@@ -287,9 +288,7 @@ impl Call<'_> {
             ]
         };
         let kernel = element.of_boxes(["score_pages_f32", "score_pages_f16", "score_pages_bf16"]);
-        let format = self.pages.layout().shape().format;
-        let per_block = SCORE_THREADS as usize * (16 / format.element_bytes());
-        let grid = (plan.by_boxes, heads.kv_heads, plan.most_pages.div_ceil(per_block));
+        let grid = (plan.by_boxes, heads.kv_heads, plan.most_pages.div_ceil(GROUP_PAGES));
         let shared = u32::try_from(4 * heads.group() * heads.head_dim).unwrap_or(u32::MAX);
         let shape = Shape { shared, ..Shape::new(grid, SCORE_THREADS) };
         let boxes = self.pages.layer_boxes(self.layer);

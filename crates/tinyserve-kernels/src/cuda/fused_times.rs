@@ -1,14 +1,11 @@
 //! Up to which size one launch is no slower than several, measured on the device in use.
 
 use std::iter::successors;
-use std::time::Instant;
 
-use cudarc::driver::sys::CUdevice_attribute;
 use tinyserve_kv::{Budget, KvLayout, KvShape, PagePool, PageTable, Scorer, SelectionPolicy};
 
 use super::attend::{FusedChoice, fused_bytes, has_fused_kernel};
 use super::device::driver_error;
-use super::memory::Buffer;
 use super::{Cuda, CudaPages, CudaTensor};
 use crate::{AppendKvArgs, AttendArgs, AttendSequence, Attention, Backend, Heads, KernelError};
 
@@ -129,8 +126,6 @@ struct Steps {
     qkv: CudaTensor,
     out: CudaTensor,
     policy: SelectionPolicy,
-    /// More than the device's cache holds.
-    cold: Buffer,
 }
 
 impl Steps {
@@ -150,11 +145,6 @@ impl Steps {
         let mut qkv = cuda.tensor(heads.qkv_width());
         cuda.upload(&vec![0.0; heads.qkv_width()], &mut qkv);
         let out = cuda.tensor(heads.q_columns().len());
-        let cache = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE;
-        let cache = cuda.launcher.context.attribute(cache);
-        let cache = cache.map_err(driver_error("asking for the size of the cache"))?;
-        let bytes = 2 * usize::try_from(cache).unwrap_or(0);
-        let cold = Buffer::zeroed(&cuda.launcher, bytes, "clearing the device's cache")?;
         let policy = SelectionPolicy {
             scorer: Scorer::BOX,
             budget: Budget::Ratio(SHARE),
@@ -162,7 +152,7 @@ impl Steps {
             min_context: 0,
             ..SelectionPolicy::default()
         };
-        Ok(Self { cuda, table, pages, heads, qkv, out, policy, cold })
+        Ok(Self { cuda, table, pages, heads, qkv, out, policy })
     }
 
     /// Appends the first token of the last of `pages`, which is open from then on where others hold
@@ -184,36 +174,32 @@ impl Steps {
     /// last one.
     fn time(&mut self, fused: bool, pages: usize) -> Result<u64, KernelError> {
         self.cuda.fused = FusedChoice { forced: Some(fused), most_bytes: None };
-        // Where weights are read between steps, no page is left in the cache.
-        self.cold.clear(&self.cuda.launcher)?;
-        self.cuda.synchronize()?;
-        self.cuda.launcher.keep_back(true)?;
         let sequence = AttendSequence {
             rows: 0..1,
             first_position: (pages - 1) * self.table.page_size(),
             pages: &self.table.pages()[..pages],
             attention: Attention::Policy(&self.policy),
         };
-        for layer in 0..LAYERS {
-            self.cuda.attend(AttendArgs {
-                layer,
-                heads: self.heads,
-                qkv: &self.qkv,
-                scale: 1.0,
-                sequences: std::slice::from_ref(&sequence),
-                pages: &self.pages,
-                measure_recall: false,
-                page_lists: None,
-                sequence_stats: None,
-                observe: None,
-                out: &mut self.out,
-            })?;
-        }
-        // What the host lays out is the same for both; from here on it waits for the device.
-        let start = Instant::now();
-        self.cuda.synchronize()?;
-        let took = start.elapsed().as_nanos() / LAYERS as u128;
-        Ok(u64::try_from(took).unwrap_or(u64::MAX))
+        // What the host lays out is the same for both.
+        let ((), time) = self.cuda.time_step(|| {
+            (0..LAYERS).try_for_each(|layer| {
+                let args = AttendArgs {
+                    layer,
+                    heads: self.heads,
+                    qkv: &self.qkv,
+                    scale: 1.0,
+                    sequences: std::slice::from_ref(&sequence),
+                    pages: &self.pages,
+                    measure_recall: false,
+                    page_lists: None,
+                    sequence_stats: None,
+                    observe: None,
+                    out: &mut self.out,
+                };
+                self.cuda.attend(args).map(drop)
+            })
+        })?;
+        Ok(u64::try_from(time.device.as_nanos() / LAYERS as u128).unwrap_or(u64::MAX))
     }
 }
 

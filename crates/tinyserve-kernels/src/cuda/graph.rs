@@ -82,6 +82,11 @@ impl Graphs {
         Step::Launch
     }
 
+    /// Whether `step` is one for a graph, and has none.
+    pub(super) fn has_to_capture(&self, step: &Queue) -> bool {
+        step.len() >= LEAST && !self.captured.iter().any(|(captured, _)| captured == step)
+    }
+
     /// Keeps what was captured of `step`; its number.
     pub(super) fn keep(&mut self, step: &Queue, graph: CudaGraph) -> usize {
         if self.captured.len() == MOST_GRAPHS {

@@ -172,6 +172,7 @@ struct Waiting {
     keeps: bool,
     queue: Queue,
     graphs: Graphs,
+    flushes: u64,
     /// What went wrong where nobody could be told.
     failure: Option<CudaError>,
 }
@@ -204,7 +205,10 @@ impl Stream {
         work: impl FnOnce() -> Result<T, CudaError>,
     ) -> Result<T, CudaError> {
         self.flush()?;
-        let kept = std::mem::replace(&mut self.waiting().keeps, false);
+        let mut waiting = self.waiting();
+        waiting.flushes += 1;
+        let kept = std::mem::replace(&mut waiting.keeps, false);
+        drop(waiting);
         let done = work();
         self.waiting().keeps = kept;
         done
@@ -223,39 +227,52 @@ impl Stream {
     /// Launches what waits: as a graph, if the same launches came before.
     pub(super) fn flush(&self) -> Result<(), CudaError> {
         let mut waiting = self.waiting();
-        let Waiting { queue, graphs, failure, .. } = &mut *waiting;
+        let Waiting { queue, graphs, failure, flushes, .. } = &mut *waiting;
         if let Some(error) = failure.take() {
             queue.clear();
             return Err(error);
         }
-        let launch = |queue: &Queue| {
-            queue.iter().try_for_each(|(kernel, shape, args)| {
-                // SAFETY: what was promised when it was queued still holds: whoever changes or
-                // frees memory that a waiting launch takes launches it before.
-                unsafe { self.submit(kernel, shape, args) }
-            })
-        };
         let done = match graphs.find(queue) {
-            Step::Launch => launch(queue),
+            Step::Launch => self.submit_all(queue),
             Step::Replay(number) => graphs.replay(number),
-            Step::Capture => {
-                // Code is loaded before: that would end captures.
-                let loaded = queue.iter().try_for_each(|(name, ..)| self.kernel(name).map(drop));
-                match loaded.map(|()| capture(&self.stream, || launch(queue))) {
-                    Ok(Ok(graph)) => {
-                        let number = graphs.keep(queue, graph);
-                        graphs.replay(number)
-                    }
-                    // Nothing of it ran. Somebody else's call may have ended the capture; a kernel
-                    // that fails does so here, too, and is named. The step is captured when it
-                    // comes again twice.
-                    Ok(Err(_)) => launch(queue),
-                    Err(error) => Err(error),
-                }
-            }
+            Step::Capture => match self.capture(queue, graphs) {
+                Ok(Some(number)) => graphs.replay(number),
+                Ok(None) => self.submit_all(queue),
+                Err(error) => Err(error),
+            },
         };
+        *flushes += u64::from(queue.len() > 0);
         queue.clear();
         done
+    }
+
+    /// Times that launches which waited were launched.
+    pub(super) fn flushes(&self) -> u64 {
+        self.waiting().flushes
+    }
+
+    /// Captures what waits, if it is a step for a graph: to launch it then takes one call.
+    pub(super) fn capture_waiting(&self) -> Result<(), CudaError> {
+        let Waiting { queue, graphs, .. } = &mut *self.waiting();
+        if graphs.has_to_capture(queue) { self.capture(queue, graphs).map(drop) } else { Ok(()) }
+    }
+
+    /// Captures `queue`, whose graph then has a number; none when the capture fails, of which
+    /// nothing ran. Somebody else's call may have ended it; a kernel that fails does so when it is
+    /// launched, too, and is named. The step is captured when it comes again twice.
+    fn capture(&self, queue: &Queue, graphs: &mut Graphs) -> Result<Option<usize>, CudaError> {
+        // Code is loaded before: that would end captures.
+        queue.iter().try_for_each(|(kernel, ..)| self.kernel(kernel).map(drop))?;
+        let graph = capture(&self.stream, || self.submit_all(queue));
+        Ok(graph.ok().map(|graph| graphs.keep(queue, graph)))
+    }
+
+    fn submit_all(&self, queue: &Queue) -> Result<(), CudaError> {
+        queue.iter().try_for_each(|(kernel, shape, args)| {
+            // SAFETY: what was promised when it was queued still holds: whoever changes or frees
+            // memory that a waiting launch takes launches it before.
+            unsafe { self.submit(kernel, shape, args) }
+        })
     }
 
     /// Before `bytes` on the device are written: launches what waits, if it takes one of them.

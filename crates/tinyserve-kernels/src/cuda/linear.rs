@@ -19,10 +19,6 @@ use crate::{
 
 /// Warps of a block of the products of few rows with stored weights; each takes a tile of outputs.
 const GEMV_WARPS: usize = 8;
-/// Blocks of those products that a multiprocessor is given at most: each goes on to further tiles.
-const GEMV_BLOCKS: usize = 4;
-/// As [`GEMV_BLOCKS`], where rows are normalised in shared memory: once per block.
-const PROJECT_BLOCKS: usize = 3;
 /// Bytes of shared memory that every device gives a block, but for what sums take.
 const SHARED_BYTES: usize = (48 << 10) - 1024;
 /// Rows and outputs of a block of the products of many rows.
@@ -251,8 +247,19 @@ fn stored_kernel(
         3..=4 => (four, 4, 2),
         _ => (eight, 8, 2),
     };
-    let blocks = gemv_blocks(part.outputs.div_ceil(outputs), GEMV_BLOCKS * multiprocessors);
+    let most = resident(part.dtype, rows, false) * multiprocessors;
+    let blocks = gemv_blocks(part.outputs.div_ceil(outputs), most);
     (kernel, Shape::new((blocks, rows.div_ceil(together), 1), 32 * GEMV_WARPS as u32))
+}
+
+/// Blocks that a multiprocessor takes at once, as kernels/gemv.cuh has it: each goes on to further
+/// tiles, and none waits for room while others end.
+fn resident(dtype: DType, rows: usize, projects: bool) -> usize {
+    match (rows, dtype.size()) {
+        (1, 2) if projects => 3,
+        (1, 2) => 4,
+        _ => 2,
+    }
 }
 
 /// Blocks for `tiles` tiles, at most `most`, that go through the same number of them, or nearly.
@@ -304,7 +311,8 @@ pub(super) fn project<'a>(
         Arg::Whole(activation),
         Arg::flag(gated),
     ];
-    let blocks = gemv_blocks(part.outputs.div_ceil(outputs), PROJECT_BLOCKS * multiprocessors);
+    let most = resident(part.dtype, rows, true) * multiprocessors;
+    let blocks = gemv_blocks(part.outputs.div_ceil(outputs), most);
     let grid = (blocks, rows.div_ceil(together), 1);
     let mut shape = Shape::new(grid, 32 * GEMV_WARPS as u32);
     shape.shared = u32::try_from(shared).unwrap_or(u32::MAX);

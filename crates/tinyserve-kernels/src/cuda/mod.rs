@@ -35,6 +35,7 @@ pub use attend::{FusedRow, FusedTable};
 pub use device::CudaDevice;
 pub use error::{CudaError, CudaVersion};
 pub use fused_times::{FusedTimes, most_fused_bytes};
+pub use measure::StepTime;
 pub use pages::CudaPages;
 pub use tensor::{CudaLinear, CudaTensor, CudaVector};
 pub use workload::CudaWorkload;
@@ -87,6 +88,8 @@ struct State {
     /// For calls that read everything, and for those in which some select.
     attend: [attend::Scratch; 2],
     linear: linear::Scratch,
+    /// What is written over the device's cache where steps are timed.
+    cold: Option<Buffer>,
     top_logits: top_logits::Scratch,
 }
 
@@ -397,7 +400,7 @@ impl Backend for Cuda {
     }
 
     fn download(&self, x: &CudaTensor, out: &mut Vec<f32>) {
-        out.clear();
+        // What it holds from the step before is overwritten, and needs no zeroing.
         out.resize(x.rows() * x.columns(), 0.0);
         self.run(|_| match &x.values {
             Some(values) => values.read(&self.launcher, 0, bytemuck::cast_slice_mut(out)),

@@ -1,6 +1,7 @@
 //! A cache of several layers, filled, and a query: what attention is measured over.
 
-use std::time::Instant;
+use std::num::NonZero;
+use std::thread;
 
 use anyhow::{Result, anyhow};
 use clap::ValueEnum;
@@ -12,14 +13,14 @@ use tinyserve::kv::{KvError, KvLayout, KvShape, PagePool, PageTable, Slot};
 use tinyserve::model::SyntheticNormal;
 use tinyserve::{KvCacheDtype, TinyServeError};
 
-use crate::bench::device::Measurable;
+use crate::bench::device::{Measurable, StepSeconds};
 use crate::{memory, units};
 
 /// Keys and values of all layers together are at least this large, so that they come from memory
 /// and not from a cache.
 const LEAST_BYTES: usize = 384 << 20;
 /// Tokens that are written at a time.
-const FILL_TOKENS: usize = 256;
+const FILL_TOKENS: usize = 1024;
 
 /// What is measured.
 #[derive(Debug, Clone, Copy)]
@@ -86,6 +87,10 @@ pub(super) struct Bench<B: Measurable> {
     pub(super) layout: KvLayout,
     tables: Vec<PageTable>,
     tokens: usize,
+    /// The query of each sequence, and what comes of it: a step that comes again finds them where
+    /// they were.
+    qkv: B::Tensor,
+    out: B::Tensor,
 }
 
 impl<B: Measurable> Bench<B> {
@@ -118,11 +123,17 @@ impl<B: Measurable> Bench<B> {
         let size = (args.tokens, args.page_size);
         let tables =
             args.placement.grow(args.sequences, size, count).map_err(TinyServeError::from)?;
-        let mut random = SyntheticNormal::new(0, "keys and values");
-        let mut qkv = backend.tensor(heads.qkv_width());
+        // With the fewest query heads that a row may have: nobody reads these.
+        let filled = Heads { q_heads: heads.kv_heads, ..heads };
+        let mut qkv = backend.tensor(filled.qkv_width());
+        let (mut rows, mut written) = (Vec::new(), 0);
         let mut append = |slots: &[Slot]| {
-            backend.upload(&random_rows(heads, slots.len(), &mut random), &mut qkv);
+            rows.resize(slots.len() * filled.qkv_width(), 0.0);
+            fill(&mut rows, filled, written);
+            written += slots.len();
+            backend.upload(&rows, &mut qkv);
             for pages in &mut layers {
+                let heads = filled;
                 backend.append_kv(AppendKvArgs { layer: 0, heads, qkv: &qkv, slots, pages });
             }
         };
@@ -134,7 +145,13 @@ impl<B: Measurable> Bench<B> {
             }
         }
         append(&tables.iter().map(|table| table.slot(last)).collect::<Vec<_>>());
-        Ok(Self { backend, heads, layers, layout, tables, tokens: args.tokens })
+        let mut random = SyntheticNormal::new(0, "queries");
+        let (mut qkv, out) =
+            (backend.tensor(heads.qkv_width()), backend.tensor(heads.q_columns().len()));
+        let queries: Vec<f32> =
+            (0..tables.len() * heads.qkv_width()).map(|_| random.sample()).collect();
+        backend.upload(&queries, &mut qkv);
+        Ok(Self { backend, heads, layers, layout, tables, tokens: args.tokens, qkv, out })
     }
 
     /// Pages of all sequences in one layer.
@@ -142,13 +159,8 @@ impl<B: Measurable> Bench<B> {
         self.tables.iter().map(|table| table.pages().len()).sum()
     }
 
-    /// Seconds of one step through all layers, and what it read.
-    pub(super) fn run(&self, attention: Attention<'_>) -> Result<(f64, AttendStats)> {
-        let mut random = SyntheticNormal::new(0, "queries");
-        let mut qkv = self.backend.tensor(self.heads.qkv_width());
-        let rows = self.tables.len();
-        self.backend.upload(&random_rows(self.heads, rows, &mut random), &mut qkv);
-        let mut out = self.backend.tensor(self.heads.q_columns().len());
+    /// What one step through all layers takes, and what it reads.
+    pub(super) fn run(&mut self, attention: Attention<'_>) -> Result<(StepSeconds, AttendStats)> {
         let tables = self.tables.iter().enumerate();
         let sequences: Vec<_> = tables
             .map(|(row, table)| AttendSequence {
@@ -158,37 +170,53 @@ impl<B: Measurable> Bench<B> {
                 attention,
             })
             .collect();
-        let mut stats = AttendStats::default();
         self.backend.finish()?;
-        let start = Instant::now();
-        for pages in &self.layers {
-            let args = AttendArgs {
-                layer: 0,
-                heads: self.heads,
-                qkv: &qkv,
-                scale: (self.heads.head_dim as f32).sqrt().recip(),
-                sequences: &sequences,
-                pages,
-                measure_recall: false,
-                page_lists: None,
-                sequence_stats: None,
-                observe: None,
-                out: &mut out,
-            };
-            stats.add(&self.backend.attend(args).map_err(TinyServeError::from)?);
-        }
-        self.backend.finish()?;
-        Ok((start.elapsed().as_secs_f64(), stats))
+        let (stats, seconds) = self.backend.time(|| {
+            let mut stats = AttendStats::default();
+            for pages in &self.layers {
+                let args = AttendArgs {
+                    layer: 0,
+                    heads: self.heads,
+                    qkv: &self.qkv,
+                    scale: (self.heads.head_dim as f32).sqrt().recip(),
+                    sequences: &sequences,
+                    pages,
+                    measure_recall: false,
+                    page_lists: None,
+                    sequence_stats: None,
+                    observe: None,
+                    out: &mut self.out,
+                };
+                stats.add(&self.backend.attend(args).map_err(TinyServeError::from)?);
+            }
+            Ok(stats)
+        })?;
+        Ok((seconds, stats))
     }
 
     /// The bandwidth of the backend, measured where the cache lay.
     pub(super) fn into_bandwidth(self) -> Result<f64> {
-        let Self { backend, layers, .. } = self;
-        drop(layers);
+        let Self { backend, layers, qkv, out, .. } = self;
+        drop((layers, qkv, out));
         backend.into_bandwidth()
     }
 }
 
-fn random_rows(heads: Heads, rows: usize, random: &mut SyntheticNormal) -> Vec<f32> {
-    (0..rows * heads.qkv_width()).map(|_| random.sample()).collect()
+/// Draws the keys and values of `rows`, the first of which is token `first`, on all threads.
+fn fill(rows: &mut [f32], heads: Heads, first: usize) {
+    let width = heads.qkv_width();
+    let threads = thread::available_parallelism().map_or(1, NonZero::get);
+    let of_one = (rows.len() / width).div_ceil(threads);
+    thread::scope(|scope| {
+        for (i, part) in rows.chunks_mut(of_one * width).enumerate() {
+            scope.spawn(move || {
+                for (j, row) in part.chunks_mut(width).enumerate() {
+                    // A stream of its own for each token, however many threads there are.
+                    let token = (first + i * of_one + j) as u64;
+                    let mut random = SyntheticNormal::new(token, "keys and values");
+                    row[heads.q_columns().len()..].fill_with(|| random.sample());
+                }
+            });
+        }
+    });
 }

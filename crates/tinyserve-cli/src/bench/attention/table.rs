@@ -20,9 +20,10 @@ fn sequences(row: &Row) -> String {
 
 pub(super) fn markdown(rows: &[Row]) -> String {
     let mut text = "| heads | head dim | tokens | sequences | page | kv | threads | attention | µs \
-                    | score, select, attend | tokens/ms | GB/s | of bandwidth | of FMA | speed-up \
+                    | clock | host µs | score, select, attend | tokens/ms | GB/s | of bandwidth | of FMA | speed-up \
                     | byte ceiling |\n\
-                    | --- | ---: | ---: | --- | ---: | --- | ---: | --- | ---: | ---: | ---: | ---: \
+                    | --- | ---: | ---: | --- | ---: | --- | ---: | --- | ---: | --- | ---: | ---: \
+                    | ---: | ---: \
                     | ---: | ---: | ---: | ---: |\n"
         .to_owned();
     for row in rows {
@@ -31,7 +32,7 @@ pub(super) fn markdown(rows: &[Row]) -> String {
         let _ = writeln!(
             text,
             "| {}/{} | {} | {} | {} | {} | {} | {} | {}{scorer}{ratio} | {:.1} ± {:.1} \
-             | {} | {:.0} | {:.1} | {} | {} | {:.2} | {:.2} |",
+             | {} | {} | {} | {:.0} | {:.1} | {} | {} | {:.2} | {:.2} |",
             row.q_heads,
             row.kv_heads,
             row.head_dim,
@@ -43,6 +44,8 @@ pub(super) fn markdown(rows: &[Row]) -> String {
             row.attention,
             row.median_ns / 1e3,
             row.stddev_ns / 1e3,
+            row.clock,
+            row.host_ns.map_or("—".to_owned(), |ns| format!("{:.1}", ns / 1e3)),
             [row.score_ns, row.select_ns, row.attend_ns]
                 .map(|ns| ns.map_or("—".to_owned(), |ns| format!("{:.1}", ns / 1e3)))
                 .join(", "),
