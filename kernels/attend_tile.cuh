@@ -16,7 +16,7 @@
 constexpr int ATTEND_WARPS = 4;
 
 // Blocks of a multiprocessor that registers are shared out among: as many as spill nothing.
-#define ATTEND_BLOCKS(WIDE, Q) (!(WIDE) ? 3 : (Q) <= 4 ? 3 : 2)
+#define ATTEND_BLOCKS(WIDE, Q) ((WIDE) && (Q) <= 4 ? 3 : 2)
 
 // Finds the block's job, and calls `attend(job, finish)` unless there is none.
 template <int Q, class Attend>
