@@ -94,7 +94,7 @@ __device__ __forceinline__ void fused_decode(const float* qkv, const B* boxes, c
                      });                                                                                         \
   }
 #define FUSED_CODES(name, BITS, Q)                                                                               \
-  extern "C" __global__ void __launch_bounds__(256, (Q) == 1 ? 2 : 1)                                            \
+  extern "C" __global__ void __launch_bounds__(256, 1)                                                           \
   name(const float* qkv, const ts::u32* pages, const __half* boxes, const ts::u32* tables, const ts::Tile* tiles, \
        const ts::u32* selecting, ts::u32* lists, float* scores, float* out, float* states, ts::PageShape shape,  \
        int group, int width, float scale, int most_pages, const __half* open, int heads) {                       \
