@@ -190,9 +190,10 @@ __device__ __forceinline__ void add_value(const float (&x)[N], const Chunk& chun
 }
 
 // A warp's online softmax of `Q` queries. What each lane has of a query's sums of weights, and of weights times scores
-// relative to the largest, lies in shared memory: registers are for values.
-template <int Q> struct Softmax {
+// relative to the largest, lies in shared memory, unless a block of many warps has too little: registers are for values.
+template <int Q, bool IN_REGISTERS> struct Softmax {
   float largest[Q];
+  float own_masses[IN_REGISTERS ? Q : 1], own_tilts[IN_REGISTERS ? Q : 1];
   float (*masses)[CHUNK], (*tilts)[CHUNK];
 
   __device__ __forceinline__ Softmax(float (*of_masses)[CHUNK], float (*of_tilts)[CHUNK])
@@ -200,22 +201,37 @@ template <int Q> struct Softmax {
 #pragma unroll
     for (int q = 0; q < Q; q++) {
       largest[q] = -INFINITY;
-      masses[q][threadIdx.x % WARP] = 0.f;
-      tilts[q][threadIdx.x % WARP] = 0.f;
+      mass(q) = 0.f;
+      tilt(q) = 0.f;
+    }
+  }
+
+  // The lane's sums of a query.
+  __device__ __forceinline__ float& mass(int q) {
+    if constexpr (IN_REGISTERS) {
+      return own_masses[q];
+    } else {
+      return masses[q][threadIdx.x % WARP];
+    }
+  }
+  __device__ __forceinline__ float& tilt(int q) {
+    if constexpr (IN_REGISTERS) {
+      return own_tilts[q];
+    } else {
+      return tilts[q][threadIdx.x % WARP];
     }
   }
 
   // Takes in the score of a query and the lane's token, -∞ if there is none; the token's weight, and by how much
   // what came before counts less now.
   __device__ __forceinline__ float weigh(int q, float score, float& factor) {
-    float &mass = masses[q][threadIdx.x % WARP], &tilt = tilts[q][threadIdx.x % WARP];
     float next = fmaxf(largest[q], warp_max(score));
     // Before the first visible token there is nothing to scale, and no difference to take.
     float fall = largest[q] == -INFINITY ? 0.f : largest[q] - next;
     factor = largest[q] == -INFINITY ? 0.f : exp2f(fall);
     float weight = score == -INFINITY ? 0.f : exp2f(score - next);
-    tilt = factor * fmaf(mass, fall, tilt) + (weight == 0.f ? 0.f : weight * (score - next));
-    mass = fmaf(mass, factor, weight);
+    tilt(q) = factor * fmaf(mass(q), fall, tilt(q)) + (weight == 0.f ? 0.f : weight * (score - next));
+    mass(q) = fmaf(mass(q), factor, weight);
     largest[q] = next;
     return weight;
   }
@@ -286,8 +302,9 @@ __device__ __forceinline__ void attend(const float* qkv, Reader reader, const At
   constexpr int SUM_ROWS = THREADS * N / ATTEND_MOST_DIM;
   TS_SHARED(float, queries, [Q > SUM_ROWS ? Q : SUM_ROWS][ATTEND_MOST_DIM]);
   TS_SHARED(float, weights, [WARPS][Q][CHUNK]);
-  TS_SHARED(float, masses, [WARPS][Q][CHUNK]);
-  TS_SHARED(float, tilts, [WARPS][Q][CHUNK]);
+  constexpr bool IN_REGISTERS = WARPS > 4;
+  TS_SHARED(float, masses, [IN_REGISTERS ? 1 : WARPS][Q][CHUNK]);
+  TS_SHARED(float, tilts, [IN_REGISTERS ? 1 : WARPS][Q][CHUNK]);
   TS_SHARED(u32, page_ids, [WARPS][CHUNK]);
   TS_SHARED(u32, positions, [WARPS][CHUNK]);
   TS_SHARED(float, states, [WARPS][Q][ATTEND_STATE]);
@@ -323,7 +340,8 @@ __device__ __forceinline__ void attend(const float* qkv, Reader reader, const At
   share.slice = share.vectors < WARP ? lane / share.vectors : 0;
   share.vector = share.vectors < WARP ? lane % share.vectors : lane;
   float total[VECTORS][Q][N] = {};
-  Softmax<Q> softmax(masses[warp], tilts[warp]);
+  int own = IN_REGISTERS ? 0 : warp;
+  Softmax<Q, IN_REGISTERS> softmax(masses[own], tilts[own]);
 
   Chunk chunk;
   chunk.page_ids = page_ids[warp];
@@ -376,7 +394,7 @@ __device__ __forceinline__ void attend(const float* qkv, Reader reader, const At
   // What the warps have, merged in their order.
 #pragma unroll
   for (int q = 0; q < Q; q++) {
-    float mass = warp_sum(masses[warp][q][lane]), tilt = warp_sum(tilts[warp][q][lane]);
+    float mass = warp_sum(softmax.mass(q)), tilt = warp_sum(softmax.tilt(q));
     if (lane == 0) {
       states[warp][q][0] = softmax.largest[q];
       states[warp][q][1] = mass;

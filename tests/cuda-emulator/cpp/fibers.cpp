@@ -242,8 +242,9 @@ void* shared_at(const void* key, size_t n) {
   for (unsigned i = 0; i < n_shared_keys; i++)
     if (shared_keys[i].key == key)
       return arena + shared_keys[i].off;
-  if (n_shared_keys == 64 || arena_used + n > sizeof arena || arena_used + n + S.dynamic_bytes > 227 * 1024)
-    fail("static shared memory: %zu bytes in use, %zu more asked for", arena_used, n);
+  if (n_shared_keys == 64 || arena_used + n > sizeof arena || arena_used + n + S.dynamic_bytes > 48 * 1024)
+    fail("shared memory: %zu static and %zu dynamic bytes in use, %zu more asked for, expected 48 KB at most",
+         arena_used, S.dynamic_bytes, n);
   shared_keys[n_shared_keys++] = {key, arena_used};
   void* p = arena + arena_used;
   arena_used += (n + 15) / 16 * 16;
