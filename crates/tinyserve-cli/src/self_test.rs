@@ -40,7 +40,7 @@ pub(crate) fn run(table: &mut Table, path: CpuPath) -> Result<PathReport> {
 /// Runs all cases on a CUDA device.
 pub(crate) fn run_cuda(number: usize) -> Result<PathReport> {
     let run = || {
-        let cuda = Cuda::new(number)?;
+        let cuda = Cuda::new(number)?.use_fused_up_to(Some(conformance::FUSED_UP_TO));
         let outcomes = conformance::run(&cuda)?;
         let copy = cuda.copy_bandwidth()?;
         Ok::<_, KernelError>((cuda, outcomes, copy))

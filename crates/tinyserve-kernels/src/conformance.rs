@@ -45,6 +45,10 @@ impl fmt::Display for CaseOutcome {
     }
 }
 
+/// For [`Cuda::use_fused_up_to`](crate::Cuda::use_fused_up_to), so that of the cases that select, small
+/// ones are one launch and larger ones several.
+pub const FUSED_UP_TO: usize = 120_000;
+
 /// Runs every case on `backend`.
 ///
 /// # Errors

@@ -225,6 +225,7 @@ EMU_INL __nv_bfloat16 __float2bfloat16(float f) {
     return {0x7fff};
   return {uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16)};
 }
+EMU_INL unsigned short __bfloat16_as_ushort(__nv_bfloat16 b) { return b.u; }
 EMU_INL float2 __bfloat1622float2(__nv_bfloat162 v) { return {__bfloat162float(v.x), __bfloat162float(v.y)}; }
 // maths / bit intrinsics (fast-maths variants are the accurate ones here: compare with tolerances)
 EMU_INL float __expf(float x) { return expf(x); }

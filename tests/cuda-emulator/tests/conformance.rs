@@ -8,7 +8,7 @@ use tinyserve_kernels::{Cuda, conformance};
 #[test]
 fn every_kernel_passes_the_table() {
     let Some(ready) = ready() else { return };
-    let cuda = Cuda::new(0).unwrap();
+    let cuda = Cuda::new(0).unwrap().use_fused_up_to(Some(conformance::FUSED_UP_TO));
     let mut table = conformance::Table::new();
     ready.orders(|seed| {
         let start = Instant::now();

@@ -33,7 +33,7 @@ pub(super) fn page(toolkit: &Toolkit, root: &Path, units: &[Unit]) -> Result<Str
         edit by hand.\n\
         Registers of a thread and bytes of static shared memory, as ptxas counts them for sm_80 and \
         sm_90. None spills: ptxas refuses a kernel that does.\n\
-        This says what a kernel takes, not how fast it is: that was not measured on a GPU yet.\n"
+        This says what a kernel takes; how fast some are: docs/benchmarks/2026-11-26-gpu.md.\n"
         .to_owned();
     for unit in units {
         let source = fs::read_to_string(&unit.source)?;
