@@ -126,12 +126,13 @@ fn bytes_decide_what_is_launched_unless_the_user_does() {
         (Some(bytes - 1), None, false),
         (Some(bytes), None, true),
         (Some(usize::MAX), None, true),
-        (None, None, true),
+        // The built-in table: a GPU found one launch slower.
+        (None, None, false),
         (Some(0), Some(true), true),
         (Some(usize::MAX), Some(false), false),
     ] {
         let case = format!("up to {most:?}, forced {forced:?}");
-        assert_eq!(launches(c"fused_decode_f16_4", most, forced), fused, "{case}");
+        assert_eq!(launches(c"fused_decode_f16_64", most, forced), fused, "{case}");
         assert_eq!(launches(c"select_pages", most, forced), !fused, "{case}");
     }
 }
