@@ -115,6 +115,33 @@ __device__ __forceinline__ bool has_no_number(const T* const (&from)[2], const i
   return found;
 }
 
+// Adds up, without tensor cores, the values of the tokens that the lane's query sees, in the lane's channels.
+template <class T, int PASSES>
+__device__ __forceinline__ void add_seen_values(const T* const (&first_value)[2], const int (&n_visible)[2],
+                                                const float (&weights)[16], float (&total)[PASSES][8][4]) {
+  int lane = threadIdx.x % WARP, t = lane % 4;
+#pragma unroll 1
+  for (int quarter = 0; quarter < 4; quarter++) {
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+      // The lane of the query that has the token, and the one whose channels are the first.
+      float weight = __shfl_sync(ALL_LANES, weights[i], lane - t + quarter);
+      bool sees = i % 8 < __shfl_sync(ALL_LANES, n_visible[i / 8], lane - t + quarter);
+      const T* from = first_value[i / 8];
+      from = reinterpret_cast<const T*>(
+          __shfl_sync(ALL_LANES, reinterpret_cast<unsigned long long>(from), quarter));
+      from += i % 8 * PASSES * PASS_CHANNELS + 16 * t;
+      if (sees) {
+#pragma unroll
+        for (int channel = 0; channel < 16 * PASSES; channel++) {
+          float& sum = total[channel / 16][channel % 8][channel % 16 / 8];
+          sum = fmaf(weight, widen(from[channel / 16 * PASS_CHANNELS + channel % 16]), sum);
+        }
+      }
+    }
+  }
+}
+
 // As `ListPages`, of pages whose tokens are a power of two.
 template <int TOKENS> struct PowerPages {
   int log_offsets, log_pieces, together;
@@ -244,8 +271,8 @@ __device__ __forceinline__ void attend_tensor(const float* qkv, const T* pages, 
     }
 
     // A later row's value is none of an earlier row's, not even times zero, which no value notices but one that is no
-    // number: then queries take turns, each with what it sees.
-    bool in_turns = !ONE_ROW &&
+    // number.
+    bool one_by_one = !ONE_ROW &&
                     __any_sync(ALL_LANES, is_there && (n_visible[0] < n_there[0] || n_visible[1] < n_there[1])) &&
                     __any_sync(ALL_LANES, has_no_number<PASSES>(first_value, n_there));
 
@@ -308,43 +335,29 @@ __device__ __forceinline__ void attend_tensor(const float* qkv, const T* pages, 
       total[i / 32][i / 4 % 8][i % 4] *= lower;
     }
 
-    // Values of the first `n_read` tokens from either address on, for the lanes that weigh them.
-    auto add_values = [&](const int(&n_read)[2], bool weighs) {
+    if (one_by_one) {
+      add_seen_values<T, PASSES>(first_value, n_visible, weights, total);
+      continue;
+    }
 #pragma unroll
-      for (int step = 0; step < 4; step++) {
-        int first = 4 * step, half = first / 8;
-        float of[4];
+    for (int step = 0; step < 4; step++) {
+      int first = 4 * step, half = first / 8;
+      LeftTiles<T> left(weights[first], weights[first + 1], weights[first + 2], weights[first + 3]);
+      const T* values = first_value[half] + first % 8 * DIM;
+#pragma unroll
+      for (int pass = 0; pass < PASSES; pass++) {
+        RightTiles right;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          of[i] = weighs ? weights[first + i] : 0.f;
+          // What lies beyond the sequence may be anything.
+          right.load(i, values + i * DIM + pass * PASS_CHANNELS, first % 8 + i < n_there[half]);
         }
-        LeftTiles<T> left(of[0], of[1], of[2], of[3]);
-        const T* values = first_value[half] + first % 8 * DIM;
 #pragma unroll
-        for (int pass = 0; pass < PASSES; pass++) {
-          RightTiles right;
-#pragma unroll
-          for (int i = 0; i < 4; i++) {
-            right.load(i, values + i * DIM + pass * PASS_CHANNELS, first % 8 + i < n_read[half]);
-          }
-#pragma unroll
-          for (int j = 0; j < 8; j++) {
-            u32 b0, b1;
-            right.tile(j, b0, b1);
-            left.add_product(total[pass][j], b0, b1);
-          }
+        for (int j = 0; j < 8; j++) {
+          u32 b0, b1;
+          right.tile(j, b0, b1);
+          left.add_product(total[pass][j], b0, b1);
         }
-      }
-    };
-    if (!in_turns) {
-      add_values(n_there, true);
-    } else {
-#pragma unroll 1
-      for (int turn = 0; turn < Q; turn++) {
-        int n_read[2];
-        n_read[0] = __shfl_sync(ALL_LANES, n_visible[0], 4 * turn + t);
-        n_read[1] = __shfl_sync(ALL_LANES, n_visible[1], 4 * turn + t);
-        add_values(n_read, g == turn);
       }
     }
   }
