@@ -40,8 +40,8 @@ pub struct TinyServeConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub use_fused_kernel: Option<bool>,
     /// File that says up to which size that is no slower, as it was measured; a start with a device
-    /// and a shape of heads and pages that it lacks measures them, and writes them there. Unless it is set, a
-    /// model of launches and bytes says. Refused on the CPU.
+    /// and a shape of heads and pages that it lacks measures them, and writes them there. Unless it is set, the
+    /// built-in table says, which an H200 gave. Refused on the CPU.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fused_table: Option<PathBuf>,
     /// Tokens of one page.
