@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod adaptive;
+mod sessions;
 mod toy;
 
 use std::collections::HashMap;
@@ -208,9 +209,13 @@ impl World {
     }
 
     fn submit(&mut self, plan: Plan) -> Result<(), AdmissionError> {
+        self.submit_request(plan.request(), plan)
+    }
+
+    fn submit_request(&mut self, request: Request, plan: Plan) -> Result<(), AdmissionError> {
         let aborts = std::sync::Arc::clone(&self.aborts);
         let abort = move |id| aborts.lock().unwrap().push(id);
-        let (submission, stream) = self.scheduler.intake().take(plan.request(), abort)?;
+        let (submission, stream) = self.scheduler.intake().take(request, abort)?;
         self.scheduler.add(submission);
         self.heard.push(Heard {
             plan,
