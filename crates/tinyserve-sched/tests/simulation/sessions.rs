@@ -9,7 +9,7 @@ use tinyserve_kv::{Budget, GroupReduce, KvError, SelectionPolicy};
 use tinyserve_model::ModelError;
 use tinyserve_sched::{AttentionChoice, Clock, EngineConfig, Event, Request};
 
-use super::{Plan, World, quiet_about_the_toy, simple};
+use super::{AGEING, Plan, World, quiet_about_the_toy, simple};
 use crate::toy::DRAWN;
 
 const LONGEST: usize = 80;
@@ -190,6 +190,7 @@ proptest! {
             max_num_batched_tokens: seqs + more,
             attention_chunk_size: chunk,
             max_sequence_length: LONGEST,
+            priority_ageing: AGEING,
             session_timeout: Duration::from_secs(3600),
             clock: Clock::manual(),
             ..EngineConfig::default()
