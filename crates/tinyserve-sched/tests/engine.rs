@@ -1,5 +1,6 @@
 //! The engine on the embedded model, from its callers' side.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::task::{Context, Poll, Wake};
 use std::time::Duration;
@@ -468,8 +469,17 @@ fn preempted_requests_that_select_go_on_as_they_would_alone() {
     }
 }
 
+/// What happens to a session before its last turn.
+enum Fate<'a> {
+    Nothing,
+    /// Somebody else needs its pages.
+    Evicted,
+    /// It is saved to a file, deleted and restored.
+    Saved(&'a Path),
+}
+
 #[test]
-fn a_preempted_turn_of_a_session_keeps_what_earlier_turns_had_selected() {
+fn a_turn_of_a_session_that_loses_its_pages_keeps_what_earlier_turns_had_selected() {
     let policy = SelectionPolicy {
         budget: Budget::TopP(0.5),
         dense_layers: 0,
@@ -479,12 +489,26 @@ fn a_preempted_turn_of_a_session_keeps_what_earlier_turns_had_selected() {
     let config =
         || EngineConfig { attention: AttentionChoice::Policy(policy), ..EngineConfig::default() };
     // Two turns, the third with somebody beside it who comes first.
-    let talk = |engine: &Engine, rival: Option<usize>| {
+    let talk = |engine: &Engine, fate: Fate<'_>, rival: Option<usize>| {
         let mut text = prompt("Once upon a time");
         for tokens in [120, 20] {
             let turn = Request::new(&*text).max_tokens(tokens).sampling(SamplingParams::greedy());
             text.extend(answer(engine, turn.session("a")).1.iter().map(|token| token.id));
             text.extend(&prompt("Then")[1..]);
+        }
+        match fate {
+            Fate::Nothing => {}
+            Fate::Evicted => {
+                assert_eq!(answer(engine, greedy("The dog", 200)).1.len(), 200);
+                let info = engine.session_info("a").wait().unwrap().unwrap();
+                assert_eq!((info.cached_pages, engine.stats().sessions_evicted), (0, 1));
+            }
+            Fate::Saved(path) => {
+                let saved = engine.save_session("a", path, "model").wait().unwrap().unwrap();
+                assert!(engine.delete_session("a").wait().unwrap());
+                let info = engine.restore_session("a", path, "model").wait().unwrap().unwrap();
+                assert_eq!(info.cached_tokens, saved);
+            }
         }
         let last = Request::new(&*text).max_tokens(60).sampling(SamplingParams::greedy());
         let mut stream = engine.submit(Request { priority: 5, ..last.session("a") }).unwrap();
@@ -505,11 +529,38 @@ fn a_preempted_turn_of_a_session_keeps_what_earlier_turns_had_selected() {
         assert!(rival.is_none_or(|rival| matches!(rival.last(), Some(Event::Finished(_)))));
         (tokens, preemptions)
     };
-    let (alone, never) = talk(&engine(64, config()), None);
-    let (tokens, preemptions) = talk(&engine(15, config()), Some(200));
+    let folder = tempfile::tempdir().unwrap();
+    let path = &folder.path().join("session");
+    let (alone, never) = talk(&engine(64, config()), Fate::Nothing, None);
     assert_eq!((alone.len(), never), (60, 0));
-    assert!(preemptions > 0, "there was room for both");
-    assert_eq!(tokens, alone);
+    for fate in [Fate::Nothing, Fate::Evicted, Fate::Saved(path)] {
+        let (tokens, preemptions) = talk(&engine(15, config()), fate, Some(200));
+        assert!(preemptions > 0, "there was room for both");
+        assert_eq!(tokens, alone);
+    }
+}
+
+#[test]
+fn what_a_selector_of_the_caller_computed_is_restored_where_it_is() {
+    let own = || AttentionChoice::Custom(Arc::new(BeyondNewest));
+    let config = |attention| EngineConfig { attention, ..EngineConfig::default() };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("session");
+    let with_it = engine(64, config(own()));
+    answer(&with_it, greedy("Once upon a time", 60).session("a"));
+    let save = |engine: &Engine| engine.save_session("a", &path, "model").wait().unwrap();
+    let restore = |engine: &Engine| engine.restore_session("a", &path, "model").wait().unwrap();
+    save(&with_it).unwrap();
+    restore(&with_it).unwrap();
+    let without = engine(64, config(AttentionChoice::Dense));
+    let refused = restore(&without).unwrap_err().to_string();
+    assert!(refused.contains("an engine with that selector"), "{refused}");
+    assert_eq!((without.stats().pages_used, without.stats().sessions), (0, 0));
+    // Which selector a request brought, no file can tell.
+    let request = greedy("Once upon a time", 60).session("a");
+    answer(&without, Request { attention: Some(own()), ..request });
+    let refused = save(&without).unwrap_err().to_string();
+    assert!(refused.contains("no page selectors of their own"), "{refused}");
 }
 
 /// Unparks the thread that polls: the smallest executor.

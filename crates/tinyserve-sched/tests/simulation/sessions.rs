@@ -34,6 +34,8 @@ enum Move {
     /// Saves the session and restores it.
     File(usize),
     Rival(usize, usize, i32),
+    /// Somebody else has the session's text, and computes it as a prompt.
+    Echo(usize),
     Steps(usize),
 }
 
@@ -82,6 +84,7 @@ fn one_move() -> impl Strategy<Value = Move> {
         4 => (0..SESSIONS).prop_map(Move::Next),
         1 => (0..SESSIONS).prop_map(Move::File),
         2 => (1..20_usize, 1..20_usize, -1..2_i32).prop_map(|(p, n, prio)| Move::Rival(p, n, prio)),
+        1 => (0..SESSIONS).prop_map(Move::Echo),
         4 => (1..12_usize).prop_map(Move::Steps),
     ]
 }
@@ -204,6 +207,10 @@ proptest! {
                 Move::File(session) => talks[session].through_a_file(&mut world),
                 Move::Rival(prompt, tokens, priority) => {
                     world.submit(simple(prompt, tokens, priority)).unwrap();
+                }
+                Move::Echo(session) => {
+                    let prompt = [&*talks[session].said, &[0]].concat();
+                    world.submit(Plan { prompt, ..simple(1, 1, 0) }).unwrap();
                 }
                 Move::Steps(steps) => (0..steps).for_each(|_| world.step()),
             }
