@@ -5,6 +5,8 @@
 //! method here that bounds, so a page that is left out cannot hold a better token than its score.
 //! The bound is loose where a page's keys differ much: one page of 16 unrelated keys has a box that
 //! holds nearly everything.
+//! Cost: two vectors a page, beside `2·page_size` of keys and values; a query that has its KV head
+//! for itself reads one of them, because its signs say which corner.
 //! Sources: Quest (Tang et al., ICML 2024); TinyServe (arXiv 2509.12211), equation 2.
 
 use super::PageScorer;

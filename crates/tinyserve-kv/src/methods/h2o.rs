@@ -5,6 +5,7 @@
 //! a sink or a recent page. What was evicted does not come back. The queries then add their
 //! weights over what is left. A page that nobody needed until now is gone when it is asked for:
 //! a needle that is planted before its question is known cannot be found.
+//! Cost: no summary; a mass for each page and head, and the weights of each step added to it.
 //! Source: H2O (Zhang et al., NeurIPS 2023), which evicts single tokens; pages are what this cache
 //! evicts, so give it pages of one token to have the original.
 

@@ -4,6 +4,8 @@
 //! Score: `q·μ + Σ_d |q_d|·σ_d`. Where keys of a page are alike it ranks pages by what attention
 //! would really give them, better than any bound. A single token that stands out is averaged away:
 //! with 16 tokens it keeps about 0.3 of its own product, so needles among noise are lost first.
+//! Cost: two vectors a page, made from its keys when the page is first scored after a token was
+//! written to it.
 //! Sources: the estimate of a page's mass from its first two moments (Tactic, arXiv 2502.12216);
 //! the linear form, which costs what a box costs, is ours.
 

@@ -4,6 +4,7 @@
 //! Score: `max_k q·k`. It is what a box bounds, so the distance between `oracle` and `box` is what
 //! the looseness of the bound costs, and the distance between `oracle` and `dense` is what the
 //! budget costs. It is the best page for needles; by attention mass [`oracle-mass`] is better.
+//! Cost: all keys, half of what dense attention reads.
 //! Source: the oracle top-k of Quest's and Twilight's figures.
 //!
 //! [`oracle-mass`]: super::oracle_mass

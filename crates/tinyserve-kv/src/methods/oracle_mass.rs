@@ -5,6 +5,8 @@
 //! scores are in units of `q·k`. No selection of whole pages holds more attention mass at the same
 //! budget (for one query head; a group shares its list). The recall of every other method is to be
 //! read against this one's.
+//! Cost: all keys, half of what dense attention reads, and an exponential for each of them, for
+//! every query head.
 //! Source: the upper bound of Twilight's and MagicPIG's figures.
 
 use super::{PageScorer, ScoreCost, dot, for_each_page};

@@ -3,6 +3,8 @@
 //! Summary: none; nothing is scored.
 //! Score: a hash of the step, the layer, the head, the queries and the page: fresh at every step,
 //! and the same whenever a run is repeated.
+//! Cost: nothing is read but the pages that are drawn; of needles it finds, in the mean, its budget
+//! in percent.
 //! It is the floor: a method that does not beat it has learned nothing from its summaries, and a
 //! test that it passes does not need the pages that it leaves out.
 //! Source: the random baseline of every table on the subject.

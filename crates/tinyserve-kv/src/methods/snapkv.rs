@@ -5,6 +5,7 @@
 //! votes are max-pooled over 7 neighbours, so that a hit keeps its surroundings; a page counts as
 //! its best token. The budget goes to the best pages, and everything generated later is kept, too.
 //! A question at the prompt's end chooses what it needs; one that comes later finds what is left.
+//! Cost: the last tokens of the prompt are observed, once; afterwards nothing is scored.
 //! Source: SnapKV (Li et al., NeurIPS 2024), which keeps single tokens where this cache keeps
 //! pages.
 

@@ -5,6 +5,7 @@
 //! Its cost does not grow with the context, and language stays fluent, because attention sinks and
 //! neighbours hold most of the mass; but what left the window is gone, so it cannot look up
 //! anything outside it.
+//! Cost: nothing is read but the window.
 //! Source: StreamingLLM (Xiao et al., ICLR 2024). Positions are those of the whole text, where
 //! StreamingLLM renumbers what is left.
 

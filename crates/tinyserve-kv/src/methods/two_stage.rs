@@ -5,6 +5,7 @@
 //! product to within half a step, and a page counts as its best token.
 //! It reads one byte a channel of the nominees on top of the boxes, and then ranks nearly as the
 //! oracle does, if only the boxes nominate the right pages.
+//! Cost: boxes, and a byte a channel of four times the budget's keys; it has no kernel.
 //! Sources: the hierarchy of Twilight (arXiv 2502.02770), which prunes a candidate set with
 //! quantised keys; the box as the quantiser is ours.
 
