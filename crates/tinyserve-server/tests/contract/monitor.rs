@@ -82,7 +82,7 @@ fn metrics_have_the_names_that_routers_and_benches_read() {
         let count = of(&samples, &format!("vllm:{histogram}_count"));
         assert!(count >= 1.0, "{histogram}");
         let infinity = format!(
-            "vllm:{histogram}_bucket{{model_name=\"stories260k\",engine=\"0\",le=\"+Inf\"}}"
+            "vllm:{histogram}_bucket{{model_name=\"stories260k\",le=\"+Inf\",engine=\"0\"}}"
         );
         assert_eq!(samples.get(&infinity), Some(&count), "{histogram} {infinity}");
     }
