@@ -47,7 +47,7 @@ pub use rope::{RopeConfig, RopeScaling};
 pub use sampler::{
     SampleContext, SampledToken, Sampler, SamplingParams, logprob, top_logprobs, top_logprobs_of,
 };
-pub use session::{RestoredSession, SessionToSave};
+pub use session::{RestoredSession, SelectedTokens, SessionToSave};
 pub use stop::StopMatcher;
 pub use synthetic::{
     InductionGeometry, InductionModel, LookupTokens, SyntheticModel, SyntheticNormal,

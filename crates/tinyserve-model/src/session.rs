@@ -1,9 +1,11 @@
 //! Sessions on disk: the full pages of a sequence, saved to a file and restored from it.
 //!
 //! Only full pages are saved. What a sequence holds beyond its last full page, fewer tokens than a
-//! page has, is computed again by whoever goes on with it.
+//! page has, is computed again by whoever goes on with it: the file tells which tokens these are,
+//! and how all of them were computed.
 
 mod file;
+mod selected;
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter};
@@ -14,6 +16,7 @@ use tinyserve_kv::{PageTable, Prefix};
 
 use crate::{KvCache, ModelError};
 use file::{Header, Replacement};
+pub use selected::SelectedTokens;
 
 /// Bytes that are read or written at a time.
 const BUFFER_BYTES: usize = 1 << 20;
@@ -24,10 +27,10 @@ pub struct SessionToSave<'a> {
     /// Names everything that keys and values depend on beside tokens and layout: the model, how
     /// its weights are kept. Only who asks for the same can restore the session.
     pub identity: &'a str,
-    /// The tokens that its pages hold, and who may share them.
+    /// Its tokens, of which its pages hold the first, and who may share them.
     pub prefix: Prefix<'a>,
-    /// How many of the first tokens were computed with dense attention, as any request would.
-    pub dense_tokens: usize,
+    /// Those of the tokens that selecting steps computed, ascending.
+    pub selected: &'a [SelectedTokens],
     /// Its pages.
     pub table: &'a PageTable,
 }
@@ -37,16 +40,17 @@ pub struct SessionToSave<'a> {
 pub struct RestoredSession {
     /// Its pages, all of them full.
     pub table: PageTable,
-    /// The tokens that they hold.
+    /// Its tokens, of which the pages hold the first.
     pub tokens: Vec<u32>,
     /// Only sequences of the same salt may use them.
     pub salt: String,
-    /// How many of the first tokens were computed with dense attention.
-    pub dense_tokens: usize,
+    /// Those of the tokens that selecting steps computed, ascending.
+    pub selected: Vec<SelectedTokens>,
 }
 
 impl<B: Backend> KvCache<B> {
-    /// Saves the full pages of a session to `path`; returns how many tokens they hold.
+    /// Saves the full pages of a session and all of its tokens to `path`; returns how many tokens
+    /// the pages hold.
     ///
     /// The file is written beside `path` and then put in its place, so that whatever happens, and
     /// whenever, `path` is the old file or the new one. It is readable by its owner alone: tokens
@@ -61,7 +65,7 @@ impl<B: Backend> KvCache<B> {
         path: &Path,
         session: SessionToSave<'_>,
     ) -> Result<usize, ModelError> {
-        let SessionToSave { identity, prefix, dense_tokens, table } = session;
+        let SessionToSave { identity, prefix, selected, table } = session;
         if table.next_position() != table.len() {
             return Err(ModelError::Setting {
                 name: "session",
@@ -71,14 +75,13 @@ impl<B: Backend> KvCache<B> {
         }
         let page_size = self.layout().page_size();
         let pages = prefix.tokens.len().min(table.len()) / page_size;
-        let tokens = &prefix.tokens[..pages * page_size];
-        let counts = (tokens.len(), dense_tokens.min(tokens.len()));
-        let header = Header::new(identity, prefix.salt, self.layout(), counts);
+        let counts = (prefix.tokens.len(), pages);
+        let header = Header::new(identity, prefix.salt, self.layout(), counts).selecting(selected);
         let file = Replacement::create(path)?;
         let mut out = BufWriter::with_capacity(BUFFER_BYTES, file.file());
         let failed = |error: std::io::Error| file::unwritable(path, &error);
         let mut write = || -> Result<(), ModelError> {
-            header.write(tokens, &mut out).map_err(failed)?;
+            header.write(prefix.tokens, &mut out).map_err(failed)?;
             let mut index = 0;
             backend.download_pages(&self.pages, &table.pages()[..pages], |bytes| {
                 index += 1;
@@ -90,7 +93,7 @@ impl<B: Backend> KvCache<B> {
         drop(out);
         written?;
         file.commit()?;
-        Ok(tokens.len())
+        Ok(pages * page_size)
     }
 
     /// Reads a session that [`Self::save_session`] wrote into pages of this cache.
@@ -109,8 +112,9 @@ impl<B: Backend> KvCache<B> {
         let mut input = BufReader::with_capacity(BUFFER_BYTES, opened);
         let (header, tokens) = Header::read(path, length, &mut input)?;
         header.check(path, identity, self.layout(), length)?;
+        let selected = header.selected(path)?;
         let mut table = self.new_table();
-        self.extend(backend, &mut table, tokens.len())?;
+        self.extend(backend, &mut table, header.pages * self.layout().page_size())?;
         let mut bytes = vec![0; header.page_bytes()];
         for (index, &page) in table.pages().iter().enumerate() {
             let read = file::read_page(path, index, &mut bytes, &mut input);
@@ -120,7 +124,6 @@ impl<B: Backend> KvCache<B> {
                 return Err(error);
             }
         }
-        let dense_tokens = header.dense_tokens;
-        Ok(RestoredSession { table, tokens, salt: header.salt, dense_tokens })
+        Ok(RestoredSession { table, tokens, salt: header.salt, selected })
     }
 }

@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use tinyserve_kernels::{Attention, Cpu};
-use tinyserve_kv::{KvFormat, PageTable, Prefix};
+use tinyserve_kv::{Budget, GroupReduce, KvFormat, PageTable, Prefix, Scorer, SelectionPolicy};
 use tinyserve_model::{
     Activations, Batch, Checkpoint, KvCache, LogitRows, Model, ModelError, Observe,
-    RestoredSession, SequenceStep, SessionToSave, StepOutput,
+    RestoredSession, SelectedTokens, SequenceStep, SessionToSave, StepOutput,
 };
+use twox_hash::XxHash3_64;
 
 const IDENTITY: &str = "stories260k f32";
 const PAGES: usize = 40;
@@ -52,7 +53,8 @@ impl World {
 
     fn save(&self, path: &Path, tokens: &[u32], table: &PageTable) -> Result<usize, ModelError> {
         let prefix = Prefix { salt: "tenant", tokens };
-        let session = SessionToSave { identity: IDENTITY, prefix, dense_tokens: 9, table };
+        let selected = &selected();
+        let session = SessionToSave { identity: IDENTITY, prefix, selected, table };
         self.cache.save_session(self.model.backend(), path, session)
     }
 
@@ -67,6 +69,23 @@ impl World {
         self.save(path, tokens, &table).unwrap();
         self.cache.release(table);
     }
+}
+
+/// Two policies that no default is, with shares of many digits, and a selector of the caller.
+fn selected() -> Vec<SelectedTokens> {
+    let policy = SelectionPolicy {
+        scorer: Scorer::named("mean-std").unwrap(),
+        budget: Budget::TopP(0.1 + 0.2),
+        sink_pages: 3,
+        recent_pages: 4,
+        dense_layers: 5,
+        min_context: 6,
+        group_reduce: GroupReduce::SoftmaxVote,
+    };
+    let ratio = SelectionPolicy { budget: Budget::Ratio(1.0 / 3.0), ..SelectionPolicy::default() };
+    let tokens = SelectionPolicy { budget: Budget::Tokens(77), ..ratio };
+    let all = [(1..2, Some(policy)), (2..9, Some(ratio)), (9..10, Some(tokens)), (12..16, None)];
+    all.map(|(positions, policy)| SelectedTokens { positions, policy }).to_vec()
 }
 
 fn tokens(from: u32, length: usize) -> Vec<u32> {
@@ -102,9 +121,9 @@ fn what_is_restored_goes_on_as_what_was_saved() {
             let mut restored = other.restore(&path).unwrap();
             assert_eq!(
                 (restored.tokens.as_slice(), restored.salt.as_str()),
-                (&prompt[..saved], "tenant")
+                (prompt.as_slice(), "tenant")
             );
-            assert_eq!((restored.table.len(), restored.dense_tokens), (saved, 9.min(saved)));
+            assert_eq!((restored.table.len(), restored.selected), (saved, selected()));
             let found = other.step(&mut restored.table, &[tail, &[9, 10]].concat());
             assert_eq!(found, expected, "{name} {format} {page_size}");
         }
@@ -156,13 +175,14 @@ fn every_flipped_bit_and_every_cut_is_refused() {
     };
     // Every byte before the pages and of the first page's end, and a sample of the rest.
     let page = good.len() / 2;
-    let places = (0..600).chain(page - 300..page + 300).chain((0..good.len()).step_by(97));
+    let front = front_bytes(&good) + 40;
+    let places = (0..front).chain(page - 300..page + 300).chain((0..good.len()).step_by(97));
     for at in places.chain(good.len() - 20..good.len()) {
         let mut bytes = good.clone();
         bytes[at] ^= 1 << (at % 8);
         refuse(&bytes, &format!("a bit of byte {at}"));
     }
-    for length in (0..600).chain((0..good.len()).step_by(211)) {
+    for length in (0..front).chain((0..good.len()).step_by(211)) {
         refuse(&good[..length], &format!("{length} bytes"));
     }
     refuse(&[good.as_slice(), &[0]].concat(), "a byte too many");
@@ -172,12 +192,54 @@ fn every_flipped_bit_and_every_cut_is_refused() {
     let (front, first) = rest.split_at(rest.len() - page);
     refuse(&[front, last, first].concat(), "pages in another order");
     std::fs::write(&path, &good).unwrap();
-    assert_eq!(world.restore(&path).unwrap().tokens, tokens(1, 16));
+    assert_eq!(world.restore(&path).unwrap().tokens, tokens(1, 20));
+}
+
+/// Somebody who writes such files knows how checksums are made.
+#[test]
+fn what_no_session_can_have_selected_is_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("session");
+    let mut world = World::builtin();
+    world.save_tokens(&path, &tokens(1, 20));
+    let good = std::fs::read(&path).unwrap();
+    let header_end = 16 + u32::from_le_bytes(good[12..16].try_into().unwrap()) as usize;
+    let (front_end, header) =
+        (front_bytes(&good), std::str::from_utf8(&good[16..header_end]).unwrap());
+    for (was, is, said) in [
+        (r#""end":2"#, r#""end":1"#, "selected[0].positions is 1..1, expected some from 0 on"),
+        (r#""end":16"#, r#""end":21"#, "selected[3].positions is 12..21"),
+        (r#""start":9"#, r#""start":8"#, "selected[2].positions is 8..10, expected some from 9 on"),
+        (r#""mean-std""#, r#""no-such""#, "selected[0].scorer is "),
+        (r#""0.30000000000000004""#, r#""1.5""#, "selected[0].top_p_pages is 1.5, expected above"),
+        (r#""0.3333333333333333""#, r#""a third""#, r#"selected[1].selection_ratio is "a third""#),
+        (r#":77"#, r#":0"#, "selected[2].token_budget is 0"),
+        (r#""softmax_vote""#, r#""vote""#, "a damaged header (unknown variant `vote`"),
+        (r#""pages":2"#, r#""pages":3"#, "3 pages of 20 tokens, expected pages that tokens fill"),
+    ] {
+        let changed = header.replacen(was, is, 1);
+        assert_ne!(changed, header, "{was}");
+        let mut bytes = good[..12].to_vec();
+        bytes.extend((changed.len() as u32).to_le_bytes());
+        bytes.extend(changed.as_bytes());
+        bytes.extend(&good[header_end..front_end - 8]);
+        bytes.extend(XxHash3_64::oneshot(&bytes).to_le_bytes());
+        bytes.extend(&good[front_end..]);
+        std::fs::write(&path, bytes).unwrap();
+        let error = world.restore(&path).unwrap_err().to_string();
+        assert!(error.contains(said), "{error}");
+        assert_eq!(world.cache.pool().used_pages(), 0);
+    }
+    let mut old = good;
+    old[8] = 1;
+    std::fs::write(&path, old).unwrap();
+    let error = world.restore(&path).unwrap_err().to_string();
+    assert!(error.contains("found version 1, expected version 2: save the session"), "{error}");
 }
 
 fn front_bytes(file: &[u8]) -> usize {
     let header = u32::from_le_bytes(file[12..16].try_into().unwrap()) as usize;
-    16 + header + 4 * 16 + 8
+    16 + header + 4 * 20 + 8
 }
 
 proptest! {
@@ -229,7 +291,7 @@ fn two_that_save_to_one_file_do_not_mix() {
     let table = world.restore(&path).unwrap().table;
     let error = world.save(&path, &tokens(1, 16), &table).unwrap_err().to_string();
     assert!(error.contains("another process writing it"), "{error}");
-    assert_eq!(world.restore(&path).unwrap().tokens, tokens(1, 16));
+    assert_eq!(world.restore(&path).unwrap().tokens, tokens(1, 20));
     // Somebody was killed while writing: what is left is in nobody's way.
     drop(busy);
     world.save(&path, &tokens(1, 16), &table).unwrap();
@@ -336,5 +398,5 @@ fn a_full_disk_fails_the_save_and_keeps_the_old_file() {
         assert!(said.contains("cannot be written: No space left on device"), "{said}");
     }
     assert_eq!(std::fs::read(&path).unwrap(), good, "what lies below the mount");
-    assert_eq!(world.restore(&path).unwrap().tokens, tokens(1, 16));
+    assert_eq!(world.restore(&path).unwrap().tokens, tokens(1, 20));
 }

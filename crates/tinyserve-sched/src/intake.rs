@@ -10,8 +10,8 @@ use tinyserve_plugins::{PluginError, RequestInfo};
 
 use crate::channel::{EventStream, events};
 use crate::config::setting;
+use crate::history::History;
 use crate::metrics::{Metrics, count};
-use crate::pruning::Prunings;
 use crate::sequence::{QueuePlace, Rank, Sequence, Times};
 use crate::text::TextStream;
 use crate::{
@@ -147,11 +147,9 @@ impl Intake {
             table: PageTable::new(self.limits.page_size),
             planned: 0,
             fresh: true,
-            dense: usize::MAX,
-            selected: Vec::new(),
+            history: History::default(),
             shares: true,
             remembered: false,
-            prunings: Prunings::default(),
             seen: 0,
             place: Some(place),
             cached_tokens: 0,

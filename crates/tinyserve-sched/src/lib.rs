@@ -8,6 +8,7 @@ mod channel;
 mod clock;
 mod config;
 mod engine;
+mod history;
 mod intake;
 mod metrics;
 mod pruning;

@@ -1,4 +1,4 @@
-//! What was pruned from a sequence, so that it can be pruned again after a preemption.
+//! What was pruned from a sequence, so that it can be pruned again when its pages are gone.
 
 /// Tokens that plugins want removed from a sequence's cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,11 +42,6 @@ impl Prunings {
         self.made = 0;
     }
 
-    /// Tokens that the pages have lost.
-    pub(crate) fn removed(&self) -> usize {
-        tokens(&self.all[..self.made])
-    }
-
     /// Tokens that the pages still hold and are to lose before another token is computed, of which
     /// `computed` are.
     pub(crate) fn due(&self, computed: usize) -> usize {
@@ -54,10 +49,16 @@ impl Prunings {
         tokens(&next[..next.partition_point(|pruning| pruning.computed <= computed)])
     }
 
-    /// Those that the pages have gone through.
-    pub(crate) fn into_made(mut self) -> Self {
-        self.all.truncate(self.made);
-        self
+    /// Tokens from the first on before which nothing was pruned, or is to be; more than there are
+    /// if nothing was.
+    pub(crate) fn intact(&self) -> usize {
+        // Before the first token that goes, places are positions.
+        let firsts = self.all.iter().filter_map(|pruning| pruning.places.first());
+        firsts.min().map_or(usize::MAX, |&first| first as usize)
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.all.is_empty()
     }
 }
 

@@ -273,17 +273,17 @@ impl<R: Runner> Scheduler<R> {
         if !failed {
             self.remember(&mut sequence);
         }
-        let (dense, selected) = (sequence.dense_tokens(), sequence.all_selected());
-        let prunings = std::mem::take(&mut sequence.prunings).into_made();
-        let Sequence { mut table, mut tokens, session, cache_salt, events, .. } = sequence;
+        sequence.note_selected();
+        let computed = sequence.ever_computed();
+        let Sequence { mut table, mut tokens, session, cache_salt, history, events, .. } = sequence;
         let kept = match session {
             Some(session) => {
                 let total = tokens.len();
                 self.runner.rest(&mut table);
-                tokens.truncate(table.next_position());
-                let keeps = !failed && !table.is_empty();
+                tokens.truncate(computed);
+                let keeps = !failed && !tokens.is_empty();
                 if keeps {
-                    let kept = Kept { table, tokens, cache_salt, dense, selected, prunings };
+                    let kept = Kept { table, tokens, cache_salt, history };
                     self.sessions.close(&session, total, Some(kept)).map(|kept| kept.table)
                 } else {
                     self.sessions.close(&session, total, None);
@@ -340,7 +340,7 @@ impl<R: Runner> Scheduler<R> {
 
     /// Offers the pages of a sequence, which has not failed, to requests that begin alike.
     fn remember(&mut self, sequence: &mut Sequence) {
-        let dense = sequence.dense_tokens();
+        let dense = sequence.alike().len().min(sequence.computed());
         let Sequence { tokens, cache_salt, table, .. } = sequence;
         let prefix = Prefix { salt: cache_salt, tokens: &tokens[..dense] };
         self.runner.remember(prefix, table);

@@ -1,6 +1,5 @@
 //! One request inside a scheduler.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -11,8 +10,8 @@ use tinyserve_model::Sampler;
 use tinyserve_plugins::RequestPlugins;
 
 use crate::channel::EventSender;
+use crate::history::History;
 use crate::metrics::Metrics;
-use crate::pruning::Prunings;
 use crate::text::TextStream;
 use crate::{
     AttentionChoice, Event, Failure, FinishReason, KvUse, PromptToken, RequestId, StopReason,
@@ -96,19 +95,16 @@ pub(crate) struct Sequence {
     pub(crate) planned: usize,
     /// Whether none of its steps has run since it got its pages.
     pub(crate) fresh: bool,
-    /// Tokens from the first on that were computed with dense attention, as any request would, if
-    /// that many are computed: pages of theirs may be shared.
-    pub(crate) dense: usize,
-    /// Positions of its prompt that earlier requests of its session computed by selecting, and how:
-    /// ascending. After a preemption they are computed so again.
-    pub(crate) selected: Vec<(Range<usize>, AttentionChoice)>,
+    /// How its tokens were computed, by earlier requests of its session too. Of its own answer, how
+    /// tokens were computed before the budget moved last; later ones as `attention` says.
+    pub(crate) history: History,
     /// Whether it shares pages with others; not after it found no room to prune what it shared.
     pub(crate) shares: bool,
     /// Whether its prompt's pages were offered to others.
     pub(crate) remembered: bool,
-    pub(crate) prunings: Prunings,
-    /// Tokens that had been computed when its pages were taken away. Plugins have seen those: they
-    /// are computed again behind their backs, with the same prunings in between.
+    /// Tokens that had been computed, by earlier requests of its session or before its pages were
+    /// taken away. If they are computed again, then behind the backs of plugins, who have seen what
+    /// there was to see, and with the same prunings in between.
     pub(crate) seen: usize,
     pub(crate) place: Option<QueuePlace>,
     pub(crate) cached_tokens: usize,
@@ -163,7 +159,7 @@ impl Sequence {
 
     /// Tokens in the cache, those that are about to be pruned not counted.
     pub(crate) fn cached(&self) -> usize {
-        self.table.len() - self.prunings.due(self.computed())
+        self.table.len() - self.history.prunings.due(self.computed())
     }
 
     /// Tokens to compute before the next one is drawn.
@@ -209,7 +205,7 @@ impl Sequence {
     pub(crate) fn uniform(&self, most: usize) -> usize {
         let done = self.computed();
         let (attention, end) = self.attention_at(done);
-        let end = self.prunings.next().map_or(end, |pruning| end.min(pruning.computed));
+        let end = self.history.prunings.next().map_or(end, |pruning| end.min(pruning.computed));
         let end = if done < self.seen { end.min(self.seen) } else { end };
         let end = match attention {
             Attention::Dense => end,
@@ -223,26 +219,22 @@ impl Sequence {
 
     /// Which pages the token at position `at` reads, and the position up to which that holds.
     pub(crate) fn attention_at(&self, at: usize) -> (Attention<'_>, usize) {
-        if at >= self.prompt_len {
-            return (self.attention.as_kernel(), self.tokens.len());
-        }
-        match self.selected.iter().find(|(positions, _)| at < positions.end) {
-            Some((positions, attention)) if positions.contains(&at) => {
-                (attention.as_kernel(), positions.end)
-            }
-            Some((positions, _)) => (Attention::Dense, positions.start),
-            None => (Attention::Dense, self.prompt_len),
+        match self.history.selection_at(at) {
+            (Some(attention), end) => (attention.as_kernel(), end),
+            (None, end) if at < self.prompt_len => (Attention::Dense, end.min(self.prompt_len)),
+            (None, end) => (self.attention.as_kernel(), end.min(self.tokens.len())),
         }
     }
 
-    /// As [`Self::selected`], its own answer included.
-    pub(crate) fn all_selected(&mut self) -> Vec<(Range<usize>, AttentionChoice)> {
-        let mut all = std::mem::take(&mut self.selected);
-        let own = self.reads_all_until()..self.computed();
-        if !own.is_empty() {
-            all.push((own, self.attention.clone()));
-        }
-        all
+    /// Tokens that were computed at some time, whether its pages hold them now or not.
+    pub(crate) fn ever_computed(&self) -> usize {
+        self.seen.max(self.computed() - self.planned)
+    }
+
+    /// Writes into its history how its own answer was computed until now.
+    pub(crate) fn note_selected(&mut self) {
+        let start = self.reads_all_until().max(self.history.select_end());
+        self.history.select(start..self.ever_computed(), &self.attention);
     }
 
     /// Its first so many tokens, pruned ones counted, read all that comes before them.
@@ -259,36 +251,21 @@ impl Sequence {
 
     /// Gives its pages up, to compute what they held again later.
     pub(crate) fn begin_again(&mut self) -> PageTable {
-        let computed = self.computed() - self.planned;
+        self.seen = self.ever_computed();
         let empty = PageTable::new(self.table.page_size());
         let table = std::mem::replace(&mut self.table, empty);
         self.planned = 0;
         self.remembered = false;
         self.times.preemptions += 1;
-        if table.next_position() - table.len() == self.prunings.removed() {
-            self.seen = self.seen.max(computed);
-            self.prunings.rewind();
-        } else {
-            // It began with what a session had pruned, of which nobody knows when: all is new.
-            (self.fresh, self.seen, self.prunings) = (true, 0, Prunings::default());
-            self.selected.clear();
-        }
-        self.dense = self.selected.first().map_or(usize::MAX, |(positions, _)| positions.start);
+        self.history.prunings.rewind();
         table
     }
 
     /// Of its tokens, those from the first on that any request computes alike: they read all that
     /// comes before them.
     pub(crate) fn alike(&self) -> &[u32] {
-        let dense = self.reads_all_until();
-        let unpruned = self.prunings.first().map_or(usize::MAX, |pruning| pruning.computed);
-        let unselected = self.selected.first().map_or(usize::MAX, |(positions, _)| positions.start);
-        &self.tokens[..dense.min(unpruned).min(unselected).min(self.tokens.len())]
-    }
-
-    /// Tokens from the first on that were computed as any request would compute them.
-    pub(crate) fn dense_tokens(&self) -> usize {
-        self.dense.min(self.alike().len()).min(self.computed())
+        let alike = self.reads_all_until().min(self.history.alike(usize::MAX));
+        &self.tokens[..alike.min(self.tokens.len())]
     }
 
     /// Whether the budget of the engine's policy decides what its next step reads.
@@ -306,9 +283,11 @@ impl Sequence {
 
     /// Moves the budget of the engine's policy.
     pub(crate) fn set_budget(&mut self, budget: Budget) {
-        if let AttentionChoice::Policy(policy) = &mut self.attention
-            && self.adapts
-        {
+        if !self.adapts {
+            return;
+        }
+        self.note_selected();
+        if let AttentionChoice::Policy(policy) = &mut self.attention {
             policy.budget = budget;
         }
     }

@@ -1,13 +1,13 @@
 //! Sessions: pages that stay between the requests of a conversation.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::time::{Duration, Instant, SystemTime};
 
 use tinyserve_kv::PageTable;
 
-use crate::pruning::Prunings;
-use crate::{AttentionChoice, Clock, Runner};
+use crate::history::History;
+use crate::sequence::Sequence;
+use crate::{Clock, Runner};
 
 /// What is known of a session.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,31 +38,61 @@ struct Session {
     total_tokens: u64,
     /// Requests of it that wait or run.
     open_requests: usize,
-    /// What it holds while none of its requests runs.
+    /// What is left of it while none of its requests runs.
     kept: Option<Kept>,
 }
 
-/// Pages between two requests.
+/// What is left of a session between two requests. Its pages may go; the next request then computes
+/// the tokens again, and gets what it would have found.
 #[derive(Debug)]
 pub(crate) struct Kept {
+    /// Pages of the first tokens.
     pub(crate) table: PageTable,
-    /// The tokens that were computed into the pages; some may be pruned.
+    /// The tokens that were computed; some may be pruned.
     pub(crate) tokens: Vec<u32>,
     pub(crate) cache_salt: String,
-    /// How many of the first tokens were computed with dense attention, as any request would.
-    pub(crate) dense: usize,
-    /// Positions that were computed by selecting, and how, as far as that is known.
-    pub(crate) selected: Vec<(Range<usize>, AttentionChoice)>,
-    /// What the pages have gone through.
-    pub(crate) prunings: Prunings,
+    pub(crate) history: History,
 }
 
 impl Kept {
+    /// Tokens at the start of a sequence that go on from here, one fewer than it has at most: the
+    /// last token is always computed, for its logits.
+    ///
+    /// A cut inside a page would leave a box that is larger than its keys, so cuts are whole pages.
+    pub(crate) fn continued_by(&self, sequence: &Sequence) -> usize {
+        if sequence.cache_salt != self.cache_salt || sequence.prompt_logprobs.is_some() {
+            return 0;
+        }
+        let most = sequence.tokens.len() - 1;
+        let same = sequence.tokens.iter().zip(&self.tokens).take_while(|(a, b)| a == b).count();
+        let page_size = self.table.page_size();
+        match same.min(most) {
+            all if all == self.tokens.len() => all,
+            // Where tokens were pruned, what lies behind them is all that follows or nothing.
+            some => {
+                let intact = some.min(self.history.prunings.intact());
+                intact - intact % page_size
+            }
+        }
+    }
+
+    /// Tokens that the pages hold of those that go on, pruned ones counted.
+    pub(crate) fn reusable(&self, continued: usize) -> usize {
+        continued.min(self.table.next_position())
+    }
+
     /// Pages that hold the first `reused` tokens, of which pruned ones are either all or none.
     pub(crate) fn pages_of(&self, reused: usize) -> usize {
-        let all = reused == self.tokens.len();
+        let all = reused == self.table.next_position();
         let places = if all { self.table.len() } else { reused };
         places.div_ceil(self.table.page_size())
+    }
+
+    /// Takes the pages away.
+    fn begin_again(&mut self) -> PageTable {
+        self.history.prunings.rewind();
+        let empty = PageTable::new(self.table.page_size());
+        std::mem::replace(&mut self.table, empty)
     }
 }
 
@@ -130,7 +160,7 @@ impl Sessions {
         self.by_id.get(id).map_or(0, |session| session.open_requests)
     }
 
-    /// Leaves pages to a session; returns those that it had, or these if there is none.
+    /// Leaves `kept` to a session; returns what it had, or `kept` if there is no such session.
     pub(crate) fn keep(&mut self, id: &str, kept: Kept) -> Option<Kept> {
         let (now, used) = (self.clock.time_of_day(), self.clock.now());
         let Some(session) = self.by_id.get_mut(id) else { return Some(kept) };
@@ -138,7 +168,7 @@ impl Sessions {
         session.kept.replace(kept)
     }
 
-    /// Takes the session's pages.
+    /// Takes what is left of the session.
     pub(crate) fn take(&mut self, id: &str) -> Option<Kept> {
         self.by_id.get_mut(id)?.kept.take()
     }
@@ -162,12 +192,13 @@ impl Sessions {
     /// there was one.
     pub(crate) fn evict<R: Runner>(&mut self, runner: &mut R, but: Option<&str>) -> bool {
         let others = self.by_id.iter_mut().filter(|(id, _)| Some(id.as_str()) != but);
-        let oldest = others
-            .filter(|(_, session)| session.kept.is_some())
-            .min_by_key(|(_, session)| session.used);
-        match oldest.and_then(|(_, session)| session.kept.take()) {
-            Some(kept) => {
-                runner.release(kept.table);
+        let with_pages = others.filter_map(|(_, session)| {
+            let kept = session.kept.as_mut().filter(|kept| !kept.table.pages().is_empty())?;
+            Some((session.used, kept))
+        });
+        match with_pages.min_by_key(|(used, _)| *used) {
+            Some((_, kept)) => {
+                runner.release(kept.begin_again());
                 true
             }
             None => false,

@@ -1,5 +1,6 @@
 //! The engine on the embedded model, from its callers' side.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::task::{Context, Poll, Wake};
 use std::time::Duration;
@@ -17,11 +18,11 @@ use tinyserve_sched::{
 
 /// An engine with `pages` pages of 16 tokens.
 fn engine(pages: usize, config: EngineConfig) -> Engine {
-    replicas(1, pages, config)
+    replicas(1, (pages, KvFormat::F32), config)
 }
 
-/// As [`engine`], as several.
-fn replicas(count: usize, pages: usize, config: EngineConfig) -> Engine {
+/// As [`engine`], as several, whose pages are of a format.
+fn replicas(count: usize, pages: (usize, KvFormat), config: EngineConfig) -> Engine {
     let checkpoint = Checkpoint::builtin().unwrap();
     let eos = checkpoint.config().eos.clone();
     let tokenizer = Some(checkpoint.tokenizer().unwrap());
@@ -30,10 +31,10 @@ fn replicas(count: usize, pages: usize, config: EngineConfig) -> Engine {
     Engine::start_replicas("engine", runners, &config).unwrap()
 }
 
-fn runner(checkpoint: &Checkpoint, pages: usize) -> ModelRunner<Cpu> {
+fn runner(checkpoint: &Checkpoint, (pages, format): (usize, KvFormat)) -> ModelRunner<Cpu> {
     let cpu = Cpu::new(CpuOptions { threads: Some(2), path: None }).unwrap();
     let model = Model::load(cpu, checkpoint, |_, _| {}).unwrap();
-    let layout = model.config().kv_layout(16, KvFormat::F32).unwrap();
+    let layout = model.config().kv_layout(16, format).unwrap();
     let options = PrefixOptions {
         identity: "stories",
         layout,
@@ -468,23 +469,47 @@ fn preempted_requests_that_select_go_on_as_they_would_alone() {
     }
 }
 
+/// What happens to a session before its last turn.
+enum Fate<'a> {
+    Nothing,
+    /// Somebody else needs its pages.
+    Evicted,
+    /// It is saved to a file, deleted and restored.
+    Saved(&'a Path),
+}
+
 #[test]
-fn a_preempted_turn_of_a_session_keeps_what_earlier_turns_had_selected() {
-    let policy = SelectionPolicy {
-        budget: Budget::TopP(0.5),
-        dense_layers: 0,
-        min_context: 60,
-        ..SelectionPolicy::default()
+fn a_turn_of_a_session_that_loses_its_pages_keeps_what_earlier_turns_had_selected() {
+    let config = |budget| {
+        let policy = SelectionPolicy {
+            budget,
+            dense_layers: 0,
+            min_context: 60,
+            ..SelectionPolicy::default()
+        };
+        EngineConfig { attention: AttentionChoice::Policy(policy), ..EngineConfig::default() }
     };
-    let config =
-        || EngineConfig { attention: AttentionChoice::Policy(policy), ..EngineConfig::default() };
     // Two turns, the third with somebody beside it who comes first.
-    let talk = |engine: &Engine, rival: Option<usize>| {
+    let talk = |engine: &Engine, fate: Fate<'_>, rival: Option<usize>| {
         let mut text = prompt("Once upon a time");
         for tokens in [120, 20] {
             let turn = Request::new(&*text).max_tokens(tokens).sampling(SamplingParams::greedy());
             text.extend(answer(engine, turn.session("a")).1.iter().map(|token| token.id));
             text.extend(&prompt("Then")[1..]);
+        }
+        match fate {
+            Fate::Nothing => {}
+            Fate::Evicted => {
+                assert_eq!(answer(engine, greedy("The dog", 200)).1.len(), 200);
+                let info = engine.session_info("a").wait().unwrap().unwrap();
+                assert_eq!((info.cached_pages, engine.stats().sessions_evicted), (0, 1));
+            }
+            Fate::Saved(path) => {
+                let saved = engine.save_session("a", path, "model").wait().unwrap().unwrap();
+                assert!(engine.delete_session("a").wait().unwrap());
+                let info = engine.restore_session("a", path, "model").wait().unwrap().unwrap();
+                assert_eq!(info.cached_tokens, saved);
+            }
         }
         let last = Request::new(&*text).max_tokens(60).sampling(SamplingParams::greedy());
         let mut stream = engine.submit(Request { priority: 5, ..last.session("a") }).unwrap();
@@ -505,11 +530,43 @@ fn a_preempted_turn_of_a_session_keeps_what_earlier_turns_had_selected() {
         assert!(rival.is_none_or(|rival| matches!(rival.last(), Some(Event::Finished(_)))));
         (tokens, preemptions)
     };
-    let (alone, never) = talk(&engine(64, config()), None);
-    let (tokens, preemptions) = talk(&engine(15, config()), Some(200));
-    assert_eq!((alone.len(), never), (60, 0));
-    assert!(preemptions > 0, "there was room for both");
-    assert_eq!(tokens, alone);
+    let folder = tempfile::tempdir().unwrap();
+    let path = &folder.path().join("session");
+    for format in [KvFormat::F32, KvFormat::F16, KvFormat::Int8] {
+        for budget in [Budget::TopP(0.5), Budget::Ratio(0.3)] {
+            let engine = |pages| replicas(1, (pages, format), config(budget));
+            let (alone, never) = talk(&engine(64), Fate::Nothing, None);
+            assert_eq!((alone.len(), never), (60, 0));
+            for fate in [Fate::Nothing, Fate::Evicted, Fate::Saved(path)] {
+                let (tokens, preemptions) = talk(&engine(15), fate, Some(200));
+                assert!(preemptions > 0, "there was room for both");
+                assert_eq!(tokens, alone, "{format}, {budget:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_a_selector_of_the_caller_computed_is_restored_where_it_is() {
+    let own = || AttentionChoice::Custom(Arc::new(BeyondNewest));
+    let config = |attention| EngineConfig { attention, ..EngineConfig::default() };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("session");
+    let with_it = engine(64, config(own()));
+    answer(&with_it, greedy("Once upon a time", 60).session("a"));
+    let save = |engine: &Engine| engine.save_session("a", &path, "model").wait().unwrap();
+    let restore = |engine: &Engine| engine.restore_session("a", &path, "model").wait().unwrap();
+    save(&with_it).unwrap();
+    restore(&with_it).unwrap();
+    let without = engine(64, config(AttentionChoice::Dense));
+    let refused = restore(&without).unwrap_err().to_string();
+    assert!(refused.contains("an engine with that selector"), "{refused}");
+    assert_eq!((without.stats().pages_used, without.stats().sessions), (0, 0));
+    // Which selector a request brought, no file can tell.
+    let request = greedy("Once upon a time", 60).session("a");
+    answer(&without, Request { attention: Some(own()), ..request });
+    let refused = save(&without).unwrap_err().to_string();
+    assert!(refused.contains("no page selectors of their own"), "{refused}");
 }
 
 /// Unparks the thread that polls: the smallest executor.
@@ -548,7 +605,7 @@ fn events_and_replies_can_be_awaited() {
 
 #[test]
 fn replicas_share_the_work_and_keep_what_they_know() {
-    let engine = replicas(2, 64, EngineConfig::default());
+    let engine = replicas(2, (64, KvFormat::F32), EngineConfig::default());
     let alone = answer(&engine, greedy("Once upon a time", 30)).0;
     let streams: Vec<_> =
         (0..8).map(|_| engine.submit(greedy("Once upon a time", 30)).unwrap()).collect();

@@ -168,8 +168,7 @@ fn sessions_are_saved_and_restored_between_steps() {
         let mut table = engine.cache.new_table();
         engine.step(&mut table, &tokens).unwrap();
         let prefix = Prefix { tokens: &tokens, salt: "" };
-        let session =
-            SessionToSave { identity: "test", prefix, dense_tokens: tokens.len(), table: &table };
+        let session = SessionToSave { identity: "test", prefix, selected: &[], table: &table };
         let backend = engine.model.backend();
         assert_eq!(engine.cache.save_session(backend, &path, session).unwrap(), tokens.len());
         let expected =

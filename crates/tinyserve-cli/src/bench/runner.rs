@@ -110,7 +110,7 @@ impl<B: Measurable + Sync> Runner<B> {
         let session = SessionToSave {
             identity: "bench",
             prefix: Prefix { salt: "", tokens: &names },
-            dense_tokens: tokens,
+            selected: &[],
             table: &tables[0],
         };
         let backend = self.model.backend();
@@ -123,7 +123,7 @@ impl<B: Measurable + Sync> Runner<B> {
         let restored =
             self.cache.restore_session(backend, file, "bench").map_err(TinyServeError::from)?;
         let restore = start.elapsed();
-        let tokens = restored.tokens.len();
+        let tokens = restored.table.len();
         self.release(vec![restored.table]);
         Ok(SessionTimes { prefill, save, restore, tokens })
     }

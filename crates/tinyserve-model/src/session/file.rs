@@ -1,4 +1,4 @@
-//! The session file, version 1.
+//! The session file, version 2.
 //!
 //! All numbers are little endian.
 //!
@@ -8,12 +8,15 @@
 //! | 4 | the version |
 //! | 4 | length of the header |
 //! | … | the header: one JSON object |
-//! | 4 each | the tokens |
+//! | 4 each | the tokens, those that no page holds included |
 //! | 8 | XXH3 of everything before |
 //! | `page_bytes` + 8 each | a page as [`tinyserve_kv::HostPages::read_page`] has it, and its XXH3, seeded with the page's number |
 //!
 //! The length of the file follows from the header; a longer or shorter one is refused. A page that
 //! lies in another's place has a wrong checksum, because the seed differs.
+//!
+//! `selected` in the header names the tokens that selecting steps computed, and what selected.
+//! Version 1 did not, and held the tokens of its pages only; it is refused.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -23,12 +26,14 @@ use serde::{Deserialize, Serialize};
 use tinyserve_kv::KvLayout;
 use twox_hash::XxHash3_64;
 
+use super::selected::{SelectedTokens, Stored};
 use crate::ModelError;
 
 const MAGIC: [u8; 8] = *b"TSSESSIO";
-const VERSION: u32 = 1;
-/// Longest header: it names a model and a salt, and no file may make the reader allocate more.
-const MOST_HEADER_BYTES: u32 = 64 << 10;
+const VERSION: u32 = 2;
+/// Longest header: no file may make the reader allocate more. It holds a model's name, a salt, and
+/// some 200 bytes for each change of what selects.
+const MOST_HEADER_BYTES: u32 = 4 << 20;
 const CHECKSUM_BYTES: usize = 8;
 const SAVED: &str = "a session file that was written completely: save it again";
 
@@ -45,7 +50,9 @@ pub(super) struct Header {
     page_size: usize,
     page_bytes: usize,
     tokens: usize,
-    pub(super) dense_tokens: usize,
+    /// Full pages, which hold the first tokens.
+    pub(super) pages: usize,
+    selected: Vec<Stored>,
     /// Bytes before the pages.
     #[serde(skip)]
     front_bytes: u64,
@@ -56,7 +63,7 @@ impl Header {
         identity: &str,
         salt: &str,
         layout: &KvLayout,
-        (tokens, dense_tokens): (usize, usize),
+        (tokens, pages): (usize, usize),
     ) -> Self {
         let shape = layout.shape();
         Self {
@@ -69,9 +76,32 @@ impl Header {
             page_size: shape.page_size,
             page_bytes: layout.bytes_per_page(),
             tokens,
-            dense_tokens,
+            pages,
+            selected: Vec::new(),
             front_bytes: 0,
         }
+    }
+
+    /// With what selected.
+    pub(super) fn selecting(mut self, selected: &[SelectedTokens]) -> Self {
+        self.selected = selected.iter().map(Stored::new).collect();
+        self
+    }
+
+    /// What selected.
+    pub(super) fn selected(&self, path: &Path) -> Result<Vec<SelectedTokens>, ModelError> {
+        let mut after = 0;
+        let all = self.selected.iter().enumerate().map(|(index, stored)| {
+            let read = stored.read(after, self.tokens).map_err(|refused| ModelError::Field {
+                file: path.display().to_string(),
+                field: format!("selected[{index}].{}", refused.field),
+                found: refused.found,
+                expected: refused.expected,
+            })?;
+            after = read.positions.end;
+            Ok(read)
+        });
+        all.collect()
     }
 
     /// Bytes of one page, its checksum apart.
@@ -82,7 +112,8 @@ impl Header {
     pub(super) fn write(&self, tokens: &[u32], out: &mut impl Write) -> io::Result<()> {
         let json = serde_json::to_vec(self)?;
         let length = u32::try_from(json.len()).ok().filter(|&length| length <= MOST_HEADER_BYTES);
-        let length = length.ok_or_else(|| io::Error::other("the salt is too long for a header"))?;
+        let length = length
+            .ok_or_else(|| io::Error::other("its salt and what selected need too long a header"))?;
         let mut front = Vec::with_capacity(16 + json.len() + 4 * tokens.len());
         front.extend(MAGIC);
         front.extend(VERSION.to_le_bytes());
@@ -117,7 +148,8 @@ impl Header {
         let [version, header_bytes] = [8, 12]
             .map(|at| u32::from_le_bytes([front[at], front[at + 1], front[at + 2], front[at + 3]]));
         if version != VERSION {
-            return Err(refused(path, format!("version {version}"), "version 1"));
+            let expected = "version 2: save the session again with this version of TinyServe";
+            return Err(refused(path, format!("version {version}"), expected));
         }
         if header_bytes > MOST_HEADER_BYTES {
             return Err(refused(path, format!("a header of {header_bytes} bytes"), SAVED));
@@ -147,7 +179,7 @@ impl Header {
         layout: &KvLayout,
         length: u64,
     ) -> Result<(), ModelError> {
-        let own = Self::new(identity, &self.salt, layout, (self.tokens, self.dense_tokens));
+        let own = Self::new(identity, &self.salt, layout, (self.tokens, self.pages));
         let number = |n: usize| n.to_string();
         for (field, found, expected) in [
             ("model", self.identity.clone(), own.identity),
@@ -167,10 +199,11 @@ impl Header {
                 });
             }
         }
-        if !self.tokens.is_multiple_of(self.page_size) {
-            return Err(refused(path, format!("{} tokens", self.tokens), "whole pages"));
+        if self.pages > self.tokens / self.page_size {
+            let found = format!("{} pages of {} tokens", self.pages, self.tokens);
+            return Err(refused(path, found, "pages that tokens fill"));
         }
-        let pages = (self.tokens / self.page_size) as u64;
+        let pages = self.pages as u64;
         let expected = (self.page_bytes + CHECKSUM_BYTES) as u64;
         let expected = pages.saturating_mul(expected).saturating_add(self.front_bytes);
         if length != expected {

@@ -26,7 +26,7 @@ impl<R: Runner> Scheduler<R> {
                 if sequence.computed() >= sequence.prompt_len && offers {
                     // From now on, requests with the same beginning find it.
                     sequence.remembered = true;
-                    let dense = sequence.dense.min(sequence.prompt_len);
+                    let dense = sequence.alike().len().min(sequence.prompt_len);
                     let Sequence { tokens, cache_salt, table, .. } = sequence;
                     runner.remember(Prefix { salt: cache_salt, tokens: &tokens[..dense] }, table);
                 }

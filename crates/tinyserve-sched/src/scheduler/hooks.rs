@@ -98,7 +98,7 @@ fn act<R: Runner>(
     let bytes = |tokens: usize| (tokens.div_ceil(page_size) * bytes_per_page) as u64;
     let bytes_before = bytes(sequence.cached());
     let (computed, places) = (sequence.computed(), verdict.prune.clone());
-    sequence.prunings.push(Pruning { computed, places });
+    sequence.history.prunings.push(Pruning { computed, places });
     match prune(runner, sequence) {
         // Shared pages have to be replaced before they can be left. There is no room for that now:
         // the next plan makes some.
@@ -118,9 +118,9 @@ fn act<R: Runner>(
 /// When pages are missing or cannot be taken apart; what was pruned until then is.
 pub(super) fn prune<R: Runner>(runner: &mut R, sequence: &mut Sequence) -> Result<(), ModelError> {
     let computed = sequence.computed();
-    while let Some(due) = sequence.prunings.next().filter(|due| due.computed == computed) {
+    while let Some(due) = sequence.history.prunings.next().filter(|due| due.computed == computed) {
         runner.prune(&mut sequence.table, &due.places)?;
-        sequence.prunings.note_made();
+        sequence.history.prunings.note_made();
     }
     Ok(())
 }

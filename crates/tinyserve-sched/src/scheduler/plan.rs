@@ -141,10 +141,14 @@ impl<R: Runner> Scheduler<R> {
         let page_size = sequence.table.page_size();
         let session = sequence.session.as_deref();
         let kept = session.and_then(|session| self.sessions.kept(session));
-        let of_session = kept.map_or(0, |kept| reusable(sequence, kept));
-        let prefix = sharable(sequence);
-        // Prompts whose every token is scored are computed whole.
-        let may_share = sequence.prompt_logprobs.is_none() && sequence.shares;
+        let continued = kept.map_or(0, |kept| kept.continued_by(sequence));
+        let of_session = kept.map_or(0, |kept| kept.reusable(continued));
+        let alike = kept.map_or(usize::MAX, |kept| kept.history.alike(continued));
+        let prefix = sharable(sequence, alike);
+        // Prompts whose every token is scored are computed whole, and those whose attention a plugin
+        // adds up: it would miss what the pages of others have received.
+        let whole = sequence.prompt_logprobs.is_some() || sequence.plugins.needs().attention_mass;
+        let may_share = sequence.shares && !whole;
         let known = if may_share { self.runner.known(prefix) } else { 0 };
         let shares = known > of_session;
         let reused = of_session.max(known);
@@ -164,29 +168,26 @@ impl<R: Runner> Scheduler<R> {
         let mut sequence = self.waiting.remove(index);
         let kept = sequence.session.as_deref().and_then(|session| self.sessions.take(session));
         let mut left = reused;
-        match kept {
-            Some(Kept { table, .. }) if shares => self.runner.release(table),
-            Some(Kept { mut table, tokens, dense, mut selected, prunings, .. }) => {
-                if reused < tokens.len() {
+        if let Some(Kept { mut table, tokens, mut history, .. }) = kept {
+            if continued < tokens.len() {
+                history.truncate(continued);
+            }
+            if shares {
+                history.prunings.rewind();
+                self.runner.release(table);
+            } else {
+                if of_session < table.next_position() {
                     // A sealed page of codes goes whole.
-                    left = self.runner.truncate(&mut table, reused);
-                } else {
-                    sequence.prunings = prunings;
+                    left = self.runner.truncate(&mut table, of_session);
                 }
                 sequence.table = table;
-                // What follows tokens of selecting steps is not what any request would compute.
-                sequence.dense = if left > dense { dense } else { usize::MAX };
-                selected.retain_mut(|(positions, _)| {
-                    positions.end = positions.end.min(left);
-                    positions.start < positions.end
-                });
-                sequence.selected = selected;
             }
-            None => {}
+            (sequence.history, sequence.seen) = (history, continued);
         }
         // A prompt that nobody knows is looked up, too, and counted as one that was not found.
         if shares || of_session == 0 && may_share {
-            sequence.table = self.runner.start(sharable(&sequence));
+            let prefix = sharable(&sequence, usize::MAX);
+            sequence.table = self.runner.start(prefix);
         }
         let reused = if shares { sequence.table.len() } else { left };
         self.tell_started(&mut sequence, reused);
@@ -209,28 +210,9 @@ impl<R: Runner> Scheduler<R> {
     }
 }
 
-/// Tokens at the start of a sequence that a session's pages hold, one fewer than it has at most:
-/// the last token is always computed, for its logits.
-///
-/// A cut inside a page would leave a box that is larger than its keys, so cuts are whole pages.
-fn reusable(sequence: &Sequence, kept: &Kept) -> usize {
-    if sequence.cache_salt != kept.cache_salt || sequence.prompt_logprobs.is_some() {
-        return 0;
-    }
-    let most = sequence.tokens.len() - 1;
-    let intact = kept.table.intact();
-    let same = sequence.tokens.iter().zip(&kept.tokens).take_while(|(a, b)| a == b).count();
-    let page_size = kept.table.page_size();
-    match same.min(most) {
-        all if all == kept.tokens.len() => all,
-        // Where tokens were pruned, what lies behind them is all that follows or nothing.
-        some => some.min(intact) - some.min(intact) % page_size,
-    }
-}
-
-/// What of a sequence may be found among what others have computed, and one token more, which is
-/// always computed, for its logits.
-fn sharable(sequence: &Sequence) -> Prefix<'_> {
-    let most = (sequence.alike().len() + 1).min(sequence.tokens.len());
+/// What of a sequence, of whose first tokens any request computes so many alike, may be found among
+/// what others have computed, and one token more, which is always computed, for its logits.
+fn sharable(sequence: &Sequence, alike: usize) -> Prefix<'_> {
+    let most = (sequence.alike().len().min(alike) + 1).min(sequence.tokens.len());
     Prefix { salt: &sequence.cache_salt, tokens: &sequence.tokens[..most] }
 }

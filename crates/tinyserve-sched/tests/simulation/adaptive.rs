@@ -1,16 +1,17 @@
 //! The controller of the selection budget, on the same clock.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use proptest::prelude::*;
 use tinyserve_kv::{Budget, SelectionPolicy};
 use tinyserve_sched::{
-    Adaptive, AdmissionError, AttentionChoice, BudgetMove, Clock, EngineConfig, Scheduler,
+    Adaptive, AdmissionError, AttentionChoice, BudgetMove, Clock, EngineConfig, Event, Scheduler,
 };
 
 use super::{Plan, World, simple};
-use crate::toy::Toy;
+use crate::toy::{DRAWN, Toy};
 
 const PAGE: Duration = Duration::from_micros(100);
 
@@ -27,6 +28,10 @@ fn policy(ratio: f64) -> SelectionPolicy {
 
 /// A world whose steps take `fixed`, and 0.1 ms for each page that they read.
 fn world(ratio: f64, fixed: Duration, target: Duration) -> (World, Moves) {
+    world_of(Toy::new(2000, 4), ratio, fixed, target)
+}
+
+fn world_of(mut toy: Toy, ratio: f64, fixed: Duration, target: Duration) -> (World, Moves) {
     let moves = Moves::default();
     let told = Arc::clone(&moves);
     let on_move = Arc::new(move |moved: &BudgetMove| told.lock().unwrap().push(*moved));
@@ -39,7 +44,6 @@ fn world(ratio: f64, fixed: Duration, target: Duration) -> (World, Moves) {
         clock: clock.clone(),
         ..EngineConfig::default()
     };
-    let mut toy = Toy::new(2000, 4);
     toy.takes = Some((clock, fixed, PAGE));
     (World::of(toy, config), moves)
 }
@@ -130,6 +134,32 @@ fn later_requests_start_with_the_budget_of_now_and_own_policies_stay() {
     world.scheduler.add(submission);
     (0..4).for_each(|_| world.step());
     assert_eq!(step(&mut world), pages(0.9));
+}
+
+#[test]
+fn what_is_computed_again_reads_as_much_as_it_did() {
+    // Two of the four fit at last.
+    let mut toy = Toy::new(280, 4);
+    toy.once = Some(HashMap::new());
+    let (mut world, moves) = world_of(toy, 0.9, Duration::ZERO, Duration::from_millis(5));
+    let mut said: Vec<Vec<u32>> = vec![Vec::new(); 4];
+    for turn in 0..3 {
+        for (session, said) in said.iter_mut().enumerate() {
+            // No two texts begin alike.
+            said.extend((0..60).map(|i| (session as u32 + i) % DRAWN));
+            let plan = simple(1, 1, 0);
+            let session = Some(session as u8);
+            world.submit(Plan { prompt: said.clone(), max_tokens: 120, session, ..plan }).unwrap();
+        }
+        world.run(Vec::new());
+        for (said, heard) in said.iter_mut().zip(&world.heard[4 * turn..]) {
+            assert!(matches!(heard.end, Some(Event::Finished(_))), "{:?}", heard.end);
+            said.extend(&heard.tokens);
+        }
+    }
+    let stats = world.scheduler.stats();
+    assert!(moves.lock().unwrap().len() > 4 && stats.preemptions > 2, "{stats:?}");
+    assert!(stats.sessions_evicted > 0 && world.scheduler.runner().selected_again > 500);
 }
 
 #[test]

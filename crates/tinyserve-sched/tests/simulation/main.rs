@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod adaptive;
+mod sessions;
 mod toy;
 
 use std::collections::HashMap;
@@ -10,7 +11,9 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use tinyserve_model::SamplingParams;
-use tinyserve_plugins::{Action, HookResult, Plugin, PluginManager, PrefillContext, StepContext};
+use tinyserve_plugins::{
+    Action, HookResult, Needs, Plugin, PluginManager, PrefillContext, StepContext,
+};
 use tinyserve_sched::{
     AdmissionError, Clock, Engine, EngineConfig, EngineState, Event, EventStream, FailureKind,
     Finished, Request, RequestId, Runner, Scheduler,
@@ -130,20 +133,37 @@ fn config() -> impl Strategy<Value = (EngineConfig, usize, usize)> {
         })
 }
 
-/// Forgets some tokens of the prompt, and of the answer now and then.
+/// Forgets some tokens of the prompt, which depend on where its request began to compute, and of the
+/// answer now and then.
 struct Forgetful;
 
+/// What [`Forgetful`] remembers of a request.
+#[derive(Default)]
+struct Memory {
+    began: usize,
+    steps: usize,
+}
+
 impl Plugin for Forgetful {
+    fn needs(&self) -> Needs {
+        // So no other requests decide where one begins.
+        Needs { attention_mass: true, ..Needs::default() }
+    }
+
     fn on_prefill(&self, context: &mut PrefillContext<'_>) -> HookResult {
         assert!(context.is_first() || context.computed().start > 0);
+        if context.is_first() {
+            context.state::<Memory>().began = context.computed().start;
+        }
         let forgets = context.is_last() && context.cached_tokens() > 4;
-        Ok(if forgets { Action::Prune(vec![1, 3]) } else { Action::Continue })
+        let also = if context.state::<Memory>().began.is_multiple_of(2) { 3 } else { 2 };
+        Ok(if forgets { Action::Prune(vec![1, also]) } else { Action::Continue })
     }
 
     fn on_step(&self, context: &mut StepContext<'_>) -> HookResult {
         let (cached, generated) = (context.cached_tokens() as u32, context.generated().len());
-        *context.state::<usize>() += 1;
-        assert_eq!(*context.state::<usize>(), generated + 1, "it sees each step once");
+        context.state::<Memory>().steps += 1;
+        assert_eq!(context.state::<Memory>().steps, generated + 1, "it sees each step once");
         let forgets = generated % 4 != 1 && cached > 5;
         Ok(if forgets { Action::Prune(vec![2, cached - 2]) } else { Action::Continue })
     }
@@ -208,9 +228,13 @@ impl World {
     }
 
     fn submit(&mut self, plan: Plan) -> Result<(), AdmissionError> {
+        self.submit_request(plan.request(), plan)
+    }
+
+    fn submit_request(&mut self, request: Request, plan: Plan) -> Result<(), AdmissionError> {
         let aborts = std::sync::Arc::clone(&self.aborts);
         let abort = move |id| aborts.lock().unwrap().push(id);
-        let (submission, stream) = self.scheduler.intake().take(plan.request(), abort)?;
+        let (submission, stream) = self.scheduler.intake().take(request, abort)?;
         self.scheduler.add(submission);
         self.heard.push(Heard {
             plan,

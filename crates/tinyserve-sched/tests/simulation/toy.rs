@@ -1,14 +1,23 @@
 //! A toy in a model's place: its pages hold the tokens themselves, and the next token is a hash of
-//! all that its pages hold, so that a page in the wrong place or of somebody else changes the text.
+//! all that it reads, so that a page in the wrong place or of somebody else changes the text.
+//!
+//! A token that was computed by reading less than all that comes before it, or something that was,
+//! is not itself in its page: it is that and a hash of what it read.
 
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use tinyserve_kernels::{AttendStats, Attention, TopLogits, TopRow};
 use tinyserve_kv::{
     EvictionCause, EvictionPolicy, KvError, KvFormat, KvLayout, KvShape, PagePool, PageTable,
-    Prefix, PrefixIndex, PrefixOptions, PrefixStats, TokenMove,
+    Prefix, PrefixIndex, PrefixOptions, PrefixStats, TokenMove, select_pages,
 };
-use tinyserve_model::{Batch, LogitRows, ModelError, SequenceStep};
+use tinyserve_model::{
+    Batch, LogitRows, ModelError, RestoredSession, SelectedTokens, SequenceStep, SessionToSave,
+};
 use tinyserve_sched::{Clock, Runner, RunnerShape};
 
 pub(crate) const VOCAB: usize = 40;
@@ -20,6 +29,14 @@ pub(crate) const PANICS: u32 = 39;
 pub(crate) const PANIC: &str = "the toy panics";
 /// Tokens below this one are drawn.
 pub(crate) const DRAWN: u32 = 37;
+
+/// A session that was saved.
+struct Saved {
+    tokens: Vec<u32>,
+    salt: String,
+    selected: Vec<SelectedTokens>,
+    pages: Vec<Vec<u32>>,
+}
 
 pub(crate) struct Toy {
     pool: PagePool,
@@ -39,6 +56,13 @@ pub(crate) struct Toy {
     pub(crate) largest_step: usize,
     /// Most sequences of a step so far.
     pub(crate) widest_step: usize,
+    /// In files' place.
+    saved: Mutex<HashMap<PathBuf, Saved>>,
+    /// What was computed for the last token of each text, where that is to be the same when it is
+    /// computed again: no two requests have the same text then.
+    pub(crate) once: Option<HashMap<Vec<u32>, u32>>,
+    /// Tokens that were computed again, and read less than all, so far.
+    pub(crate) selected_again: usize,
 }
 
 impl Toy {
@@ -62,6 +86,9 @@ impl Toy {
             takes: None,
             largest_step: 0,
             widest_step: 0,
+            saved: Mutex::default(),
+            once: None,
+            selected_again: 0,
         }
     }
 }
@@ -77,15 +104,72 @@ impl Toy {
             _ => all,
         }
     }
+
+    fn values(&self, table: &PageTable, places: Range<usize>) -> impl Iterator<Item = u32> {
+        places.map(|place| {
+            let slot = table.slot(place);
+            self.pages[slot.page.index()][slot.offset]
+        })
+    }
+
+    /// What the token at `place` reads of those before it.
+    fn reads(&self, step: &SequenceStep<'_>, place: usize) -> Vec<u32> {
+        let size = self.page_size;
+        let budget = match step.attention {
+            Attention::Policy(policy) => policy.page_budget(policy.dense_layers, place + 1, size),
+            _ => None,
+        };
+        let (Some(budget), Attention::Policy(policy)) = (budget, step.attention) else {
+            return self.values(step.table, 0..place).collect();
+        };
+        let page = |page: usize| page * size..((page + 1) * size).min(place);
+        let scores: Vec<f32> = (0..=place / size)
+            .map(|number| hash(self.values(step.table, page(number))) as u16 as f32)
+            .collect();
+        let mut selected = Vec::new();
+        select_pages(&scores, budget, policy.sink_pages, policy.recent_pages, &mut selected);
+        selected.iter().flat_map(|&number| self.values(step.table, page(number as usize))).collect()
+    }
+
+    /// Puts `token` into its page; returns all that it reads, itself included.
+    fn compute(&mut self, step: &SequenceStep<'_>, place: usize, token: u32) -> Vec<u32> {
+        let mut reads = self.reads(step, place);
+        let whole = reads.len() == step.table.position(place);
+        let plain = whole && reads.iter().all(|&value| value < VOCAB as u32);
+        let value = if plain {
+            token
+        } else {
+            token + VOCAB as u32 * (1 + hash(reads.iter().copied()) as u32 % 100_000)
+        };
+        if let Some(once) = &mut self.once {
+            let before = (0..place).map(|place| {
+                let slot = step.table.slot(place);
+                self.pages[slot.page.index()][slot.offset] % VOCAB as u32
+            });
+            let text: Vec<u32> = before.chain([token]).collect();
+            if let Some(before) = once.insert(text, value) {
+                assert_eq!(value, before, "token {place} was computed again, otherwise");
+                self.selected_again += usize::from(!whole);
+            }
+        }
+        let slot = step.table.slot(place);
+        self.pages[slot.page.index()][slot.offset] = value;
+        reads.push(value);
+        reads
+    }
+}
+
+fn hash(tokens: impl IntoIterator<Item = u32>) -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    for token in tokens {
+        hash = (hash ^ u64::from(token)).wrapping_mul(0x100_0000_01b3);
+    }
+    hash ^ (hash >> 29)
 }
 
 /// The token that follows `tokens`.
 pub(crate) fn next(tokens: &[u32]) -> u32 {
-    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    for &token in tokens {
-        hash = (hash ^ u64::from(token)).wrapping_mul(0x100_0000_01b3);
-    }
-    ((hash ^ (hash >> 29)) % u64::from(DRAWN)) as u32
+    (hash(tokens.iter().copied()) % u64::from(DRAWN)) as u32
 }
 
 impl Runner for Toy {
@@ -116,6 +200,9 @@ impl Runner for Toy {
     }
 
     fn remember(&mut self, prefix: Prefix<'_>, table: &mut PageTable) {
+        let whole = prefix.tokens.len().min(table.intact()) / self.page_size * self.page_size;
+        let held: Vec<u32> = self.values(table, 0..whole).collect();
+        assert_eq!(held, prefix.tokens[..whole], "what is shared is what anybody computes");
         self.prefixes.insert(&mut self.pool, prefix, table);
     }
 
@@ -165,6 +252,37 @@ impl Runner for Toy {
         Ok(())
     }
 
+    fn save_session(&self, path: &Path, session: SessionToSave<'_>) -> Result<usize, ModelError> {
+        let SessionToSave { prefix, selected, table, .. } = session;
+        assert_eq!(table.len(), table.next_position(), "pruned sessions are not saved");
+        let pages = &table.pages()[..table.len() / self.page_size];
+        let pages: Vec<_> = pages.iter().map(|page| self.pages[page.index()].clone()).collect();
+        let tokens = pages.len() * self.page_size;
+        let saved = Saved {
+            tokens: prefix.tokens.to_vec(),
+            salt: prefix.salt.to_owned(),
+            selected: selected.to_vec(),
+            pages,
+        };
+        self.saved.lock().unwrap().insert(path.to_owned(), saved);
+        Ok(tokens)
+    }
+
+    fn restore_session(&mut self, path: &Path, _: &str) -> Result<RestoredSession, ModelError> {
+        let saved = self.saved.lock().unwrap().remove(path).expect("it was saved");
+        let mut table = PageTable::new(self.page_size);
+        let Saved { tokens, salt, selected, pages } = saved;
+        if let Err(error) = self.extend(&mut table, pages.len() * self.page_size) {
+            let saved = Saved { tokens, salt, selected, pages };
+            self.saved.lock().unwrap().insert(path.to_owned(), saved);
+            return Err(error.into());
+        }
+        for (page, values) in table.pages().iter().zip(pages) {
+            self.pages[page.index()] = values;
+        }
+        Ok(RestoredSession { table, tokens, salt, selected })
+    }
+
     fn release(&mut self, table: PageTable) {
         table.release(&mut self.pool);
     }
@@ -185,26 +303,20 @@ impl Runner for Toy {
                 return Err(ModelError::NotFinite { what: "the toy" });
             }
             let first = step.first_place();
-            for (place, &token) in (first..).zip(step.tokens) {
-                let slot = step.table.slot(place);
-                self.pages[slot.page.index()][slot.offset] = token;
-            }
-            let all: Vec<u32> = (0..step.table.len())
-                .map(|place| {
-                    let slot = step.table.slot(place);
-                    self.pages[slot.page.index()][slot.offset]
-                })
+            let read: Vec<Vec<u32>> = (first..)
+                .zip(step.tokens)
+                .map(|(place, &token)| self.compute(step, place, token))
                 .collect();
             let rows = match step.logits {
-                LogitRows::None => all.len()..all.len(),
-                LogitRows::Last | LogitRows::Top(_) => all.len() - 1..all.len(),
-                LogitRows::All => first..all.len(),
+                LogitRows::None => &[],
+                LogitRows::Last | LogitRows::Top(_) => &read[read.len() - 1..],
+                LogitRows::All => &read[..],
             };
-            let rows = rows.map(|row| {
+            let rows = rows.iter().map(|read| {
                 let mut logits = vec![0.0; VOCAB];
                 logits[PANICS as usize] = -100.0;
                 logits[FAILS as usize] = -100.0;
-                logits[next(&all[..=row]) as usize] = 3.0;
+                logits[next(read) as usize] = 3.0;
                 logits
             });
             let mut rows: Vec<Vec<f32>> = rows.collect();
