@@ -77,16 +77,18 @@ struct Deep {
     kv: &'static str,
     sequences: u32,
     depth: u32,
+    /// Tokens of a page.
+    page: u32,
 }
 
 /// Tokens that each sequence generates in a run deep in the context.
 const DEEP_STEPS: &str = "8";
 
 const fn deep(shape: &'static str, weights: &'static str, kv: &'static str) -> Deep {
-    Deep { shape, weights, kv, sequences: 1, depth: 16_384 }
+    Deep { shape, weights, kv, sequences: 1, depth: 16_384, page: 16 }
 }
 
-const DEEP: [Deep; 7] = [
+const DEEP: [Deep; 8] = [
     Deep { sequences: 8, ..deep("gpt2-345m", "int8", "f16") },
     deep("tinyllama-1.1b", "int8", "f16"),
     deep("tinyllama-1.1b", "int8", "int8"),
@@ -94,6 +96,8 @@ const DEEP: [Deep; 7] = [
     deep("llama-15m", "f16", "f16"),
     deep("llama-15m", "f16", "int8"),
     Deep { depth: 8_192, ..deep("gpt2-124m", "f16", "int8") },
+    // Codes bring their box along, of which larger pages have less.
+    Deep { depth: 8_192, page: 64, ..deep("gpt2-124m", "f16", "int8") },
 ];
 
 /// Measures, prints and writes the page.
@@ -258,10 +262,18 @@ impl Session<'_> {
         for round in 0..self.args.rounds {
             for (deep, found) in &mut rows {
                 eprintln!("depth, round {}: {}", round + 1, deep.label());
-                let [sequences, depth] = [deep.sequences, deep.depth].map(|n| n.to_string());
+                let numbers = [deep.sequences, deep.depth, deep.page].map(|n| n.to_string());
+                let [sequences, depth, page] = &numbers;
                 let test: [&[&str]; 3] = [
-                    &["-p", "0", "-n", DEEP_STEPS, "-d", &depth, "-r", "3", "-b", &sequences],
-                    &["--kv-cache-dtype", deep.kv, "--attention", "dense,sparse"],
+                    &["-p", "0", "-n", DEEP_STEPS, "-d", depth, "-r", "3", "-b", sequences],
+                    &[
+                        "--kv-cache-dtype",
+                        deep.kv,
+                        "--page-size",
+                        page,
+                        "--attention",
+                        "dense,sparse",
+                    ],
                     &["--selection-ratio", "0.1"],
                 ];
                 let test = test.concat();
@@ -288,8 +300,8 @@ impl Session<'_> {
 
 impl Deep {
     fn label(&self) -> String {
-        let Self { shape, weights, kv, sequences, depth } = self;
-        format!("{shape} {weights}, {kv} KV, {sequences} × {}K", depth / 1024)
+        let Self { shape, weights, kv, sequences, depth, page } = self;
+        format!("{shape} {weights}, {kv} KV in pages of {page}, {sequences} × {}K", depth / 1024)
     }
 }
 

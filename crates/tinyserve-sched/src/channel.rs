@@ -109,6 +109,7 @@ fn deadline(timeout: Duration) -> Option<Instant> {
 /// stream before the terminal event aborts the request.
 pub struct EventStream {
     id: RequestId,
+    replica: usize,
     channel: Arc<Channel<Event>>,
     abort: Box<dyn Fn() + Send + Sync>,
     ended: bool,
@@ -125,6 +126,17 @@ impl EventStream {
     #[must_use]
     pub fn id(&self) -> RequestId {
         self.id
+    }
+
+    /// The replica of the engine that answers it, 0 where there is one alone.
+    #[must_use]
+    pub fn replica(&self) -> usize {
+        self.replica
+    }
+
+    pub(crate) fn of_replica(mut self, replica: usize) -> Self {
+        self.replica = replica;
+        self
     }
 
     /// Asks the engine to end the request; the stream then ends with [`Event::Aborted`], unless
@@ -242,7 +254,7 @@ pub(crate) fn events(
 ) -> (EventSender, EventStream) {
     let channel = Channel::new();
     let sender = EventSender { channel: Arc::clone(&channel), untold: Vec::new(), ended: false };
-    (sender, EventStream { id, channel, abort: Box::new(abort), ended: false })
+    (sender, EventStream { id, replica: 0, channel, abort: Box::new(abort), ended: false })
 }
 
 /// An answer of an engine that is still to come: [`Self::wait`] for it or await it.

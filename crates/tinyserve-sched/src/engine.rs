@@ -81,7 +81,7 @@ impl Engine {
             1 => 0,
             _ => self.choose(&request)?,
         };
-        self.workers[worker].submit(request)
+        Ok(self.workers[worker].submit(request)?.of_replica(worker))
     }
 
     /// The worker for a request.

@@ -18,11 +18,11 @@ use tinyserve_sched::{
 
 /// An engine with `pages` pages of 16 tokens.
 fn engine(pages: usize, config: EngineConfig) -> Engine {
-    replicas(1, pages, config)
+    replicas(1, (pages, KvFormat::F32), config)
 }
 
-/// As [`engine`], as several.
-fn replicas(count: usize, pages: usize, config: EngineConfig) -> Engine {
+/// As [`engine`], as several, whose pages are of a format.
+fn replicas(count: usize, pages: (usize, KvFormat), config: EngineConfig) -> Engine {
     let checkpoint = Checkpoint::builtin().unwrap();
     let eos = checkpoint.config().eos.clone();
     let tokenizer = Some(checkpoint.tokenizer().unwrap());
@@ -31,10 +31,10 @@ fn replicas(count: usize, pages: usize, config: EngineConfig) -> Engine {
     Engine::start_replicas("engine", runners, &config).unwrap()
 }
 
-fn runner(checkpoint: &Checkpoint, pages: usize) -> ModelRunner<Cpu> {
+fn runner(checkpoint: &Checkpoint, (pages, format): (usize, KvFormat)) -> ModelRunner<Cpu> {
     let cpu = Cpu::new(CpuOptions { threads: Some(2), path: None }).unwrap();
     let model = Model::load(cpu, checkpoint, |_, _| {}).unwrap();
-    let layout = model.config().kv_layout(16, KvFormat::F32).unwrap();
+    let layout = model.config().kv_layout(16, format).unwrap();
     let options = PrefixOptions {
         identity: "stories",
         layout,
@@ -480,14 +480,15 @@ enum Fate<'a> {
 
 #[test]
 fn a_turn_of_a_session_that_loses_its_pages_keeps_what_earlier_turns_had_selected() {
-    let policy = SelectionPolicy {
-        budget: Budget::TopP(0.5),
-        dense_layers: 0,
-        min_context: 60,
-        ..SelectionPolicy::default()
+    let config = |budget| {
+        let policy = SelectionPolicy {
+            budget,
+            dense_layers: 0,
+            min_context: 60,
+            ..SelectionPolicy::default()
+        };
+        EngineConfig { attention: AttentionChoice::Policy(policy), ..EngineConfig::default() }
     };
-    let config =
-        || EngineConfig { attention: AttentionChoice::Policy(policy), ..EngineConfig::default() };
     // Two turns, the third with somebody beside it who comes first.
     let talk = |engine: &Engine, fate: Fate<'_>, rival: Option<usize>| {
         let mut text = prompt("Once upon a time");
@@ -531,12 +532,17 @@ fn a_turn_of_a_session_that_loses_its_pages_keeps_what_earlier_turns_had_selecte
     };
     let folder = tempfile::tempdir().unwrap();
     let path = &folder.path().join("session");
-    let (alone, never) = talk(&engine(64, config()), Fate::Nothing, None);
-    assert_eq!((alone.len(), never), (60, 0));
-    for fate in [Fate::Nothing, Fate::Evicted, Fate::Saved(path)] {
-        let (tokens, preemptions) = talk(&engine(15, config()), fate, Some(200));
-        assert!(preemptions > 0, "there was room for both");
-        assert_eq!(tokens, alone);
+    for format in [KvFormat::F32, KvFormat::F16, KvFormat::Int8] {
+        for budget in [Budget::TopP(0.5), Budget::Ratio(0.3)] {
+            let engine = |pages| replicas(1, (pages, format), config(budget));
+            let (alone, never) = talk(&engine(64), Fate::Nothing, None);
+            assert_eq!((alone.len(), never), (60, 0));
+            for fate in [Fate::Nothing, Fate::Evicted, Fate::Saved(path)] {
+                let (tokens, preemptions) = talk(&engine(15), fate, Some(200));
+                assert!(preemptions > 0, "there was room for both");
+                assert_eq!(tokens, alone, "{format}, {budget:?}");
+            }
+        }
     }
 }
 
@@ -599,7 +605,7 @@ fn events_and_replies_can_be_awaited() {
 
 #[test]
 fn replicas_share_the_work_and_keep_what_they_know() {
-    let engine = replicas(2, 64, EngineConfig::default());
+    let engine = replicas(2, (64, KvFormat::F32), EngineConfig::default());
     let alone = answer(&engine, greedy("Once upon a time", 30)).0;
     let streams: Vec<_> =
         (0..8).map(|_| engine.submit(greedy("Once upon a time", 30)).unwrap()).collect();

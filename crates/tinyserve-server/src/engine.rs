@@ -133,7 +133,9 @@ impl Choices {
                 .map_err(|error| refused(&error))?;
             choices.streams.push(Some(Choice { events, max_tokens, tells_more }));
         }
-        metrics.submitted(choices.streams.len());
+        if let Some(Some(first)) = choices.streams.first() {
+            metrics.submitted(first.events.replica(), choices.streams.len());
+        }
         Ok(choices)
     }
 
@@ -201,7 +203,8 @@ impl Choices {
                 text: token.text,
             },
             Event::Finished(finished) => {
-                self.metrics.finished(&finished.summary, choice.max_tokens);
+                let engine = choice.events.replica();
+                self.metrics.finished(engine, &finished.summary, choice.max_tokens);
                 let detail = choice.tells_more.then(|| detail(&finished.summary));
                 ChoiceEvent::End(Ending {
                     finish_reason: finished.reason.name(),

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use axum::http::StatusCode;
 use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::family::{Family, MetricConstructor};
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 use tinyserve::sched::Summary;
@@ -29,47 +29,84 @@ pub(crate) struct Metrics {
 /// What is counted when a request comes and when it ends.
 #[derive(Debug)]
 pub(crate) struct RequestMetrics {
-    n: Histogram,
-    max_tokens: Histogram,
-    max_generation_tokens: Histogram,
-    prompt_tokens: Histogram,
-    generation_tokens: Histogram,
-    prefill: Histogram,
-    decode: Histogram,
-    inference: Histogram,
+    n: PerEngine,
+    max_tokens: PerEngine,
+    max_generation_tokens: PerEngine,
+    prompt_tokens: PerEngine,
+    generation_tokens: PerEngine,
+    prefill: PerEngine,
+    decode: PerEngine,
+    inference: PerEngine,
+}
+
+/// A histogram for each engine.
+#[derive(Debug, Clone)]
+struct PerEngine(Family<[(&'static str, String); 1], Histogram, Bounds>);
+
+impl PerEngine {
+    fn observe(&self, engine: usize, value: f64) {
+        self.of(engine).observe(value);
+    }
+
+    fn of(&self, engine: usize) -> Histogram {
+        self.0.get_or_create_owned(&[engine::engine_label(engine)])
+    }
+}
+
+/// What the buckets of a histogram end at.
+#[derive(Debug, Clone)]
+struct Bounds(&'static [f64]);
+
+impl MetricConstructor<Histogram> for Bounds {
+    fn new_metric(&self) -> Histogram {
+        Histogram::new(self.0.iter().copied())
+    }
 }
 
 impl RequestMetrics {
-    /// A request with `n` choices was taken.
-    pub(crate) fn submitted(&self, n: usize) {
-        self.n.observe(n as f64);
+    /// There are so many engines: each has its series before it has answered anything.
+    pub(crate) fn begin(&self, engines: usize) {
+        let Self { n, max_tokens, max_generation_tokens, prompt_tokens, .. } = self;
+        let Self { generation_tokens, prefill, decode, inference, .. } = self;
+        for histogram in [n, max_tokens, max_generation_tokens, prompt_tokens].into_iter().chain([
+            generation_tokens,
+            prefill,
+            decode,
+            inference,
+        ]) {
+            (0..engines).for_each(|engine| drop(histogram.of(engine)));
+        }
     }
 
-    /// A choice is complete.
-    pub(crate) fn finished(&self, summary: &Summary, max_tokens: usize) {
+    /// A request with `n` choices was taken, the first of them by `engine`.
+    pub(crate) fn submitted(&self, engine: usize, n: usize) {
+        self.n.observe(engine, n as f64);
+    }
+
+    /// A choice is complete that `engine` made.
+    pub(crate) fn finished(&self, engine: usize, summary: &Summary, max_tokens: usize) {
         let seconds = |duration: Duration| duration.as_secs_f64();
         let (usage, timings) = (&summary.usage, &summary.timings);
-        self.max_tokens.observe(max_tokens as f64);
-        self.max_generation_tokens.observe(usage.completion_tokens as f64);
-        self.prompt_tokens.observe(usage.prompt_tokens as f64);
-        self.generation_tokens.observe(usage.completion_tokens as f64);
-        self.prefill.observe(seconds(timings.prefill));
-        self.decode.observe(seconds(timings.decode));
-        self.inference.observe(seconds(timings.prefill + timings.decode));
+        self.max_tokens.observe(engine, max_tokens as f64);
+        self.max_generation_tokens.observe(engine, usage.completion_tokens as f64);
+        self.prompt_tokens.observe(engine, usage.prompt_tokens as f64);
+        self.generation_tokens.observe(engine, usage.completion_tokens as f64);
+        self.prefill.observe(engine, seconds(timings.prefill));
+        self.decode.observe(engine, seconds(timings.decode));
+        self.inference.observe(engine, seconds(timings.prefill + timings.decode));
     }
 }
 
 impl Metrics {
     /// Metrics of the model `model`; `source` tells what the engine counts.
     pub(crate) fn new(model: &str, source: Arc<Source>) -> Self {
-        let labels = [("model_name", model.to_owned()), ("engine", "0".to_owned())];
-        let labels = labels.map(|(name, value)| (name.into(), value.into()));
-        let mut registry = Registry::with_labels(labels.into_iter());
+        let label = ("model_name".into(), model.to_owned().into());
+        let mut registry = Registry::with_labels([label].into_iter());
         registry.register_collector(Box::new(source));
-        let mut add = |name: &str, help: &str, bounds: &[f64]| {
-            let histogram = Histogram::new(bounds.iter().copied());
-            registry.register(format!("vllm:{name}"), help, histogram.clone());
-            histogram
+        let mut add = |name: &str, help: &str, bounds: &'static [f64]| {
+            let family = Family::new_with_constructor(Bounds(bounds));
+            registry.register(format!("vllm:{name}"), help, family.clone());
+            PerEngine(family)
         };
         let (counts, seconds) = (buckets::COUNTS, buckets::LATENCY);
         let requests = RequestMetrics {

@@ -193,11 +193,12 @@ fn loaded(app: &App, model: TinyServe) -> Result<Ready, ServerError> {
         vocab: sizes.vocab,
         priorities: app.config.scheduling_policy == SchedulingPolicy::Priority,
     };
+    app.metrics.requests.begin(model.engine().replica_states().len());
     let format = model.config().kv_cache_dtype.resolve(checkpoint.dtype()).name();
     let look = {
         let model = Arc::clone(&model);
         move || EngineView {
-            stats: model.engine().stats(),
+            engines: model.engine().replica_stats(),
             plugins: model.plugins().stats(),
             page_size: sizes.page_size,
             page_bytes: sizes.bytes_per_page,

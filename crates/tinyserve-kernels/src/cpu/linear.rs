@@ -38,13 +38,11 @@ const SERIAL_WORK: usize = 64 * 1024;
 const STRIP: usize = 64;
 /// Strips that each thread gets on average.
 const STRIPS_PER_THREAD: usize = 4;
-/// Bytes of a weight row from which on one row after the other is faster than several at a time.
+/// Bytes of a weight row from which on a single input row is multiplied with weights that memory is
+/// asked for ahead, not with as many at a time as hide each other's sums.
 const STREAM_BYTES: usize = 1024;
 /// How far ahead of the products memory is asked for weights.
-const AHEAD_BYTES: usize = 4096;
-/// As [`AHEAD_BYTES`], for several rows: products take longer, and what they read of the rows fills
-/// the first-level cache.
-const BATCH_AHEAD_BYTES: usize = 8192;
+const AHEAD_BYTES: usize = 8192;
 /// Bytes that memory gives at a time.
 const LINE_BYTES: usize = 64;
 /// Sums that are stored together.
@@ -205,10 +203,7 @@ impl<E, X> OutIn<'_, E, X> {
     #[inline(always)]
     fn multiply<S: Simd, F: Factors<S, Weight = E, Input = X>>(&self, simd: S) {
         let inputs = self.args.part.inputs;
-        if self.args.rows == 1 && inputs * size_of::<E>() >= STREAM_BYTES {
-            return self.stream::<S, F>(simd);
-        }
-        if self.args.rows > 1 {
+        if self.args.rows > 1 || inputs * size_of::<E>() >= STREAM_BYTES {
             return self.batch::<S, F>(simd);
         }
         let mut output = self.args.strip.start;
@@ -223,28 +218,8 @@ impl<E, X> OutIn<'_, E, X> {
         }
     }
 
-    /// One input row, weight row after weight row: memory is read fastest as one stream, and the
-    /// processor begins the next sum before the last one is done.
-    #[inline(always)]
-    fn stream<S: Simd, F: Factors<S, Weight = E, Input = X>>(&self, simd: S) {
-        let inputs = self.args.part.inputs;
-        let x = &self.x[..inputs];
-        let mut sums = [0.0; STREAM_OUTPUTS];
-        for first in self.args.strip.clone().step_by(STREAM_OUTPUTS) {
-            let outputs = STREAM_OUTPUTS.min(self.args.strip.end - first);
-            let w = &self.w[first * inputs..(first + outputs) * inputs];
-            for (w, out) in w.chunks_exact(inputs).zip(&mut sums) {
-                *out = 0.0;
-                for (w, x) in w.chunks(BLOCK_INPUTS).zip(x.chunks(BLOCK_INPUTS)) {
-                    *out += dot::<S, F>(simd, w, x);
-                }
-            }
-            self.args.finish(0, first, &sums[..outputs]);
-        }
-    }
-
-    /// Some input rows: the first tile of them streams some weight rows from memory, those after it
-    /// read the same weight rows from the cache.
+    /// The first tile of input rows streams some weight rows from memory, those after it read the same
+    /// weight rows from the cache.
     #[inline(always)]
     fn batch<S: Simd, F: Factors<S, Weight = E, Input = X>>(&self, simd: S) {
         let rows = self.args.rows;
@@ -321,25 +296,8 @@ impl<E, X> OutIn<'_, E, X> {
     }
 }
 
-/// The sum of one block's products.
-#[inline(always)]
-fn dot<S: Simd, F: Factors<S>>(simd: S, w: &[F::Weight], x: &[F::Input]) -> f32 {
-    let whole = x.len() - x.len() % F::INPUTS;
-    let mut sum = simd.splat(0.0);
-    let vectors = w[..whole].chunks_exact(F::INPUTS);
-    for (w, x) in vectors.zip(x[..whole].chunks_exact(F::INPUTS)) {
-        // Files are mapped in small pages, at whose ends the processor's own prefetching stops.
-        simd.prefetch(w.as_ptr().cast::<u8>().wrapping_add(AHEAD_BYTES));
-        sum = F::multiply_add(simd, F::weights(simd, w), F::inputs(simd, x), sum);
-    }
-    if whole < x.len() {
-        let (w, x) = (F::last_weights(simd, &w[whole..]), F::last_inputs(simd, &x[whole..]));
-        sum = F::multiply_add(simd, w, x, sum);
-    }
-    simd.sum(sum)
-}
-
-/// As [`dot`], for `O` weight rows and `R` input rows at once, not added up across lanes yet.
+/// The sums of one block's products, `O` weight rows with `R` input rows, not added up across lanes
+/// yet.
 ///
 /// Where the weights come from memory, `AHEAD` asks it for those that follow `stream`: rows follow
 /// one another, so that `O` of them are one stream, too.
@@ -356,9 +314,9 @@ fn block_sums<S: Simd, F: Factors<S>, const R: usize, const O: usize, const AHEA
     while i < whole {
         if AHEAD {
             let bytes = O * size_of::<F::Weight>();
-            let next = stream.as_ptr().cast::<u8>().wrapping_add(i * bytes + BATCH_AHEAD_BYTES);
+            let next = stream.as_ptr().cast::<u8>().wrapping_add(i * bytes + AHEAD_BYTES);
             for line in (0..F::INPUTS * bytes).step_by(LINE_BYTES) {
-                simd.prefetch_far(next.wrapping_add(line));
+                simd.prefetch(next.wrapping_add(line));
             }
         }
         let w: [F::Weights; O] = std::array::from_fn(|o| F::weights(simd, &w[o][i..i + F::INPUTS]));

@@ -64,13 +64,9 @@ pub(crate) trait Simd: Copy {
         let bits = elements.iter().zip(&thresholds).take(Self::LANES).enumerate();
         bits.fold(0, |mask, (i, (x, threshold))| mask | u32::from(x >= threshold) << i)
     }
-    /// Asks for the cache line at `address`, which need not be one that may be read.
+    /// Asks for the cache line at `address`, which need not be one that may be read, and puts it into
+    /// the second-level cache: more lines can be on their way there than into the first.
     fn prefetch<T>(self, address: *const T);
-    /// As [`Self::prefetch`], but only into the second-level cache: more of them can be on their way.
-    #[inline(always)]
-    fn prefetch_far<T>(self, address: *const T) {
-        self.prefetch(address);
-    }
 
     /// Stores the whole part of each element, which is not negative and below 256, as a byte.
     #[inline(always)]

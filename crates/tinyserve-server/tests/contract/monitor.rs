@@ -82,7 +82,7 @@ fn metrics_have_the_names_that_routers_and_benches_read() {
         let count = of(&samples, &format!("vllm:{histogram}_count"));
         assert!(count >= 1.0, "{histogram}");
         let infinity = format!(
-            "vllm:{histogram}_bucket{{model_name=\"stories260k\",engine=\"0\",le=\"+Inf\"}}"
+            "vllm:{histogram}_bucket{{model_name=\"stories260k\",le=\"+Inf\",engine=\"0\"}}"
         );
         assert_eq!(samples.get(&infinity), Some(&count), "{histogram} {infinity}");
     }
@@ -140,6 +140,32 @@ fn each_replica_tells_what_it_does() {
     }
     assert!(replicas.iter().all(|one| one["state"] == "running"), "{stats}");
     assert_eq!(stats["generated_tokens"], 40);
+    let text = server.get("/metrics").text;
+    let all = samples(&text);
+    for (name, least, sum) in [
+        ("vllm:generation_tokens_total", 5.0, 40.0),
+        ("vllm:request_success_total", 1.0, 8.0),
+        ("vllm:e2e_request_latency_seconds_count", 1.0, 8.0),
+        ("vllm:request_generation_tokens_sum", 5.0, 40.0),
+        ("vllm:request_params_n_count", 1.0, 8.0),
+        ("tinyserve:sessions", 1.0, 8.0),
+    ] {
+        let finished = if name.contains("success") { ",finished_reason=\"length\"" } else { "" };
+        let of_engine = |engine: usize| {
+            let labels = format!("{{model_name=\"stories260k\",engine=\"{engine}\"{finished}}}");
+            *all.get(&format!("{name}{labels}")).unwrap_or_else(|| panic!("{name}{labels}: {text}"))
+        };
+        assert!(of_engine(0) >= least && of_engine(1) >= least, "{name}: {text}");
+        assert_eq!(of_engine(0) + of_engine(1), sum, "{name}");
+        let family = name.trim_end_matches("_count").trim_end_matches("_sum");
+        let family = family.trim_end_matches("_total");
+        let named = |line: &str| {
+            line.split(' ').nth(2).map(|name| name.trim_end_matches("_total") == family)
+        };
+        let kinds =
+            text.lines().filter(|line| line.starts_with("# TYPE") && named(line) == Some(true));
+        assert_eq!(kinds.count(), 1, "{family}: {text}");
+    }
     assert!(stats["suggestions"].is_array(), "{stats}");
 }
 

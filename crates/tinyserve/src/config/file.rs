@@ -19,7 +19,10 @@ impl TinyServeConfig {
             FileFormat::Json => serde_json::from_str(&text).map_err(|e| e.to_string()),
             FileFormat::Toml => toml::from_str(&text).map_err(|e| one_line(&e)),
         }
-        .map_err(|message| TinyServeError::ConfigFormat { path: path.into(), message })?;
+        .map_err(|message| TinyServeError::ConfigFormat {
+            path: path.into(),
+            message: renamed(message),
+        })?;
         config.check().map_err(|error| TinyServeError::ConfigFormat {
             path: path.into(),
             message: error.to_string(),
@@ -61,6 +64,16 @@ impl FileFormat {
     }
 }
 
+/// Says of a published name what it is called here; the error lists every other name.
+fn renamed(message: String) -> String {
+    if message.starts_with("unknown field `max_cache_size_gb`") {
+        return "max_cache_size_gb is not a setting: kv_cache_memory_bytes is, in bytes \
+                (8 GB are 8000000000)"
+            .to_owned();
+    }
+    message
+}
+
 /// A TOML error without the excerpt that it draws under its sentence.
 fn one_line(error: &toml::de::Error) -> String {
     error.message().replace('\n', " ")
@@ -100,6 +113,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let cases = [
             ("a.toml", "pages = 3", "pages"),
+            ("y.json", r#"{"max_cache_size_gb": 8}"#, "gb is not a setting: kv_cache_memory_bytes"),
+            ("y.toml", "max_cache_size_gb = 8", "gb is not a setting: kv_cache_memory_bytes"),
             ("b.json", r#"{"selection_ratio": 0}"#, "selection_ratio is 0"),
             ("c.json", r#"{"selection_ratio": 1.5}"#, "selection_ratio is 1.5"),
             ("d.toml", "page_size = 0", "page_size is 0"),

@@ -76,7 +76,7 @@ impl<'s, 'a> NextPages<'s, 'a> {
             self.ask(simd);
             return;
         }
-        simd.prefetch_far(self.row);
+        simd.prefetch(self.row);
         self.row = self.row.wrapping_add(GROUP_PAGES);
         self.rows -= 1;
     }
@@ -106,7 +106,7 @@ impl Ahead for NextPages<'_, '_> {
             self.line = self.pages.bytes.as_ptr().wrapping_add(start);
             self.left = self.pages.length.div_ceil(LINE);
         }
-        simd.prefetch_far(self.line);
+        simd.prefetch(self.line);
         self.line = self.line.wrapping_add(LINE);
         self.left -= 1;
     }

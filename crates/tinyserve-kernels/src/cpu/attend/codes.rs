@@ -210,7 +210,7 @@ impl Tile<'_, CodePages<'_>> {
             // No chunk before this one asks for them; boxes are read first.
             let index = self.pool_index(pages.start);
             for row in self.boxes_of(index)[index % GROUP_PAGES..].chunks(GROUP_PAGES) {
-                simd.prefetch_far(row.as_ptr());
+                simd.prefetch(row.as_ptr());
             }
             NextPages::new(of_chunk).ask_rest(simd);
         }

@@ -369,7 +369,7 @@ impl<R> Values<'_, R> {
                 let row = &row[at..end];
                 let place = ahead.wrapping_add((first + t) * self.dim + at);
                 for line in 0..(V * S::LANES * size_of::<T>()).div_ceil(LINE) {
-                    simd.prefetch_far(place.wrapping_add(line * LINE / size_of::<T>()));
+                    simd.prefetch(place.wrapping_add(line * LINE / size_of::<T>()));
                 }
                 let mut wide = [simd.splat(0.0); V];
                 for (v, wide) in wide.iter_mut().enumerate() {
@@ -485,7 +485,7 @@ fn pages_of<S: Simd, T: Element, R: Rows<T>, const Q: usize, const P: usize>(
             }
             if (key * size_of::<T>()).is_multiple_of(LINE) {
                 for ahead in ahead {
-                    simd.prefetch_far(ahead.wrapping_add(key));
+                    simd.prefetch(ahead.wrapping_add(key));
                 }
             }
             // Not `map`: its closure would be compiled without the vector instructions.

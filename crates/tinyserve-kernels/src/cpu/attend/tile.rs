@@ -334,7 +334,7 @@ impl<E: KvElement + Element> Tile<'_, HeadPages<'_, E>> {
                     .iter()
                     .flat_map(|rows| rows.chunks(LINE / size_of::<E>()))
                 {
-                    simd.prefetch_far(line.as_ptr());
+                    simd.prefetch(line.as_ptr());
                 }
             }
         }

@@ -176,7 +176,7 @@ fn rows<S: Simd, E: Element, const Q: usize, const V: usize>(
             for row in rows {
                 let place = ahead.as_ptr().wrapping_add((2 * channel + row) * GROUP_PAGES + at);
                 for line in 0..lines {
-                    simd.prefetch_far(place.wrapping_add(line * LINE / size_of::<E>()));
+                    simd.prefetch(place.wrapping_add(line * LINE / size_of::<E>()));
                 }
             }
         }

@@ -134,11 +134,6 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn prefetch<T>(self, address: *const T) {
         // A hint never faults, wherever it points.
-        intrinsic!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
-    }
-    #[inline(always)]
-    fn prefetch_far<T>(self, address: *const T) {
-        // As above.
         intrinsic!(_mm_prefetch::<_MM_HINT_T1>(address.cast()));
     }
 

@@ -177,11 +177,6 @@ impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
     #[inline(always)]
     fn prefetch<T>(self, address: *const T) {
         // A hint never faults, wherever it points.
-        intrinsic!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
-    }
-    #[inline(always)]
-    fn prefetch_far<T>(self, address: *const T) {
-        // As above.
         intrinsic!(_mm_prefetch::<_MM_HINT_T1>(address.cast()));
     }
 

@@ -156,7 +156,7 @@ impl Simd for Neon {
     fn prefetch<T>(self, address: *const T) {
         // SAFETY: a hint never faults, wherever it points, and changes nothing.
         unsafe {
-            asm!("prfm pldl1keep, [{}]", in(reg) address,
+            asm!("prfm pldl2keep, [{}]", in(reg) address,
                 options(nostack, preserves_flags, readonly));
         }
     }
