@@ -466,10 +466,10 @@ impl Tile<'_, CodePages<'_>> {
             let q = &scratch.queries[query * dim..(query + block) * dim];
             let out = &mut scratch.weights[query * chunk + at..(query + block) * chunk];
             if whole_vectors {
-                softmax::scores(simd, (q, block), (keys, size), tokens, (out, chunk));
+                softmax::scores(simd, (q, block), (keys, size), 0..tokens, (out, chunk));
             } else {
                 let keys = (&scratch.keys[..dim * chunk], chunk);
-                softmax::scores(simd, (q, block), keys, tokens, (out, chunk));
+                softmax::scores(simd, (q, block), keys, 0..tokens, (out, chunk));
             }
             query += block;
         }

@@ -39,10 +39,10 @@ pub(super) fn value_block<S: Simd>(left: usize) -> usize {
     }
 }
 
-/// Pages whose scores are summed up together for a block of queries: as many as the registers hold
-/// sums for.
+/// Vectors of keys whose scores are summed up together for a block of queries: as many as the
+/// registers hold sums for.
 #[inline(always)]
-pub(super) fn pages_together<S: Simd>(block: usize) -> usize {
+pub(super) fn vectors_together<S: Simd>(block: usize) -> usize {
     match block {
         8 if S::LANES == 16 => 2,
         4 if S::LANES == 16 => 4,
@@ -397,14 +397,14 @@ impl<R> Values<'_, R> {
     }
 }
 
-/// Dot products of a block of queries `[head_dim, block]` with the first `tokens` keys of
+/// Dot products of a block of queries `[head_dim, block]` with the keys of `tokens` of
 /// `[head_dim, stride]`, into rows of `out` that are `chunk` apart; whole vectors are written.
 #[inline(always)]
 pub(super) fn scores<S: Simd, T: Element>(
     simd: S,
     (q, block): (&[f32], usize),
     keys: (&[T], usize),
-    tokens: usize,
+    tokens: Range<usize>,
     out: (&mut [f32], usize),
 ) {
     match block {
@@ -420,11 +420,10 @@ fn scores_of<S: Simd, T: Element, const Q: usize>(
     simd: S,
     q: &[f32],
     (keys, stride): (&[T], usize),
-    tokens: usize,
+    tokens: Range<usize>,
     (out, chunk): (&mut [f32], usize),
 ) {
-    let mut at = 0;
-    while at < tokens {
+    for at in tokens.clone().step_by(S::LANES) {
         let mut sums = [simd.splat(0.0); Q];
         for (keys, q) in keys.chunks_exact(stride).zip(q.chunks_exact(Q)) {
             let keys = T::load(simd, &keys[at..at + S::LANES]);
@@ -433,80 +432,78 @@ fn scores_of<S: Simd, T: Element, const Q: usize>(
             }
         }
         for (i, &sum) in sums.iter().enumerate() {
-            simd.store(sum, &mut out[i * chunk + at..]);
+            simd.store(sum, &mut out[i * chunk + at - tokens.start..]);
         }
-        at += S::LANES;
     }
 }
 
-/// [`scores`] of all keys of [`pages_together`] pages at once, from one on, into the columns of `out`
-/// from one on; the pages are of a size. Between the products memory is asked for keys ahead.
+/// [`scores`] of [`vectors_together`] whole vectors of keys from token `first` of the chunk on, in
+/// pages of `size`, which is whole vectors; into the same columns of `out`. Between the products
+/// memory is asked for keys ahead, line after line where vectors of one page lie side by side.
 #[inline(always)]
-pub(super) fn scores_of_pages<S: Simd, T: Element>(
+pub(super) fn scores_of_vectors<S: Simd, T: Element>(
     simd: S,
     (q, block): (&[f32], usize),
-    pages: (&impl Rows<T>, usize, usize),
-    out: (&mut [f32], usize, usize),
+    keys: (&impl Rows<T>, usize, usize),
+    out: (&mut [f32], usize),
 ) {
     match block {
-        8 if S::LANES == 16 => pages_of::<S, T, _, 8, 2>(simd, q, pages, out),
-        8 => pages_of::<S, T, _, 8, 1>(simd, q, pages, out),
-        4 if S::LANES == 16 => pages_of::<S, T, _, 4, 4>(simd, q, pages, out),
-        4 => pages_of::<S, T, _, 4, 2>(simd, q, pages, out),
-        2 => pages_of::<S, T, _, 2, 4>(simd, q, pages, out),
-        _ => pages_of::<S, T, _, 1, 4>(simd, q, pages, out),
+        8 if S::LANES == 16 => vectors_of::<S, T, _, 8, 2>(simd, q, keys, out),
+        8 => vectors_of::<S, T, _, 8, 1>(simd, q, keys, out),
+        4 if S::LANES == 16 => vectors_of::<S, T, _, 4, 4>(simd, q, keys, out),
+        4 => vectors_of::<S, T, _, 4, 2>(simd, q, keys, out),
+        2 => vectors_of::<S, T, _, 2, 4>(simd, q, keys, out),
+        _ => vectors_of::<S, T, _, 1, 4>(simd, q, keys, out),
     }
 }
 
 #[inline(always)]
-fn pages_of<S: Simd, T: Element, R: Rows<T>, const Q: usize, const P: usize>(
+fn vectors_of<S: Simd, T: Element, R: Rows<T>, const Q: usize, const V: usize>(
     simd: S,
     q: &[f32],
-    (rows, first_page, size): (&R, usize, usize),
-    (out, chunk, first): (&mut [f32], usize, usize),
+    (rows, first, size): (&R, usize, usize),
+    (out, chunk): (&mut [f32], usize),
 ) {
-    let mut pages = [&[] as &[T]; P];
-    let mut ahead = [std::ptr::null(); P];
-    for (i, (keys, ahead)) in pages.iter_mut().zip(&mut ahead).enumerate() {
-        let page = first_page + i;
-        *keys = rows.of(page);
-        *ahead = rows.of(page + rows.ahead(page)).as_ptr();
+    // The lanes of a vector from the first channel to the last.
+    let length = (q.len() / Q - 1) * size + S::LANES;
+    let mut vectors = [&[] as &[T]; V];
+    let mut ahead = [std::ptr::null(); V];
+    for (v, (keys, ahead)) in vectors.iter_mut().zip(&mut ahead).enumerate() {
+        let token = first + v * S::LANES;
+        let (page, lane) = (token / size, token % size);
+        *keys = &rows.of(page)[lane..lane + length];
+        *ahead = rows.of(page + rows.ahead(page))[lane..].as_ptr();
     }
-    let length = pages[0].len();
-    assert!(pages.iter().all(|keys| keys.len() == length), "pages of one size");
-    let mut at = 0;
-    while at < size {
-        let mut sums = [[simd.splat(0.0); P]; Q];
-        let mut key = at;
-        for q in q.chunks_exact(Q) {
-            if key + S::LANES > length {
-                // Never so; the compiler leaves out the checks of every page instead.
-                break;
-            }
-            if (key * size_of::<T>()).is_multiple_of(LINE) {
-                for ahead in ahead {
-                    simd.prefetch(ahead.wrapping_add(key));
-                }
-            }
-            // Not `map`: its closure would be compiled without the vector instructions.
-            let mut keys = [simd.splat(0.0); P];
-            for (wide, stored) in keys.iter_mut().zip(&pages) {
-                *wide = T::load(simd, &stored[key..key + S::LANES]);
-            }
-            for (sums, &q) in sums.iter_mut().zip(q) {
-                let q = simd.splat(q);
-                for (sum, &keys) in sums.iter_mut().zip(&keys) {
-                    *sum = simd.mul_add(q, keys, *sum);
-                }
-            }
-            key += size;
+    let begins_line = |lane: usize| (lane * size_of::<T>()).is_multiple_of(LINE);
+    let mut sums = [[simd.splat(0.0); V]; Q];
+    let mut key = 0;
+    for q in q.chunks_exact(Q) {
+        if key + S::LANES > length {
+            // Never so; the compiler leaves out the checks of every vector instead.
+            break;
         }
-        for (i, sums) in sums.iter().enumerate() {
-            for (page, &sum) in sums.iter().enumerate() {
-                simd.store(sum, &mut out[i * chunk + first + page * size + at..]);
+        for (v, ahead) in ahead.iter().enumerate() {
+            if begins_line((first + v * S::LANES) % size + key) {
+                simd.prefetch(ahead.wrapping_add(key));
             }
         }
-        at += S::LANES;
+        // Not `map`: its closure would be compiled without the vector instructions.
+        let mut keys = [simd.splat(0.0); V];
+        for (wide, stored) in keys.iter_mut().zip(&vectors) {
+            *wide = T::load(simd, &stored[key..key + S::LANES]);
+        }
+        for (sums, &q) in sums.iter_mut().zip(q) {
+            let q = simd.splat(q);
+            for (sum, &keys) in sums.iter_mut().zip(&keys) {
+                *sum = simd.mul_add(q, keys, *sum);
+            }
+        }
+        key += size;
+    }
+    for (i, sums) in sums.iter().enumerate() {
+        for (v, &sum) in sums.iter().enumerate() {
+            simd.store(sum, &mut out[i * chunk + first + v * S::LANES..]);
+        }
     }
 }
 

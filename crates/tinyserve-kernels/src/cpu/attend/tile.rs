@@ -354,7 +354,7 @@ impl<E: KvElement + Element> Tile<'_, HeadPages<'_, E>> {
                 self.page_scores(simd, (q, block), (of_chunk, tokens), (out, chunk));
             } else {
                 let keys = &scratch.keys[..dim * chunk];
-                softmax::scores(simd, (q, block), (keys, chunk), tokens, (out, chunk));
+                softmax::scores(simd, (q, block), (keys, chunk), 0..tokens, (out, chunk));
             }
             query += block;
         }
@@ -402,8 +402,8 @@ impl<E: KvElement + Element> Tile<'_, HeadPages<'_, E>> {
         }
     }
 
-    /// Scores of the first `tokens` tokens of pages that are whole vectors, several pages at a time:
-    /// one vector of keys alone would leave the processor waiting for its sum, or for queries.
+    /// Scores of the first `tokens` tokens of pages that are whole vectors, several vectors at a time:
+    /// one of keys alone would leave the processor waiting for its sum, or for queries.
     #[inline(always)]
     fn page_scores<S: Simd>(
         &self,
@@ -413,20 +413,19 @@ impl<E: KvElement + Element> Tile<'_, HeadPages<'_, E>> {
         (out, chunk): (&mut [f32], usize),
     ) {
         let size = self.context.pages.layout().page_size();
-        let together = softmax::pages_together::<S>(block);
-        let mut i = 0;
-        while i * size < tokens {
-            let at = i * size;
-            let whole = at + together * size <= tokens;
-            if whole {
-                let keys = (&Keys(pages), i, size);
-                softmax::scores_of_pages(simd, (q, block), keys, (out, chunk, at));
-            } else {
-                let keys = (self.page(pages.first + i).keys, size);
-                let tokens = (tokens - at).min(size);
-                softmax::scores(simd, (q, block), keys, tokens, (&mut out[at..], chunk));
-            }
-            i += if whole { together } else { 1 };
+        let together = softmax::vectors_together::<S>(block) * S::LANES;
+        let mut at = 0;
+        while at + together <= tokens {
+            let keys = (&Keys(pages), at, size);
+            softmax::scores_of_vectors(simd, (q, block), keys, (&mut *out, chunk));
+            at += together;
+        }
+        while at < tokens {
+            let (page, lane) = (at / size, at % size);
+            let keys = (self.page(pages.first + page).keys, size);
+            let end = size.min(lane + tokens - at);
+            softmax::scores(simd, (q, block), keys, lane..end, (&mut out[at..], chunk));
+            at += size - lane;
         }
     }
 }
