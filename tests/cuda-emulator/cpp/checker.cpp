@@ -206,6 +206,15 @@ extern "C" void __tsan_read_range(void* p, size_t n) { emu::access(uintptr_t(p),
 extern "C" void __tsan_write_range(void* p, size_t n) { emu::access(uintptr_t(p), n, true, false, RA); }
 extern "C" void cuda_emulator_track(const void* p, size_t n) { emu::allocations[uintptr_t(p)] = n; }
 extern "C" void cuda_emulator_untrack(const void* p) {
-  emu::allocations.erase(uintptr_t(p));
-  emu::last_begin = emu::last_end = 0;
+  using namespace emu;
+  auto it = allocations.find(uintptr_t(p));
+  if (it == allocations.end())
+    return;
+  // What is known of it is known no longer, but for pages that others have a part of.
+  for (uintptr_t page = (it->first + 4095) >> 12; page < (it->first + it->second) >> 12; page++) {
+    shadow.erase(page);
+    recent[page % 64].page = nullptr;
+  }
+  allocations.erase(it);
+  last_begin = last_end = 0;
 }
