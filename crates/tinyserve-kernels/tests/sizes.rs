@@ -24,7 +24,7 @@ fn pages_of_8_to_128_tokens_and_heads_of_32_to_256_channels_are_read_in_every_fo
     let paths = backends(1);
     for (i, head_dim) in HEAD_DIMS.into_iter().enumerate() {
         for (j, page_size) in PAGE_SIZES.into_iter().enumerate() {
-            let heads = Heads { q_heads: 2, kv_heads: 1, head_dim };
+            let heads = Heads { q_heads: [2, 8, 4][(i + 2 * j) % 3], kv_heads: 1, head_dim };
             // Two sealed pages, and an open one that is nearly empty, half full or full.
             let tokens = 2 * page_size + [1, page_size / 2, page_size][(i + j) % 3];
             let qkv = numbers.numbers(tokens * heads.qkv_width());

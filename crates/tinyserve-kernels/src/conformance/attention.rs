@@ -227,6 +227,12 @@ fn cases((formats, open): (&[KvFormat], &[KvFormat])) -> Result<Vec<Case>, Kerne
             ..SelectionPolicy::default()
         };
         cases.extend([Reads::Everything, Reads::Chosen(policy)].map(long));
+        // Pages of several blocks of tokens, whose scores some kernels sum up together.
+        for (q_heads, page_size) in [(8, 64), (4, 64), (8, 32)] {
+            let heads = Heads { q_heads, ..long(Reads::Everything).heads };
+            let sequences = vec![(2 * page_size + 9, 1)];
+            cases.push(Case { heads, page_size, sequences, ..long(Reads::Everything) });
+        }
     }
     Ok(cases)
 }

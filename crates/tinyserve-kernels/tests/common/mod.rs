@@ -53,7 +53,7 @@ pub(crate) fn shapes() -> impl Strategy<Value = (Heads, KvLayout)> {
     // Odd ones, and for vectors of 8 and of 16: four at a time, then single ones, then a part.
     let wide = prop::sample::select(vec![33usize, 40, 48, 64, 70, 80, 128]);
     let head_dim = prop_oneof![1usize..=20, wide];
-    let page_size = prop_oneof![Just(1usize), 2usize..=9, Just(16), Just(40)];
+    let page_size = prop_oneof![Just(1usize), 2usize..=9, Just(16), Just(32), Just(40), Just(64)];
     // Open pages of codes are in f16, or in f32.
     let formats = (prop::sample::select(&KvFormat::ALL[..]), any::<bool>());
     (heads, head_dim, page_size, formats).prop_map(

@@ -81,30 +81,53 @@ impl<'s, 'a> NextPages<'s, 'a> {
         self.rows -= 1;
     }
 
-    /// Asks for all lines that are left.
+    /// Asks for up to `lines` lines.
     #[inline(always)]
-    pub(super) fn ask_rest<S: Simd>(&mut self, simd: S) {
-        while self.left > 0 || self.begun < self.pages.starts.len() {
-            self.ask(simd);
+    pub(super) fn ask_lines<S: Simd>(&mut self, simd: S, mut lines: usize) {
+        while lines > 0 {
+            if self.left == 0 && !self.begin() {
+                return;
+            }
+            let count = lines.min(self.left);
+            for line in 0..count {
+                simd.prefetch(self.line.wrapping_add(line * LINE));
+            }
+            self.line = self.line.wrapping_add(count * LINE);
+            self.left -= count;
+            lines -= count;
         }
     }
 
-    /// Itself, where so few queries share a chunk that it has to be asked for between all steps;
-    /// with more of them, their products leave time enough.
+    /// Asks for all lines that are left.
+    #[inline(always)]
+    pub(super) fn ask_rest<S: Simd>(&mut self, simd: S) {
+        self.ask_lines(simd, usize::MAX);
+    }
+
+    /// Goes on to the next page, if there is one.
+    #[inline(always)]
+    fn begin(&mut self) -> bool {
+        let Some(&start) = self.pages.starts.get(self.begun) else { return false };
+        self.begun += 1;
+        self.line = self.pages.bytes.as_ptr().wrapping_add(start);
+        self.left = self.pages.length.div_ceil(LINE);
+        true
+    }
+
+    /// Itself; asked for in every fourth step only where many queries share a chunk, whose steps are
+    /// more than there are lines to ask for.
     #[inline(always)]
     pub(super) fn between(&mut self, queries: usize) -> Between<'_, 's, 'a> {
-        Between(self, queries < MANY)
+        let every = if queries < MANY { 1 } else { 4 };
+        Between { next: self, left: every, every }
     }
 }
 
 impl Ahead for NextPages<'_, '_> {
     #[inline(always)]
     fn ask<S: Simd>(&mut self, simd: S) {
-        if self.left == 0 {
-            let Some(&start) = self.pages.starts.get(self.begun) else { return };
-            self.begun += 1;
-            self.line = self.pages.bytes.as_ptr().wrapping_add(start);
-            self.left = self.pages.length.div_ceil(LINE);
+        if self.left == 0 && !self.begin() {
+            return;
         }
         simd.prefetch(self.line);
         self.line = self.line.wrapping_add(LINE);
@@ -113,13 +136,19 @@ impl Ahead for NextPages<'_, '_> {
 }
 
 /// See [`NextPages::between`].
-pub(super) struct Between<'n, 's, 'a>(&'n mut NextPages<'s, 'a>, bool);
+pub(super) struct Between<'n, 's, 'a> {
+    next: &'n mut NextPages<'s, 'a>,
+    left: usize,
+    every: usize,
+}
 
 impl Ahead for Between<'_, '_, '_> {
     #[inline(always)]
     fn ask<S: Simd>(&mut self, simd: S) {
-        if self.1 {
-            self.0.ask(simd);
+        self.left -= 1;
+        if self.left == 0 {
+            self.left = self.every;
+            self.next.ask(simd);
         }
     }
 }

@@ -38,7 +38,8 @@ pub(super) struct CodeScratch {
     padded: usize,
     /// Queries, scaled to [`LARGEST`] `[queries, padded]`.
     scaled: Aligned,
-    /// What scaled queries count in, and what they do times codes `[queries]`.
+    /// What scaled queries count in, the scale of scores included, and what they do times codes
+    /// `[queries]`.
     units: Vec<(f32, f32)>,
     /// Boxes that were picked out of their groups `[head_dim, 2 (max, min), BLOCK pages]`.
     corners: Vec<f16>,
@@ -58,7 +59,7 @@ pub(super) struct CodeScratch {
     offsets: [[f32; BLOCK]; MOST_QUERIES],
     /// Scales and minima of the values of a chunk, widened `[2, tokens]`.
     value_ranges: Aligned,
-    /// Weights times scales of the chunk `[tokens]`.
+    /// Weights times scales of the chunk for some queries `[queries, tokens]`.
     products: Aligned,
     /// Pieces of the products of some queries `[blocks of tokens, queries]`.
     pieces: Vec<Pieces>,
@@ -66,12 +67,13 @@ pub(super) struct CodeScratch {
 
 impl CodeScratch {
     /// Scales `queries` queries, the one of a number as `query` gives it, for codes up to
-    /// `highest_code`.
+    /// `highest_code` and scores that are multiplied by `scale`.
     #[inline(always)]
     pub(super) fn load_queries<'a, S: Simd>(
         &mut self,
         simd: S,
         (queries, dim, highest_code): (usize, usize, u8),
+        scale: f32,
         query: impl Fn(usize) -> &'a [f32],
     ) {
         self.padded = dim.next_multiple_of(BLOCK);
@@ -93,7 +95,7 @@ impl CodeScratch {
             for scaled in scaled.chunks_exact_mut(S::LANES) {
                 simd.store(simd.mul(simd.load(scaled), factor), scaled);
             }
-            let unit = largest / LARGEST;
+            let unit = largest / LARGEST * scale;
             self.units.push((unit, unit / f32::from(highest_code)));
         }
         self.corners.resize(2 * dim * BLOCK, f16::ZERO);
@@ -240,13 +242,17 @@ impl Tile<'_, CodePages<'_>> {
             }
         }
         let mut state = State::new(&mut scratch.part, shape);
+        for (query, scores) in scratch.weights.chunks_exact_mut(chunk).enumerate() {
+            let scores = (scores, at + seen(query));
+            let next = &mut next.between(shape.queries);
+            scratch.peaks[query] = state.raised(simd, query, scores, next);
+        }
         for query in 0..shape.queries {
             let weights = &mut scratch.weights[query * chunk..(query + 1) * chunk];
             scratch.shifts[query] = state.soften(
                 simd,
-                query,
+                (query, scratch.peaks[query]),
                 (&mut weights[..], at + seen(query)),
-                self.context.scale,
                 &mut next.between(shape.queries),
             );
             if records.counted {
@@ -432,13 +438,17 @@ impl Tile<'_, CodePages<'_>> {
                 units[q] = unit.1 * codes.widest.ranges[lane % BLOCK];
             }
             let page = i - first;
-            products::dots::<S, Q, W, BITS>(
-                simd,
-                (pages.of(page), places, &mut *next),
-                (&codes.factors[..Q * quads], lane),
-                (&starts, &units),
-                (&mut scores[query * chunk + page * places.size..], chunk),
-            );
+            let of_page = (pages.of(page), places, &mut *next);
+            let (factors, numbers) = ((&codes.factors[..Q * quads], lane), (&starts, &units));
+            let out = (&mut scores[query * chunk + page * places.size..], chunk);
+            // As many sums as the registers hold beside the codes of a set; halves of int4 take more.
+            if Q >= products::MANY && BITS == 8 && places.size.is_multiple_of(4 * BLOCK) {
+                products::dots_of_blocks::<S, Q, 2, 4, BITS>(simd, of_page, factors, numbers, out);
+            } else if Q >= products::MANY && places.size.is_multiple_of(2 * BLOCK) {
+                products::dots_of_blocks::<S, Q, 4, 2, BITS>(simd, of_page, factors, numbers, out);
+            } else {
+                products::dots::<S, Q, W, BITS>(simd, of_page, factors, numbers, out);
+            }
         }
         Q
     }
@@ -499,7 +509,7 @@ impl Tile<'_, CodePages<'_>> {
         let channels = layout.group_channels();
         let (scales, minima) = (layout.scales().start, layout.minima().start);
         codes.value_ranges.resize(2 * tokens);
-        codes.products.resize(blocks * BLOCK);
+        codes.products.resize(MOST_VALUES * blocks * BLOCK);
         codes.pieces.resize(MOST_VALUES * blocks, Default::default());
         for group in 0..layout.groups() {
             let (out_scales, out_minima) = codes.value_ranges.split_at_mut(tokens);
@@ -532,27 +542,22 @@ impl Tile<'_, CodePages<'_>> {
                     2.. if S::LANES == BLOCK => 2,
                     _ => 1,
                 };
+                // Query by query in each step: the last operations of a sum wait for each other.
                 let mut sums = [(0.0, 0.0, 0.0); MOST_VALUES];
-                for (i, sums) in sums.iter_mut().enumerate().take(q) {
+                let rows = codes.products.chunks_exact_mut(blocks * BLOCK);
+                for (i, (sums, out)) in sums.iter_mut().zip(rows).enumerate().take(q) {
                     let row = &weights[(query + i) * chunk..(query + i + 1) * chunk];
                     let ranges = codes.value_ranges.split_at(tokens);
-                    let out = &mut codes.products;
-                    let (offset, largest) = products::products(
-                        simd,
-                        row,
-                        ranges,
-                        (size, padded),
-                        out,
-                        &mut next.between(queries),
-                    );
-                    let products = (&codes.products[..], largest);
-                    let unit = products::split(
-                        simd,
-                        products,
-                        (&mut codes.pieces[i..], q),
-                        &mut next.between(queries),
-                    );
-                    *sums = (offset, unit, shifts[query + i]);
+                    let next = &mut next.between(queries);
+                    let (offset, largest) =
+                        products::products(simd, row, ranges, (size, padded), out, next);
+                    *sums = (offset, largest, shifts[query + i]);
+                }
+                let rows = codes.products.chunks_exact(blocks * BLOCK);
+                for (i, ((_, unit, _), row)) in sums.iter_mut().zip(rows).enumerate().take(q) {
+                    let out = (&mut codes.pieces[i..], q);
+                    let next = &mut next.between(queries);
+                    *unit = products::split(simd, (row, *unit), out, next);
                 }
                 let values = Values {
                     chunk: pages,

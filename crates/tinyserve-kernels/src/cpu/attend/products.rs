@@ -276,11 +276,9 @@ pub(super) fn dots<S: Simd, const Q: usize, const W: usize, const BITS: usize>(
     let (row, quads) = (4 * places.size, Q * (8 / BITS));
     let keys = &page[..places.key_words * row];
     if Q >= MANY {
-        for word in 0..places.key_words / 2 {
+        for _ in 0..places.key_words / 4 {
             next.ask(simd);
-            if word % 2 == 0 {
-                next.ask_box(simd);
-            }
+            next.ask_box(simd);
         }
     }
     for (block, token) in (0..places.size).step_by(BLOCK).enumerate() {
@@ -314,6 +312,65 @@ pub(super) fn dots<S: Simd, const Q: usize, const W: usize, const BITS: usize>(
             }
             let scores = number(simd, &sums, (starts[q], units[q]));
             simd.store_block(scores, &mut out[q * chunk + token..]);
+        }
+    }
+}
+
+/// [`dots`] for pages of whole sets of `B` blocks of tokens, whose scores are summed up together for
+/// `G` queries at a time: a factor is read once for all blocks of a set. For a single block reading
+/// factors takes longer than multiplying by them.
+#[inline(always)]
+pub(super) fn dots_of_blocks<
+    S: Simd,
+    const Q: usize,
+    const G: usize,
+    const B: usize,
+    const BITS: usize,
+>(
+    simd: S,
+    (page, places, next): (&[u8], Places, &mut NextPages<'_, '_>),
+    (factors, lane): (&[QuadFactors], usize),
+    (starts, units): (&[f32; Q], &[f32; Q]),
+    (out, chunk): (&mut [f32], usize),
+) {
+    let (row, quads) = (4 * places.size, Q * (8 / BITS));
+    let keys = &page[..places.key_words * row];
+    for token in (0..places.size).step_by(B * BLOCK) {
+        for first in (0..Q).step_by(G) {
+            for _ in 0..places.key_words / 8 {
+                next.ask(simd);
+                next.ask_box(simd);
+            }
+            let mut counts = [[[simd.counts(0); PIECES]; B]; G];
+            let words = keys[4 * token..].chunks(row).zip(factors.chunks_exact(quads));
+            for (word, factors) in words {
+                let word = &word[..B * 4 * BLOCK];
+                let mut codes = [simd.codes(&[0; 4 * BLOCK]); B];
+                for (b, codes) in codes.iter_mut().enumerate() {
+                    *codes = simd.codes(&word[b * 4 * BLOCK..]);
+                }
+                for (part, rows) in factors.as_chunks::<Q>().0.iter().enumerate() {
+                    let mut halves = codes;
+                    for codes in &mut halves {
+                        *codes = half::<S, BITS>(simd, *codes, part);
+                    }
+                    for (row, counts) in rows[first..first + G].iter().zip(&mut counts) {
+                        for (piece, words) in row.0.iter().enumerate() {
+                            let x = words[lane % BLOCK].cast_signed();
+                            for (counts, &codes) in counts.iter_mut().zip(&halves) {
+                                counts[piece] = simd.add_products(counts[piece], codes, x);
+                            }
+                        }
+                    }
+                }
+            }
+            for (g, counts) in counts.iter().enumerate() {
+                let q = first + g;
+                for (b, counts) in counts.iter().enumerate() {
+                    let scores = number(simd, counts, (starts[q], units[q]));
+                    simd.store_block(scores, &mut out[q * chunk + token + b * BLOCK..]);
+                }
+            }
         }
     }
 }
@@ -410,9 +467,7 @@ impl<P: Rows<u8>> Values<'_, P> {
         for page in 0..self.pages {
             let bytes = self.chunk.of(page);
             if Q >= MANY {
-                for _ in 0..words {
-                    next.ask(simd);
-                }
+                next.ask_lines(simd, words);
             }
             for word in 0..words {
                 let place = values + 4 * (word * head_dim + at);

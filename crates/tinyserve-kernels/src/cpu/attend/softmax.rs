@@ -214,15 +214,37 @@ impl<'a> State<'a> {
         }
     }
 
+    /// Highest score of `query` so far, the first `tokens` tokens of a chunk included. Meanwhile
+    /// `next` is asked for.
+    #[inline(always)]
+    pub(super) fn raised<S: Simd>(
+        &self,
+        simd: S,
+        query: usize,
+        (scores, tokens): (&mut [f32], usize),
+        next: &mut impl Ahead,
+    ) -> f32 {
+        let scores = &mut scores[..tokens.next_multiple_of(S::LANES)];
+        // What lies behind the last token is left over, or belongs to tokens that are not seen.
+        scores[tokens..].fill(f32::NEG_INFINITY);
+        let mut highest = simd.splat(self.peaks[query]);
+        for scores in scores.chunks_exact(S::LANES) {
+            next.ask(simd);
+            highest = simd.max(highest, simd.load(scores));
+        }
+        simd.highest(highest)
+    }
+
     /// Turns the scores of the first `tokens` tokens of a chunk into weights, and adds them up;
-    /// gives the factor that earlier weights shrink by. Meanwhile `next` is asked for.
+    /// gives the factor that earlier weights shrink by. `peak` is the highest score, as
+    /// [`Self::raised`] gives it for all queries first: its last steps wait for each other, and
+    /// those of several queries do so together. Meanwhile `next` is asked for.
     #[inline(always)]
     pub(super) fn soften<S: Simd>(
         &mut self,
         simd: S,
-        query: usize,
+        (query, peak): (usize, f32),
         (scores, tokens): (&mut [f32], usize),
-        scale: f32,
         next: &mut impl Ahead,
     ) -> f32 {
         if tokens == 0 {
@@ -230,17 +252,6 @@ impl<'a> State<'a> {
         }
         let before = self.peaks[query];
         let scores = &mut scores[..tokens.next_multiple_of(S::LANES)];
-        // What lies behind the last token is left over, or belongs to tokens that are not seen.
-        scores[tokens..].fill(f32::NEG_INFINITY);
-        let scale = simd.splat(scale);
-        let mut highest = simd.splat(before);
-        for scores in scores.chunks_exact_mut(S::LANES) {
-            next.ask(simd);
-            let scaled = simd.mul(simd.load(scores), scale);
-            simd.store(scaled, scores);
-            highest = simd.max(highest, scaled);
-        }
-        let peak = simd.highest(highest);
         let mut sum = simd.splat(0.0);
         let mut depth = simd.splat(0.0);
         if self.shape.observed {

@@ -73,7 +73,7 @@ impl PageList<'_> {
 /// Buffers of a tile, reused from tile to tile.
 #[derive(Debug, Default)]
 pub(super) struct TileScratch {
-    /// Queries in blocks of [`softmax::block`] queries, each `[head_dim, block]`.
+    /// Queries times the scale in blocks of [`softmax::block_of`] queries, each `[head_dim, block]`.
     pub(super) queries: Vec<f32>,
     /// One page of keys, widened `[head_dim, page_size]`, padded to whole vectors.
     pub(super) page: Vec<f32>,
@@ -81,6 +81,8 @@ pub(super) struct TileScratch {
     pub(super) keys: Vec<f32>,
     /// Scores, then weights `[queries, chunk]`.
     pub(super) weights: Aligned,
+    /// Highest score with the current chunk's, per query.
+    pub(super) peaks: Vec<f32>,
     /// What the current chunk's peak makes of earlier sums, per query.
     pub(super) shifts: Vec<f32>,
     /// The softmax of the current part.
@@ -156,9 +158,11 @@ impl<P: StoredPages> Kernel for Tile<'_, P> {
             // Scores are written in whole blocks, wherever their page ends.
             chunk = (chunk + products::BLOCK).next_multiple_of(products::BLOCK);
             let queries = (shape.queries, shape.head_dim, self.pages.highest_code());
-            scratch.codes.load_queries(simd, queries, |query| self.query(query));
+            let codes = &mut scratch.codes;
+            codes.load_queries(simd, queries, context.scale, |query| self.query(query));
         }
         scratch.weights.resize(shape.queries * chunk);
+        scratch.peaks.resize(shape.queries, 0.0);
         scratch.shifts.resize(shape.queries, 0.0);
         let (chunk_pages, part_pages) = (chunk_pages(size), part_pages(size));
         let counted = context.mass_queries(unit);
@@ -204,7 +208,7 @@ impl<P: StoredPages> Kernel for Tile<'_, P> {
 }
 
 impl TileScratch {
-    /// Turns the queries of `unit` round, block by block.
+    /// Scales the queries of `unit` and turns them round, block by block.
     fn load_queries(&mut self, context: &Context<'_>, unit: &Unit) {
         let (dim, group) = (context.heads.head_dim, context.heads.group());
         let queries = unit.rows.len() * group;
@@ -216,7 +220,7 @@ impl TileScratch {
                 let (first, length) = softmax::block_of(index, queries);
                 let block = &mut self.queries[first * dim..(first + length) * dim];
                 for (column, &x) in block.chunks_exact_mut(length).zip(query) {
-                    column[index - first] = x;
+                    column[index - first] = x * context.scale;
                 }
             }
         }
@@ -359,14 +363,17 @@ impl<E: KvElement + Element> Tile<'_, HeadPages<'_, E>> {
             query += block;
         }
         let mut state = State::new(&mut scratch.part, shape);
+        for (query, scores) in scratch.weights.chunks_exact_mut(chunk).enumerate() {
+            let scores = (scores, tokens(query));
+            scratch.peaks[query] = state.raised(simd, query, scores, &mut Nothing);
+        }
         for query in 0..shape.queries {
             let tokens = tokens(query);
             let weights = &mut scratch.weights[query * chunk..(query + 1) * chunk];
             scratch.shifts[query] = state.soften(
                 simd,
-                query,
+                (query, scratch.peaks[query]),
                 (&mut weights[..], tokens),
-                self.context.scale,
                 &mut Nothing,
             );
             if records.counted {
