@@ -7,6 +7,7 @@
 mod attention;
 mod dense;
 mod input;
+mod part;
 mod rotated;
 
 use std::collections::HashMap;
@@ -14,6 +15,7 @@ use std::collections::hash_map::Entry;
 use std::fmt;
 
 use crate::{Backend, Cpu, KernelError};
+use part::Part;
 
 /// What one case came to.
 #[derive(Debug, Clone, PartialEq)]
@@ -61,6 +63,7 @@ pub fn run<B: Backend>(backend: &B) -> Result<Vec<CaseOutcome>, KernelError> {
 #[derive(Debug)]
 pub struct Table {
     reference: Cpu,
+    part: Part,
     /// By operation and case.
     dense: HashMap<String, Vec<f32>>,
     attention: HashMap<String, attention::Attended>,
@@ -76,18 +79,34 @@ impl Table {
     /// A table whose cases were not computed yet.
     #[must_use]
     pub fn new() -> Self {
-        Self { reference: Cpu::reference(), dense: HashMap::new(), attention: HashMap::new() }
+        Self::part(0, 1)
     }
 
-    /// Runs every case on `backend`.
+    /// The part with that number, from 0, of the `parts` that the table is cut into: every case is in
+    /// one of them.
+    ///
+    /// # Panics
+    /// When there is no such part.
+    #[must_use]
+    pub fn part(number: usize, parts: usize) -> Self {
+        Self {
+            reference: Cpu::reference(),
+            part: Part::new(number, parts),
+            dense: HashMap::new(),
+            attention: HashMap::new(),
+        }
+    }
+
+    /// Runs every case of the table, or of its part, on `backend`.
     ///
     /// # Errors
     /// As [`run`].
     pub fn run<B: Backend>(&mut self, backend: &B) -> Result<Vec<CaseOutcome>, KernelError> {
         let mut outcomes = Vec::new();
+        self.part.begin();
         dense::run(backend, self, &mut outcomes)?;
         attention::run(backend, self, &mut outcomes)?;
-        rotated::run(backend, &mut outcomes)?;
+        rotated::run(backend, &mut self.part, &mut outcomes)?;
         Ok(outcomes)
     }
 }

@@ -16,7 +16,8 @@ namespace emu {
 State S;
 Kernel* registry;
 enum { READY, AT_BARRIER, IN_COLLECTIVE, DONE };
-constexpr size_t STACK_BYTES = 64 << 10;
+// Not a power of two: the tops of all stacks would share a few sets of the caches.
+constexpr size_t STACK_BYTES = (64 << 10) + 5 * 64;
 constexpr unsigned MOST_THREADS = 1024;
 struct Slot {
   uint32_t mask, arrived, gen, op, line;

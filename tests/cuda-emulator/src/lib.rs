@@ -8,6 +8,7 @@
 //! Nothing is compiled before it is needed: building the workspace takes no C++ compiler.
 
 mod build;
+mod parts;
 
 use std::ffi::{CStr, c_char};
 use std::fmt;

@@ -16,6 +16,7 @@ use tinyserve_kv::{
 use tinyserve_model::SessionToSave;
 
 use common::Engine;
+use common::sequence::numbers;
 
 /// Waits are counted for the whole process.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -47,16 +48,12 @@ fn fill(
     let tokens = MOVED * page_size;
     assert!(table.extend(pool, tokens).unwrap().is_none());
     let slots: Vec<Slot> = (0..tokens).map(|token| table.slot(token)).collect();
-    let mut number = 1u32;
-    for layer in 0..LAYERS {
-        let rows: Vec<f32> = (0..tokens * HEADS.qkv_width())
-            .map(|_| {
-                number = number.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                (number >> 8) as f32 / (1 << 23) as f32 - 1.0
-            })
-            .collect();
+    for (layer, rows) in numbers(LAYERS * tokens * HEADS.qkv_width())
+        .chunks_exact(tokens * HEADS.qkv_width())
+        .enumerate()
+    {
         let mut qkv = cuda.tensor(HEADS.qkv_width());
-        cuda.upload(&rows, &mut qkv);
+        cuda.upload(rows, &mut qkv);
         cuda.append_kv(AppendKvArgs { layer, heads: HEADS, qkv: &qkv, slots: &slots, pages });
         let tokens = rows.chunks_exact(HEADS.qkv_width()).zip(&slots);
         host.append_tokens(

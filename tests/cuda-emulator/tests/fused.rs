@@ -1,14 +1,15 @@
 //! How it is measured, and chosen, whether a decode step's attention is one launch.
 
+mod common;
+
 use std::ffi::CStr;
 use std::sync::Mutex;
 
 use tinyserve_cuda_emulator::ready;
-use tinyserve_kernels::{
-    AttendArgs, AttendSequence, Attention, Backend, Cuda, CudaDevice, Heads, KernelError,
-    most_fused_bytes,
-};
-use tinyserve_kv::{Budget, KvFormat, KvLayout, KvShape, PagePool, PageTable, SelectionPolicy};
+use tinyserve_kernels::{Attention, Cuda, CudaDevice, Heads, KernelError, most_fused_bytes};
+use tinyserve_kv::{Budget, KvFormat, SelectionPolicy};
+
+use common::sequence::{Sequence, Step, layout};
 
 /// Memory is counted, and kernels fail, for the whole process.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -16,11 +17,6 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 const HEADS: Heads = Heads { q_heads: 4, kv_heads: 2, head_dim: 64 };
 /// Tokens of the sequence that attends.
 const TOKENS: usize = 256;
-
-fn layout(format: KvFormat, page_size: usize, head_dim: usize) -> KvLayout {
-    let shape = KvShape { layers: 1, kv_heads: HEADS.kv_heads, head_dim, page_size, format };
-    KvLayout::new(shape).unwrap()
-}
 
 fn free() -> usize {
     CudaDevice::all().unwrap()[0].free
@@ -33,7 +29,7 @@ fn times_are_in_the_order_of_bytes_and_leave_nothing_behind() {
     let cuda = Cuda::new(0).unwrap();
     let before = free();
     for format in KvFormat::ALL {
-        let times = cuda.time_fused(&layout(format, 64, HEADS.head_dim), HEADS).unwrap();
+        let times = cuda.time_fused(&layout(HEADS, 64, format), HEADS).unwrap();
         assert!(!times.is_empty() && times.is_sorted_by(|a, b| a.bytes < b.bytes), "{times:?}");
         assert!(times.iter().all(|times| times.fused_ns > 0 && times.split_ns > 0), "{times:?}");
         // Only the last one may be slower: nothing larger is looked at.
@@ -47,9 +43,9 @@ fn times_are_in_the_order_of_bytes_and_leave_nothing_behind() {
     }
     // Neither has a kernel that does all in one.
     let narrow = Heads { head_dim: 6, ..HEADS };
-    assert_eq!(cuda.time_fused(&layout(KvFormat::F16, 64, 6), narrow), Ok(Vec::new()));
+    assert_eq!(cuda.time_fused(&layout(narrow, 64, KvFormat::F16), narrow), Ok(Vec::new()));
     let many = Heads { q_heads: 32, ..HEADS };
-    let f16 = layout(KvFormat::F16, 64, HEADS.head_dim);
+    let f16 = layout(HEADS, 64, KvFormat::F16);
     assert_eq!(cuda.time_fused(&f16, many), Ok(Vec::new()));
     let Some(emulator) = ready.emulator else { return };
     emulator.leave_free(Some(16 << 10));
@@ -61,42 +57,21 @@ fn times_are_in_the_order_of_bytes_and_leave_nothing_behind() {
 
 /// A decode step of attention that selects; what it leaves.
 fn attend(cuda: &Cuda) -> Result<Vec<f32>, KernelError> {
-    let layout = layout(KvFormat::F16, 16, HEADS.head_dim);
-    let mut table = PageTable::new(16);
-    let mut pool = PagePool::new(layout.pages_for(TOKENS)).unwrap();
-    table.extend(&mut pool, TOKENS).unwrap();
-    let pages = cuda.allocate_pages(layout, pool.capacity())?;
-    let mut qkv = cuda.tensor(HEADS.qkv_width());
-    cuda.upload(&vec![1.0; HEADS.qkv_width()], &mut qkv);
+    let sequence = Sequence::new(cuda, HEADS, layout(HEADS, 16, KvFormat::F16), TOKENS)?;
     let policy = SelectionPolicy {
         budget: Budget::Ratio(0.3),
         dense_layers: 0,
         min_context: 0,
         ..SelectionPolicy::default()
     };
-    let sequence = AttendSequence {
-        rows: 0..1,
+    let step = Step {
+        rows: &vec![1.0; HEADS.qkv_width()],
         first_position: TOKENS - 1,
-        pages: table.pages(),
         attention: Attention::Policy(&policy),
-    };
-    let (mut out, mut values) = (cuda.tensor(HEADS.q_columns().len()), Vec::new());
-    cuda.attend(AttendArgs {
-        layer: 0,
-        heads: HEADS,
-        qkv: &qkv,
         scale: 1.0,
-        sequences: &[sequence],
-        pages: &pages,
-        measure_recall: false,
         page_lists: None,
-        sequence_stats: None,
-        observe: None,
-        out: &mut out,
-    })?;
-    cuda.download(&out, &mut values);
-    cuda.check()?;
-    Ok(values)
+    };
+    sequence.attend(cuda, step)
 }
 
 #[test]

@@ -1,13 +1,12 @@
 //! The page lists that kernels choose are those of the CPU backend, ties included.
 
+mod common;
+
 use tinyserve_cuda_emulator::ready;
-use tinyserve_kernels::{
-    AppendKvArgs, AttendArgs, AttendSequence, Attention, Backend, Cpu, CpuOptions, Cuda, Heads,
-    PageLists,
-};
-use tinyserve_kv::{
-    Budget, KvFormat, KvLayout, KvShape, PagePool, PageTable, Scorer, SelectionPolicy, Slot,
-};
+use tinyserve_kernels::{Attention, Backend, Cpu, CpuOptions, Cuda, Heads, PageLists};
+use tinyserve_kv::{Budget, KvFormat, KvLayout, PagePool, PageTable, Scorer, SelectionPolicy};
+
+use common::sequence::{self, Step, layout};
 
 const HEADS: Heads = Heads { q_heads: 4, kv_heads: 2, head_dim: 8 };
 const TOKENS: usize = 333;
@@ -42,20 +41,18 @@ impl Sequence {
 }
 
 /// A sequence in the pages of a backend, of which the newest row attends.
-struct Cache<B: Backend> {
-    sequence: Sequence,
-    pages: B::KvPages,
-    table: PageTable,
-    newest: B::Tensor,
+struct Cache<'a, B: Backend> {
+    sequence: sequence::Sequence<B>,
+    newest: &'a [f32],
+    first_position: usize,
 }
 
-impl<B: Backend> Cache<B> {
-    fn new(backend: &B, layout: KvLayout, sequence: Sequence, rows: &[f32]) -> Self {
+impl<'a, B: Backend> Cache<'a, B> {
+    fn new(backend: &B, layout: KvLayout, sequence: Sequence, rows: &'a [f32]) -> Self {
         let Sequence { heads, tokens, scattered } = sequence;
         let count = layout.pages_for(tokens);
         let capacity = if scattered { 4 * 64 * count.div_ceil(64) } else { count + 70 };
         let mut pool = PagePool::new(capacity).unwrap();
-        let mut pages = backend.allocate_pages(layout, capacity).unwrap();
         let mut table = PageTable::new(layout.page_size());
         if scattered {
             let all: Vec<_> = (0..capacity).map(|_| pool.allocate().unwrap()).collect();
@@ -72,44 +69,24 @@ impl<B: Backend> Cache<B> {
             }
             assert!(table.extend(&mut pool, tokens).unwrap().is_none());
         }
-        let slots: Vec<Slot> = (0..tokens).map(|token| table.slot(token)).collect();
-        let mut qkv = backend.tensor(heads.qkv_width());
-        backend.upload(rows, &mut qkv);
-        backend.append_kv(AppendKvArgs {
-            layer: 0,
-            heads,
-            qkv: &qkv,
-            slots: &slots,
-            pages: &mut pages,
-        });
-        let mut newest = backend.tensor(heads.qkv_width());
-        backend.upload(&rows[(tokens - 1) * heads.qkv_width()..], &mut newest);
-        Self { sequence, pages, table, newest }
+        let mut sequence =
+            sequence::Sequence::in_table(backend, heads, layout, &pool, table).unwrap();
+        sequence.append(backend, rows);
+        let newest = &rows[(tokens - 1) * heads.qkv_width()..];
+        Self { sequence, newest, first_position: tokens - 1 }
     }
 
     /// Attention, and the lists that the backend tells; one on a device tells none here.
     fn attend(&self, backend: &B, policy: &SelectionPolicy) -> PageLists {
         let mut lists = PageLists::default();
-        let sequence = AttendSequence {
-            rows: 0..1,
-            first_position: self.sequence.tokens - 1,
-            pages: self.table.pages(),
+        let step = Step {
+            rows: self.newest,
+            first_position: self.first_position,
             attention: Attention::Policy(policy),
-        };
-        let attended = backend.attend(AttendArgs {
-            layer: 0,
-            heads: self.sequence.heads,
-            qkv: &self.newest,
             scale: 0.35,
-            sequences: &[sequence],
-            pages: &self.pages,
-            measure_recall: false,
             page_lists: Some(&mut lists),
-            sequence_stats: None,
-            observe: None,
-            out: &mut backend.tensor(self.sequence.heads.q_columns().len()),
-        });
-        attended.unwrap();
+        };
+        self.sequence.attend(backend, step).unwrap();
         lists
     }
 }
@@ -135,9 +112,7 @@ fn kernels_list_what_the_cpu_lists() {
         let rows = sequence.rows(&mut numbers);
         for (i, format) in KvFormat::ALL.into_iter().enumerate() {
             for (page_size, policies) in policies() {
-                let Heads { kv_heads, head_dim, .. } = HEADS;
-                let shape = KvShape { layers: 1, kv_heads, head_dim, page_size, format };
-                let layout = KvLayout::new(shape).unwrap();
+                let layout = layout(HEADS, page_size, format);
                 let on_device = Cache::new(&cuda, layout, sequence, &rows);
                 for (budget, scorer) in policies {
                     // Codes stand for numbers that are not whole: moments of them are rounded.
@@ -191,9 +166,7 @@ fn pages_may_lie_anywhere() {
                 let sequence = Sequence { heads, tokens, scattered };
                 let rows = sequence.rows(&mut Whole(seed));
                 let format = [KvFormat::F16, KvFormat::F32][(i + group / 2) % 2];
-                let Heads { kv_heads, head_dim, .. } = heads;
-                let shape = KvShape { layers: 1, kv_heads, head_dim, page_size, format };
-                let layout = KvLayout::new(shape).unwrap();
+                let layout = layout(heads, page_size, format);
                 let policy = SelectionPolicy {
                     budget: Budget::Ratio(0.4),
                     dense_layers: 0,

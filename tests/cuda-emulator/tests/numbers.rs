@@ -1,10 +1,12 @@
 //! A value that is no number reaches the rows that see its token, and no other.
 
+mod common;
+
 use tinyserve_cuda_emulator::ready;
-use tinyserve_kernels::{
-    AppendKvArgs, AttendArgs, AttendSequence, Attention, Backend, Cpu, Cuda, Heads,
-};
-use tinyserve_kv::{KvFormat, KvLayout, KvShape, PagePool, PageTable, Slot};
+use tinyserve_kernels::{Attention, Backend, Cpu, Cuda, Heads};
+use tinyserve_kv::KvFormat;
+
+use common::sequence::{Sequence, Step, layout, numbers};
 
 const ROWS: usize = 90;
 /// Tokens with a value that is no number, one of a channel each: apart, in one chunk, and the last.
@@ -14,56 +16,20 @@ const BROKEN: [(usize, usize, f32); 4] =
 /// What a prompt's rows attend to.
 fn attended<B: Backend>(backend: &B, heads: Heads, format: KvFormat) -> Vec<f32> {
     let Heads { q_heads, kv_heads, head_dim } = heads;
-    let shape = KvShape { layers: 1, kv_heads, head_dim, page_size: 16, format };
-    let layout = KvLayout::new(shape).unwrap();
-    let mut pool = PagePool::new(layout.pages_for(ROWS)).unwrap();
-    let mut pages = backend.allocate_pages(layout, pool.capacity()).unwrap();
-    let mut table = PageTable::new(16);
-    table.extend(&mut pool, ROWS).unwrap();
-    let slots: Vec<Slot> = (0..ROWS).map(|token| table.slot(token)).collect();
-    let (width, mut number) = (heads.qkv_width(), 1u32);
-    let mut rows: Vec<f32> = (0..ROWS * width)
-        .map(|_| {
-            number = number.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (number >> 8) as f32 / (1 << 23) as f32 - 1.0
-        })
-        .collect();
+    let mut rows = numbers(ROWS * heads.qkv_width());
     for (token, channel, value) in BROKEN {
-        rows[token * width + (q_heads + kv_heads) * head_dim + channel] = value;
+        rows[token * heads.qkv_width() + (q_heads + kv_heads) * head_dim + channel] = value;
     }
-    let (mut qkv, mut out) = (backend.tensor(width), backend.tensor(heads.q_columns().len()));
-    backend.upload(&rows, &mut qkv);
-    backend.append_kv(AppendKvArgs {
-        layer: 0,
-        heads,
-        qkv: &qkv,
-        slots: &slots,
-        pages: &mut pages,
-    });
-    let sequence = AttendSequence {
-        rows: 0..ROWS,
+    let mut sequence = Sequence::new(backend, heads, layout(heads, 16, format), ROWS).unwrap();
+    sequence.append(backend, &rows);
+    let step = Step {
+        rows: &rows,
         first_position: 0,
-        pages: table.pages(),
         attention: Attention::Dense,
-    };
-    let attended = backend.attend(AttendArgs {
-        layer: 0,
-        heads,
-        qkv: &qkv,
         scale: 0.125,
-        sequences: &[sequence],
-        pages: &pages,
-        measure_recall: false,
         page_lists: None,
-        sequence_stats: None,
-        observe: None,
-        out: &mut out,
-    });
-    attended.unwrap();
-    let mut values = Vec::new();
-    backend.download(&out, &mut values);
-    backend.check().unwrap();
-    values
+    };
+    sequence.attend(backend, step).unwrap()
 }
 
 #[test]

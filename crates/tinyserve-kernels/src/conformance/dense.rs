@@ -6,7 +6,7 @@ use std::fmt;
 use half::bf16;
 
 use super::input::Numbers;
-use super::{CaseOutcome, Table, known, max_error, values};
+use super::{CaseOutcome, Part, Table, known, max_error, values};
 use crate::backend::project_step_by_step;
 use crate::{
     ActivateArgs, Activation, Backend, Cpu, DType, EmbedArgs, Heads, KernelError, LinearArgs,
@@ -28,7 +28,7 @@ const FEW_ROUNDINGS: f32 = 1e-6;
 
 pub(super) fn run<B: Backend>(
     backend: &B,
-    Table { reference, dense, .. }: &mut Table,
+    Table { reference, part, dense, .. }: &mut Table,
     outcomes: &mut Vec<CaseOutcome>,
 ) -> Result<(), KernelError> {
     let reference = &*reference;
@@ -36,6 +36,9 @@ pub(super) fn run<B: Backend>(
     for dtype in DTYPES {
         for (store, format) in STORES.into_iter().flat_map(|s| FORMATS.map(|f| (s, f))) {
             for hidden in [1, 12, 64, 131] {
+                if !part.takes_next() {
+                    continue;
+                }
                 let case = format!("{dtype} as {format:?} {store:?} hidden {hidden}");
                 let table = (dtype, format, hidden);
                 let found = embed(backend, table, store)?;
@@ -46,6 +49,9 @@ pub(super) fn run<B: Backend>(
     for kind in [NormKind::Layer, NormKind::Rms] {
         for (rows, hidden) in [(1, 1), (3, 7), (2, 48), (17, 131), (300, 256)] {
             for bias in [false, true] {
+                if !part.takes_next() {
+                    continue;
+                }
                 let case = format!("{kind:?} [{rows}, {hidden}] bias {bias}");
                 let found = norm(backend, kind, (rows, hidden), bias)?;
                 let expected = || norm(reference, kind, (rows, hidden), bias);
@@ -53,7 +59,7 @@ pub(super) fn run<B: Backend>(
             }
         }
     }
-    linears(backend, reference, &mut checks)?;
+    linears(backend, reference, part, &mut checks)?;
     for (rows, head_dim, q_heads, kv_heads) in [
         (1, 2, 1, 1),
         (3, 6, 4, 2),
@@ -63,6 +69,9 @@ pub(super) fn run<B: Backend>(
         (4, 80, 4, 1),
         (2, 128, 2, 2),
     ] {
+        if !part.takes_next() {
+            continue;
+        }
         let heads = Heads { q_heads, kv_heads, head_dim };
         let case = format!("[{rows}] {q_heads} and {kv_heads} heads of {head_dim}");
         let (angles, qkv) = rotary(backend, heads, rows);
@@ -75,6 +84,9 @@ pub(super) fn run<B: Backend>(
     for activation in [Activation::GeluTanh, Activation::Gelu, Activation::Relu, Activation::Silu] {
         for gated in [false, true] {
             for (rows, width) in [(1, 1), (3, 21), (2, 64), (300, 131), (400, 256)] {
+                if !part.takes_next() {
+                    continue;
+                }
                 let case = format!("{activation:?} [{rows}, {width}] gated {gated}");
                 let found = activate(backend, activation, gated, (rows, width));
                 let expected = || Ok(activate(reference, activation, gated, (rows, width)));
@@ -83,6 +95,9 @@ pub(super) fn run<B: Backend>(
         }
     }
     for columns in [1, 13, 64] {
+        if !part.takes_next() {
+            continue;
+        }
         let case = format!("4 of [6, {columns}]");
         let found = gather(backend, columns);
         checks.check("gather_rows", case, 0.0, &found, || Ok(gather(reference, columns)))?;
@@ -90,6 +105,9 @@ pub(super) fn run<B: Backend>(
     // One slice of a device's, several, and a last one that has fewer tokens than are asked for.
     for (vocab, k) in [(1, 1), (5, 128), (300, 1), (300, 7), (8192 + 3, 40), (20_000, 128)] {
         for few in [true, false] {
+            if !part.takes_next() {
+                continue;
+            }
             let case = format!("{k} of [3, {vocab}]{}", if few { ", few different" } else { "" });
             let (tokens, sums) = top_logits(backend, (vocab, k), few);
             let expected = || Ok(top_logits(reference, (vocab, k), few).0);
@@ -99,18 +117,22 @@ pub(super) fn run<B: Backend>(
         }
     }
     for broken in [f32::NAN, f32::INFINITY] {
+        if !part.takes_next() {
+            continue;
+        }
         let case = format!("{broken} is no logit");
         let unknown = log_sum_exp_of(backend, broken).is_nan();
         let found = vec![f32::from(u8::from(unknown))];
         checks.check("top_logits", case, 0.0, &found, || Ok(vec![1.0]))?;
     }
-    projections(backend, outcomes)
+    projections(backend, part, outcomes)
 }
 
 /// Matrices of every type and format, with few rows and many.
 fn linears<B: Backend>(
     backend: &B,
     reference: &Cpu,
+    part: &mut Part,
     checks: &mut Checks<'_>,
 ) -> Result<(), KernelError> {
     for (l, layout) in [MatrixLayout::OutIn, MatrixLayout::InOut].into_iter().enumerate() {
@@ -126,6 +148,9 @@ fn linears<B: Backend>(
                 (1096, vec![35]),
             ] {
                 for format in FORMATS {
+                    if !part.takes_next() {
+                        continue;
+                    }
                     // Loaded once for all rows: quantising takes longer than multiplying.
                     let spec = (layout, (dtype, format), inputs, parts.as_slice());
                     let inputs_as = Inputs::of(backend, (dtype, format));
@@ -157,6 +182,9 @@ fn linears<B: Backend>(
     }
     for (dtype, rows) in DTYPES.into_iter().flat_map(|dtype| MANY_ROWS.map(|rows| (dtype, rows))) {
         for (inputs, parts) in [(72, vec![67]), (256, vec![40, 24]), (1100, vec![33])] {
+            if !part.takes_next() {
+                continue;
+            }
             let spec = (MatrixLayout::OutIn, (dtype, WeightFormat::Stored), inputs, &parts[..]);
             let inputs_as = Inputs::of(backend, spec.1);
             let case = format!("{dtype} [{rows}, {inputs}] to {parts:?}{inputs_as}");
@@ -215,6 +243,7 @@ impl Checks<'_> {
 /// A projection is its operations one after the other, to the bit: each of them has cases of its own.
 fn projections<B: Backend>(
     backend: &B,
+    part: &mut Part,
     outcomes: &mut Vec<CaseOutcome>,
 ) -> Result<(), KernelError> {
     // Of the type that is multiplied in a way of its own, if there is one.
@@ -229,13 +258,17 @@ fn projections<B: Backend>(
             (16, vec![160, 160], vec![220]),
             (8, vec![12_016, 12_016], vec![3]),
         ] {
-            projections_of(backend, (dtype, format), (inputs, &parts), &rows, outcomes)?;
+            if part.takes_next() {
+                projections_of(backend, (dtype, format), (inputs, &parts), &rows, outcomes)?;
+            }
         }
     }
     // Rows that a device normalises in each block, by the number that share a pass over weights.
     for dtype in DTYPES {
-        let weights = (dtype, WeightFormat::Stored);
-        projections_of(backend, weights, (1096, &[101, 101]), &[1, 2, 3, 8], outcomes)?;
+        if part.takes_next() {
+            let weights = (dtype, WeightFormat::Stored);
+            projections_of(backend, weights, (1096, &[101, 101]), &[1, 2, 3, 8], outcomes)?;
+        }
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use tinyserve_kv::{
 };
 
 use super::input::Numbers;
-use super::{CaseOutcome, values};
+use super::{CaseOutcome, Part, values};
 use crate::backend::rotate_then_append;
 use crate::{
     AttendArgs, AttendSequence, Attention, Backend, Heads, KernelError, RotaryAnglesArgs,
@@ -19,11 +19,15 @@ const CACHED: [usize; 3] = [21, 8, 15];
 /// It is its operations one after the other, to the bit: each of them has cases of its own.
 pub(super) fn run<B: Backend>(
     backend: &B,
+    part: &mut Part,
     outcomes: &mut Vec<CaseOutcome>,
 ) -> Result<(), KernelError> {
     for (q_heads, kv_heads, head_dim) in [(4, 2, 6), (8, 1, 64), (2, 2, 160)] {
         let heads = Heads { q_heads, kv_heads, head_dim };
         for &format in backend.kv_formats() {
+            if !part.takes_next() {
+                continue;
+            }
             let case = format!("{format} {q_heads} and {kv_heads} heads of {head_dim}");
             let expected = attended(backend, (heads, format), rotate_then_append)?;
             let found = attended(backend, (heads, format), B::rotate_and_append)?;

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 use proptest::prelude::*;
+use tinyserve_kernels::conformance::{CaseOutcome, Table};
 use tinyserve_kernels::{
     AppendKvArgs, AttendArgs, AttendSequence, AttendStats, Attention, Backend, Cpu, CpuOptions,
     CpuPath, Heads, KernelError, PageLists,
@@ -255,4 +256,28 @@ impl Cache {
 /// The bits of numbers: equal only when nothing at all differs.
 pub(crate) fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|x| x.to_bits()).collect()
+}
+
+/// The table of cases, in parts that run side by side: one for each core.
+pub(crate) struct WholeTable(Vec<Table>);
+
+impl WholeTable {
+    pub(crate) fn new() -> Self {
+        let parts = std::thread::available_parallelism().map_or(1, usize::from);
+        Self((0..parts).map(|number| Table::part(number, parts)).collect())
+    }
+
+    /// What every case came to, each part on a backend of its own.
+    pub(crate) fn run<B: Backend>(&mut self, backend: impl Fn() -> B + Sync) -> Vec<CaseOutcome> {
+        let run = |table: &mut Table| {
+            let outcomes = table.run(&backend()).unwrap();
+            assert!(!outcomes.is_empty());
+            outcomes
+        };
+        std::thread::scope(|scope| {
+            let parts = self.0.iter_mut().map(|table| scope.spawn(move || run(table)));
+            let parts: Vec<_> = parts.collect();
+            parts.into_iter().flat_map(|part| part.join().unwrap()).collect()
+        })
+    }
 }

@@ -1,4 +1,7 @@
 //! What several tests run.
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
+pub(crate) mod sequence;
 
 use std::path::Path;
 
