@@ -24,6 +24,7 @@ __device__ __forceinline__ void attend_tile(const ts::u32* tables, const ts::Til
                                             const ts::u32* lengths, float* out, float* parts, float* states,
                                             ts::PageShape shape, int group, int width, float scale, int part_pages,
                                             Attend attend) {
+  ts::let_next_begin();
   ts::AttendJob job;
   job.tile = tiles[blockIdx.x];
   job.shape = shape;
@@ -47,6 +48,7 @@ __device__ __forceinline__ void attend_tile(const ts::u32* tables, const ts::Til
     job.begin = blockIdx.y * of_part;
     job.end = min(job.end, job.begin + of_part);
   }
+  ts::wait_for_launches();
   // The whole block leaves together: a shorter list has fewer parts, a smaller tile fewer queries.
   if (job.tile.parts == ts::FUSED || job.begin >= job.end || job.first_query >= job.n_queries || (whole && blockIdx.y > 0)) {
     return;

@@ -19,8 +19,10 @@ combine(const float* parts, const ts::Tile* tiles, const ts::u32* lengths, float
         ts::PageShape shape, int group, int part_pages) {
   constexpr int CHANNELS = ts::ATTEND_MOST_DIM / COMBINE_THREADS;
   TS_SHARED(float, factors, [COMBINE_PARTS]);
+  ts::let_next_begin();
   ts::Tile tile = tiles[blockIdx.x];
   if (tile.parts == ts::NO_PARTS || tile.parts == ts::FUSED) {
+    ts::wait_for_launches();
     return;
   }
   int head = blockIdx.y, kv_head = head / group, dim = shape.head_dim;
@@ -29,6 +31,7 @@ combine(const float* parts, const ts::Tile* tiles, const ts::u32* lengths, float
   int n = int((pages + of_part - 1) / of_part);
   size_t stride = size_t(shape.kv_heads) * group * (dim + ts::ATTEND_STATE);
   const float* first = parts + tile.parts * stride + size_t(head) * (dim + ts::ATTEND_STATE);
+  ts::wait_for_launches();
   float largest = -INFINITY;
   for (int i = threadIdx.x; i < n; i += COMBINE_THREADS) {
     largest = fmaxf(largest, first[i * stride + dim]);

@@ -24,11 +24,16 @@ __device__ __forceinline__ void fused_decode(const float* qkv, const B* boxes, c
                                              float* states, PageShape shape, int group, int width, float scale,
                                              int most_pages, Attend attend) {
   TS_DYN_SHARED(float, unscaled);
+  let_next_begin();
   u32 number = selecting[blockIdx.x];
+  Tile tile = {};
+  if (number != NO_TILE) {
+    tile = tiles[number];
+  }
+  wait_for_launches();
   if (number == NO_TILE) {
     return;
   }
-  Tile tile = tiles[number];
   int kv_head = blockIdx.y, dim = shape.head_dim;
   u32 pages = pages_seen(tile, shape.page_size);
   const float* from = qkv + size_t(tile.row) * width + size_t(kv_head) * group * dim;

@@ -40,7 +40,7 @@ template <class T> __device__ __forceinline__ int place(int i, int columns) {
   return (four % QUARTERS * (columns / Wide<T>::N) + four / QUARTERS) * 4;
 }
 
-// Puts R rows from `row` on into shared memory, normalised.
+// Puts R rows from `row` on into shared memory, normalised; waits for the launches that wrote them.
 template <class T, int R>
 __device__ __forceinline__ void normalise_rows(const float* x, float* to, int columns, int row, int rows,
                                                const RowNorm& norm) {
@@ -51,15 +51,20 @@ __device__ __forceinline__ void normalise_rows(const float* x, float* to, int co
   for (int i = threadIdx.x * 4; i < columns; i += NORM_THREADS * 4) {
     float four[4];
     int at = place<T>(i, columns);
-    for (int r = 0; r < R; r++) {
-      load_wide(x + size_t(min(row + r, rows - 1)) * columns + i, four);
-      store_wide(to + r * columns + at, four);
-    }
     load_wide(norm.weight + i, four);
     store_wide(weights + at, four);
     if (norm.shift) {
       load_wide(norm.shift + i, four);
       store_wide(shifts + at, four);
+    }
+  }
+  wait_for_launches();
+#pragma unroll(R > 1 ? 1 : 2)
+  for (int i = threadIdx.x * 4; i < columns; i += NORM_THREADS * 4) {
+    float four[4];
+    for (int r = 0; r < R; r++) {
+      load_wide(x + size_t(min(row + r, rows - 1)) * columns + i, four);
+      store_wide(to + r * columns + place<T>(i, columns), four);
     }
   }
   float mean[R], scale[R];
@@ -117,8 +122,18 @@ __device__ __forceinline__ void gemv(const T* w, const float* x, int inputs, con
       before = !PREPARES && to.add ? load_early(out) : 0.f;
     }
   };
+  let_next_begin();
+  // With eight rows there are no registers to hold weights in while it waits.
+  if (!PREPARES && R == 8) {
+    wait_for_launches();
+  }
   if (tile < tiles) {
     load_weights();
+  }
+  if (!PREPARES && R < 8) {
+    wait_for_launches();
+  }
+  if (tile < tiles) {
     begin_tile();
   }
   const float* xs[R];
@@ -200,6 +215,7 @@ __device__ __forceinline__ void gemv(const T* w, const float* x, int inputs, con
 // Products over rows of any bytes, an element at a time.
 template <class T, int R>
 __device__ __forceinline__ void gemv_any(const T* w, const float* x, int inputs, const Results& to) {
+  take_turn();
   int lane = threadIdx.x % WARP, row = blockIdx.y * R;
   for (int output = blockIdx.x * GEMV_WARPS + threadIdx.x / WARP; output < to.outputs;
        output += gridDim.x * GEMV_WARPS) {

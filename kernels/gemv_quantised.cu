@@ -21,6 +21,7 @@ constexpr int QUANTISED_WARPS = 8;
 
 extern "C" __global__ void quantise_rows(const float* x, signed char* codes, float* scales, float* sums, int inputs,
                                          int groups) {
+  ts::take_turn();
   int lane = threadIdx.x % ts::WARP, group = blockIdx.y * (blockDim.x / ts::WARP) + threadIdx.x / ts::WARP;
   size_t row = blockIdx.x;
   // The whole warp leaves together.
@@ -76,9 +77,9 @@ __device__ __forceinline__ void gemv_quantised(const unsigned char* records, con
   // Records on their way before the first is used. Beyond the last it is loaded again, and not used.
   constexpr int LOADS = R == 1 ? 8 : 4;
   constexpr int TURN = QUANTISED_WARPS * STRIDE;
-  for (int begin = warp * STRIDE + lane / LANES; begin < groups; begin += LOADS * TURN) {
-    uint4 raw[LOADS];
-    uint2 raw_scale[LOADS], raw_minimum[LOADS];
+  uint4 raw[LOADS];
+  uint2 raw_scale[LOADS], raw_minimum[LOADS];
+  auto load = [&](int begin) {
     for (int u = 0; u < LOADS; u++) {
       const unsigned char* record = block + size_t(min(begin + u * TURN, groups - 1)) * Record<FOUR>::BYTES;
       const unsigned char* scales_at = record + Record<FOUR>::CODES + four * 2;
@@ -87,6 +88,15 @@ __device__ __forceinline__ void gemv_quantised(const unsigned char* records, con
       if (FOUR) {
         raw_minimum[u] = ts::load_half_once(scales_at + QUANTISED_OUTPUTS * 2);
       }
+    }
+  };
+  int first = warp * STRIDE + lane / LANES;
+  ts::let_next_begin();
+  load(first);
+  ts::wait_for_launches();
+  for (int begin = first; begin < groups; begin += LOADS * TURN) {
+    if (begin > first) {
+      load(begin);
     }
     for (int u = 0; u < LOADS; u++) {
       int group = begin + u * TURN;
@@ -159,6 +169,7 @@ GEMV_QUANTISED(gemv_int4_4, true, 4)
 template <bool FOUR>
 __device__ __forceinline__ void embed_quantised(const unsigned char* records, const ts::u32* ids, float* out, int hidden,
                                                 int groups, int add) {
+  ts::take_turn();
   int channel = blockIdx.y * blockDim.x + threadIdx.x;
   size_t row = blockIdx.x;
   if (channel < hidden) {

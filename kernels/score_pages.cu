@@ -32,21 +32,24 @@ template <class T> __device__ __forceinline__ void load_pair(const T* p, float& 
 }
 
 // Scores all pages of a group, whose boxes begin at `run`, for `n` queries; `found[warp]` is the largest over the
-// warp's, of which there are at most `Q`. Every thread of the block calls it.
+// warp's, of which there are at most `Q`. Every thread of the block calls it. The queries
+// may be on their way, unless one is alone.
 template <class T, int Q>
 __device__ __forceinline__ void score_group(const T* run, const float* queries, int n, bool lone, int dim,
                                             uint4* ring, float (*found)[GROUP_PAGES]) {
   // 16-byte pieces of a corner, and channels of a stage.
   constexpr int CORNER = GROUP_PAGES * int(sizeof(T)) / 16, CHANNELS = SCORE_PIECES / (2 * CORNER);
-  constexpr int UNROLL = Q == 1 ? 8 : 2;
+  // Channels that a query's numbers are loaded for together, and turns of them.
+  constexpr int TOGETHER = 4, UNROLL = Q == 1 ? 2 : 1;
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   int stages = (dim + CHANNELS - 1) / CHANNELS;
   auto fetch = [&](int stage) {
     int first = stage * CHANNELS, pieces = min(CHANNELS, dim - first) * 2 * CORNER;
-    for (int i = threadIdx.x; i < pieces; i += SCORE_THREADS) {
-      int corner = i / CORNER;
+#pragma unroll
+    for (int n = 0; n < SCORE_PIECES / SCORE_THREADS; n++) {
+      int i = n * SCORE_THREADS + threadIdx.x, corner = i / CORNER;
       // A lone query reads no other corner than that which counts.
-      if (!lone || (corner % 2 == 1) == (queries[first + corner / 2] < 0.f)) {
+      if (i < pieces && (!lone || (corner % 2 == 1) == (queries[first + corner / 2] < 0.f))) {
         const uint4* from = reinterpret_cast<const uint4*>(run) + size_t(first) * 2 * CORNER + i;
         __pipeline_memcpy_async(&ring[stage % SCORE_STAGES * SCORE_PIECES + i], from, 16);
       }
@@ -62,25 +65,52 @@ __device__ __forceinline__ void score_group(const T* run, const float* queries, 
 #pragma unroll 1
   for (int stage = 0; stage < stages; stage++) {
     __pipeline_wait_prior(SCORE_STAGES - 2);
-    // All have their pieces, and are done with the stage before, which is filled again.
+    // All have their pieces and the queries, and are done with the stage before, which is filled again.
     __syncthreads();
     if (stage + SCORE_STAGES - 1 < stages) {
       fetch(stage + SCORE_STAGES - 1);
     }
     __pipeline_commit();
-    const T* boxes = reinterpret_cast<const T*>(ring + stage % SCORE_STAGES * SCORE_PIECES) + 2 * lane;
-    int first = stage * CHANNELS, channels = min(CHANNELS, dim - first);
+    // The corners of the next channel.
+    const T* most = reinterpret_cast<const T*>(ring + stage % SCORE_STAGES * SCORE_PIECES) + 2 * lane;
+    const T* least = most + GROUP_PAGES;
+    int first = stage * CHANNELS, channels = warp < n ? min(CHANNELS, dim - first) : 0;
+    // The last query again where there are no more.
+    auto numbers = [&](int i, int channel) {
+      return queries + min(warp + i * SCORE_WARPS, n - 1) * dim + first + channel;
+    };
+    auto add = [&](int i, int channel, float q) {
+      float low, high;
+      load_pair((q < 0.f ? least : most) + 2 * channel * GROUP_PAGES, low, high);
+      sums[i][0] = fmaf(q, low, sums[i][0]);
+      sums[i][1] = fmaf(q, high, sums[i][1]);
+    };
+    int channel = 0;
+    // Rows of queries that 16 bytes do not divide begin at any address.
+    if (dim % TOGETHER == 0) {
 #pragma unroll UNROLL
-    for (int channel = 0; channel < (warp < n ? channels : 0); channel++) {
+      for (; channel + TOGETHER <= channels; channel += TOGETHER) {
+#pragma unroll
+        for (int i = 0; i < Q; i++) {
+          float q[TOGETHER];
+          load_wide(numbers(i, channel), q);
+#pragma unroll
+          for (int c = 0; c < TOGETHER; c++) {
+            add(i, c, q[c]);
+          }
+        }
+        most += 2 * TOGETHER * GROUP_PAGES;
+        least += 2 * TOGETHER * GROUP_PAGES;
+      }
+    }
+#pragma unroll 1
+    for (; channel < channels; channel++) {
 #pragma unroll
       for (int i = 0; i < Q; i++) {
-        // The last one again where there are no more.
-        int query = min(warp + i * SCORE_WARPS, n - 1);
-        float q = queries[query * dim + first + channel], low, high;
-        load_pair(boxes + (2 * channel + (q < 0.f ? 1 : 0)) * GROUP_PAGES, low, high);
-        sums[i][0] = fmaf(q, low, sums[i][0]);
-        sums[i][1] = fmaf(q, high, sums[i][1]);
+        add(i, 0, *numbers(i, channel));
       }
+      most += 2 * GROUP_PAGES;
+      least += 2 * GROUP_PAGES;
     }
   }
   float best[2] = {-INFINITY, -INFINITY};
@@ -103,24 +133,23 @@ __device__ __forceinline__ void score_tile(const float* qkv, const T* boxes, con
   TS_SHARED(uint4, ring, [SCORE_STAGES * SCORE_PIECES]);
   TS_SHARED(float, found, [SCORE_WARPS][GROUP_PAGES]);
   TS_SHARED(u32, scattered, [1]);
+  let_next_begin();
   u32 number = selecting[blockIdx.x];
   if (number == NO_TILE) {
+    wait_for_launches();
     return;
   }
   Tile tile = tiles[number];
   int kv_head = blockIdx.y, dim = shape.head_dim;
   u32 pages = pages_seen(tile, shape.page_size), first = blockIdx.z * GROUP_PAGES;
   if (first >= pages) {
+    wait_for_launches();
     return;
   }
   u32 n = min(GROUP_PAGES, pages - first);
   const u32* table = tables + tile.table + first;
   // The thread's own page, and the groups that the others may be of.
   u32 page = table[min(threadIdx.x, n - 1)], one = table[0] / GROUP_PAGES, two = table[n - 1] / GROUP_PAGES;
-  const float* from = qkv + size_t(tile.row) * width + size_t(kv_head) * group * dim;
-  for (int i = threadIdx.x; i < group * dim; i += SCORE_THREADS) {
-    queries[i] = from[i];
-  }
   if (threadIdx.x == 0) {
     scattered[0] = 0;
   }
@@ -130,7 +159,18 @@ __device__ __forceinline__ void score_tile(const float* qkv, const T* boxes, con
     atomicOr(&scattered[0], 1u);
   }
   __syncthreads();
+  wait_for_launches();
   float* out = scores + (size_t(blockIdx.x) * shape.kv_heads + kv_head) * most_pages + first;
+  const float* from = qkv + size_t(tile.row) * width + size_t(kv_head) * group * dim;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < group * dim; i += SCORE_THREADS) {
+    __pipeline_memcpy_async(&queries[i], &from[i], sizeof *queries);
+  }
+  if (scattered[0] || group == 1) {
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
+    __syncthreads();
+  }
   if (scattered[0]) {
     if (threadIdx.x < n) {
       float score[1];

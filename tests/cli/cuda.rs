@@ -188,6 +188,23 @@ fn doctor_describes_the_device() {
     assert!(ran.done().contains("capability 7.5, expected 8.0"));
 }
 
+/// Launches overlap where device and driver know how, and give the same where they do not.
+#[test]
+fn older_devices_and_drivers_launch_one_after_the_other() {
+    let Some(newest) = emulated(RUN, &[]) else { return };
+    let tokens = &newest.json()["tokens"];
+    for (older, overlaps) in [
+        (vec![], true),
+        (vec![("CUDA_EMULATOR_CAPABILITY", "80")], false),
+        (vec![("CUDA_EMULATOR_DRIVER", "12020")], false),
+    ] {
+        let Some(ran) = emulated("doctor --json", &older) else { return };
+        assert_eq!(ran.json()["gpus"][0]["overlaps_launches"], overlaps, "{older:?}");
+        let Some(ran) = emulated(RUN, &older) else { return };
+        assert_eq!(&ran.json()["tokens"], tokens, "{older:?}");
+    }
+}
+
 /// A start measures what the file lacks; the next one does as the file says, whatever it says.
 #[test]
 fn what_was_measured_decides_from_then_on() {

@@ -187,9 +187,10 @@ impl Machine {
                 Some(error) => format!("; {error}"),
                 None => String::new(),
             };
+            let overlap = if gpu.overlaps_launches() { ", launches overlap" } else { "" };
             format!(
                 "cuda:{ordinal} {name}, compute capability {major}.{minor}, {memory}, {free} free, \
-                 driver for CUDA {driver}{usable}"
+                 driver for CUDA {driver}{overlap}{usable}"
             )
         };
         let fused = format!(
@@ -272,6 +273,7 @@ fn gpu_json(gpu: &CudaDevice) -> Value {
         "total_bytes": gpu.memory,
         "free_bytes": gpu.free,
         "driver": gpu.driver.to_string(),
+        "overlaps_launches": gpu.overlaps_launches(),
         "unusable": gpu.unusable.as_ref().map(ToString::to_string),
     })
 }

@@ -1,7 +1,8 @@
 // The checker: kernels are compiled with -fsanitize=thread, whose calls land here instead of in its library.
 //
 // It finds data races in shared and global memory, accesses out of bounds, misaligned ones, and reads of
-// shared memory that nobody wrote, and names the source lines of both sides.
+// shared memory that nobody wrote, and names the source lines of both sides. Of launches that begin before the
+// last one has ended, it finds what they read of it, or write, before they wait for it.
 #include <dlfcn.h>
 #include <link.h>
 
@@ -33,7 +34,8 @@ struct Page {
 static std::map<uintptr_t, size_t> allocations;
 static uintptr_t last_begin, last_end;  // the allocation that was accessed last
 static std::unordered_map<uintptr_t, std::unique_ptr<Page>> shadow;
-static uint32_t block_id = 1, launch_first = 1;
+// The first blocks of this launch, and of the first one that may still run.
+static uint32_t block_id = 1, launch_first = 1, running_first = 1;
 static uintptr_t module_begin, module_end;
 // The pages that were accessed last, by the end of their numbers.
 static struct {
@@ -58,6 +60,8 @@ void on_launch(const Kernel*) {
   if (!module_begin)
     dl_iterate_phdr(phdr, (void*)&on_launch);
   launch_first = ++block_id;
+  if (!S.early)
+    running_first = launch_first;
 }
 void on_block_start() { block_id++; }
 static Page& page_of(uintptr_t a) {
@@ -164,8 +168,13 @@ static void access(uintptr_t a, size_t n, bool is_write, bool atomic, void* ret)
   me.warp_syncs = f->warp_syncs;
   me.atomic = atomic;
   me.pc = pc;
+  bool ahead = !shared && !f->waited;
+  if (ahead && is_write)
+    report("before waiting for the launches before", a, n, is_write, pc, nullptr, sp);
   for (uintptr_t x = a, end = a + n; x < end;) {
     Cell& c = cell_of(x, end);
+    if (ahead && c.w.block >= running_first && c.w.block < launch_first)
+      report("before waiting for the launch that wrote it", a, n, is_write, pc, &c.w, sp);
     if (shared && !is_write && !live(c.w))
       report("read of unset", a, n, is_write, pc, nullptr, sp);
     if (clash(c.w))

@@ -58,6 +58,8 @@ struct Fiber {
   void* sp;
   uint3 tid;
   unsigned number, lane, warp, barriers, warp_syncs, state, line, mask;
+  // Whether the launches before have ended, as far as this thread knows.
+  bool waited;
 };
 struct State {
   Fiber* current;
@@ -66,6 +68,8 @@ struct State {
   char* dynamic;
   size_t dynamic_bytes;
   uint64_t block_number;
+  // Whether the launch before may still run when this one begins.
+  bool early;
 };
 extern State S;
 void barrier(unsigned line);
@@ -136,6 +140,7 @@ EMU_INL unsigned __ballot_sync(unsigned m, int p, EMU_L) {
 EMU_INL int __any_sync(unsigned m, int p, EMU_L) { return __ballot_sync(m, p, line) != 0; }
 EMU_INL int __all_sync(unsigned m, int p, EMU_L) { return __ballot_sync(m, p, line) == m; }
 EMU_INL void __threadfence() {}
+EMU_INL void emu_wait_for_launches() { emu::S.current->waited = true; }
 EMU_INL void __threadfence_block() {}
 // atomics: fibers only switch inside maybe_yield/collectives, so a plain read-modify-write is atomic
 #define EMU_RMW(name, expr)                                                             \
@@ -331,8 +336,9 @@ struct Reg {
 #define EMU_REGISTER(K) \
   static emu::Reg emu_reg_##K(#K, emu::tramp<K>, decltype(emu::sig_of(K))::n, decltype(emu::sig_of(K))::size);
 extern "C" {  // C ABI for Rust
+// `early`: it may begin while the launch before still runs.
 int cuda_emulator_launch(const char* kernel, const unsigned grid[3], const unsigned block[3], unsigned smem,
-                         void** params, uint64_t seed, char* err, size_t errlen);
+                         bool early, void** params, uint64_t seed, char* err, size_t errlen);
 void cuda_emulator_track(const void* p, size_t n);  // device buffer known to the checker build
 void cuda_emulator_untrack(const void* p);
 }

@@ -6,7 +6,7 @@
 // for captures, they are applied. A kernel that fails while it runs leaves the context usable, unlike CUDA's, so
 // that tests of one process stay apart.
 //
-// The environment describes the device: CUDA_EMULATOR_DEVICES, _DRIVER (12000 is CUDA 12.0), _CAPABILITY
+// The environment describes the device: CUDA_EMULATOR_DEVICES, _DRIVER (12030 is CUDA 12.3), _CAPABILITY
 // (90 is 9.0), _MEMORY (bytes), _SEED (order of threads and blocks), _FAIL (a kernel whose launches fail), _SKIP (one whose launches do nothing, or * for all).
 #include <chrono>
 #include <deque>
@@ -25,21 +25,26 @@ enum {
   OOM = 2,
   NO_DEVICE = 100,
   INVALID_DEVICE = 101,
+  NO_BINARY = 209,
+  INVALID_PTX = 218,
   NOT_FOUND = 500,
   OUT_OF_RESOURCES = 701,
   LAUNCH_FAILED = 719,
   NOT_PERMITTED = 800,
+  NOT_SUPPORTED = 801,
   CAPTURE_UNSUPPORTED = 900,
   CAPTURE_INVALIDATED = 901
 };
 typedef std::function<CUresult()> Op;
 struct Graph {
+  bool after_kernel = false;  // what was recorded last is a launch
   std::vector<Op> ops;
   std::vector<const char*> kernels;
 };
 struct Stream {
   Graph* cap = nullptr;
   bool invalid = false;  // what is captured was invalidated
+  bool after_kernel = false;  // what was submitted last is a launch
   std::deque<Op> waiting;
   uint64_t run = 0;  // operations that are not waiting any more
   CUresult failed = OK;
@@ -60,6 +65,8 @@ static long setting(const char* name, long otherwise) {
   const char* text = getenv(name);
   return text ? strtol(text, nullptr, 10) : otherwise;
 }
+static long driver_version() { return setting("CUDA_EMULATOR_DRIVER", 12030); }
+static long device_capability() { return setting("CUDA_EMULATOR_CAPABILITY", 90); }
 // What a test leaves; 0 is what the environment says.
 static size_t limit;
 static size_t total_memory() {
@@ -108,7 +115,7 @@ static CUresult invalidate_captures() {
     }
   return r;
 }
-static CUresult submit(void* s, Op f) {
+static CUresult submit(void* s, Op f, bool kernel = false) {
   std::lock_guard<std::recursive_mutex> l(mu);
   if (st(s)->cap && to_invalidate) {
     to_invalidate--;
@@ -116,10 +123,13 @@ static CUresult submit(void* s, Op f) {
   }
   if (st(s)->invalid)
     return CAPTURE_INVALIDATED;
-  if (st(s)->cap)
+  if (st(s)->cap) {
     st(s)->cap->ops.push_back(std::move(f));
-  else
+    st(s)->cap->after_kernel = kernel;
+  } else {
     st(s)->waiting.push_back(std::move(f));
+    st(s)->after_kernel = kernel;
+  }
   return OK;
 }
 // Runs a stream up to an operation, and what that waits for elsewhere.
@@ -182,7 +192,7 @@ static CUresult release(CUdeviceptr p) {
 #define API extern "C" __attribute__((visibility("default"))) CUresult
 API cuInit(unsigned) { return setting("CUDA_EMULATOR_DEVICES", 1) > 0 ? OK : NO_DEVICE; }
 API cuDriverGetVersion(int* v) {
-  *v = int(setting("CUDA_EMULATOR_DRIVER", 12000));
+  *v = int(driver_version());
   return OK;
 }
 API cuDeviceGetCount(int* n) {
@@ -203,7 +213,7 @@ API cuDeviceTotalMem_v2(size_t* n, int) {
 }
 API cuDeviceGetAttribute(int* v, int a, int) {
   // By the numbers of CUdevice_attribute.
-  long capability = setting("CUDA_EMULATOR_CAPABILITY", 90);
+  long capability = device_capability();
   switch (a) {
     case 1:  // MAX_THREADS_PER_BLOCK
       *v = 1024;
@@ -416,6 +426,12 @@ API cuModuleLoadData(void** m, const void* image) {
   const char* t = (const char*)image;
   if (!strstr(t, ".version"))
     return 200;
+  const char* target = strstr(t, ".target sm_");
+  long built_for = target ? strtol(target + strlen(".target sm_"), nullptr, 10) : 0;
+  if (!built_for || (built_for < 90 && strstr(t, "griddepcontrol")))
+    return INVALID_PTX;
+  if (built_for > device_capability())
+    return NO_BINARY;
   invalidate_captures();
   *m = new Module{t};
   return OK;
@@ -442,9 +458,35 @@ API cuFuncGetAttribute(int* v, int a, void*) {
   return OK;
 }
 API cuFuncSetAttribute(void*, int, int) { return OK; }
-API cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                   unsigned smem, void* s, void** params, void**) {
+struct Attribute {
+  int id;
+  char pad[4];
+  union {
+    int allowed;
+    char size[64];
+  };
+};
+struct LaunchConfig {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  Attribute* attributes;
+  unsigned n_attributes;
+};
+API cuLaunchKernelEx(const LaunchConfig* config, void* f, void** params, void**) {
+  constexpr int PROGRAMMATIC_STREAM_SERIALIZATION = 6;
   const emu::Kernel* k = ((Func*)f)->k;
+  void* s = config->stream;
+  unsigned gx = config->grid[0], gy = config->grid[1], gz = config->grid[2], smem = config->shared;
+  unsigned bx = config->block[0], by = config->block[1], bz = config->block[2];
+  bool early = false;
+  for (unsigned i = 0; i < config->n_attributes; i++) {
+    if (config->attributes[i].id != PROGRAMMATIC_STREAM_SERIALIZATION)
+      return INVALID;
+    if (driver_version() < 12030 && st(s)->cap)
+      return NOT_SUPPORTED;
+    // Only a launch right before it need not have ended.
+    early = config->attributes[i].allowed && (st(s)->cap ? st(s)->cap->after_kernel : st(s)->after_kernel);
+  }
   // Copied at the launch, as the driver does it.
   std::vector<std::vector<char>> vals;
   for (unsigned i = 0; i < k->n_params; i++)
@@ -464,11 +506,11 @@ API cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, 
       p.push_back(v.data());
     unsigned g[3] = {gx, gy, gz}, b[3] = {bx, by, bz};
     char err[900];
-    if (!cuda_emulator_launch(k->name, g, b, smem, p.data(), seed, err, sizeof err))
+    if (!cuda_emulator_launch(k->name, g, b, smem, early, p.data(), seed, err, sizeof err))
       return OK;
     fprintf(stderr, "CUDA emulator: %s\n", err);
     return LAUNCH_FAILED;
-  });
+  }, true);
 }
 API cuStreamBeginCapture_v2(void* s, int) {
   std::lock_guard<std::recursive_mutex> l(mu);

@@ -257,6 +257,8 @@ static void run_fiber() {
   f->state = DONE;
   n_done++;
   warps[f->warp].exited |= 1u << f->lane;
+  if (!f->waited)
+    fail("thread returns and has not waited for the launches before");
   if (n_waiting)
     fail("thread returns while others wait at __syncthreads line %u", barrier_line);
   run_another();
@@ -281,6 +283,7 @@ static void run_block() {
     f.number = i;
     f.lane = i & 31;
     f.warp = i >> 5;
+    f.waited = !S.early;
     f.tid = {i % S.block_dim.x, i / S.block_dim.x % S.block_dim.y, i / S.block_dim.x / S.block_dim.y};
     copies[i].clear();
     copy_group[i] = 0;
@@ -314,7 +317,7 @@ static void run_block() {
 }  // namespace emu
 using namespace emu;
 extern "C" int cuda_emulator_launch(const char* name, const unsigned g[3], const unsigned b[3], unsigned smem,
-                                    void** params, uint64_t seed, char* err, size_t errlen) {
+                                    bool early, void** params, uint64_t seed, char* err, size_t errlen) {
   error.clear();
   kernel = nullptr;
   for (Kernel* k = registry; k; k = k->next)
@@ -342,6 +345,7 @@ extern "C" int cuda_emulator_launch(const char* name, const unsigned g[3], const
   static char dynbuf[227 * 1024] __attribute__((aligned(1024)));
   S.dynamic = dynbuf;
   S.dynamic_bytes = smem;
+  S.early = early;
   params_of_launch = params;
   random_order = seed != 0;
   random_state = seed * 0x9E3779B97F4A7C15ull + 1;

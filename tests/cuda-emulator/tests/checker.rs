@@ -26,6 +26,9 @@ fn every_mistake_is_found_and_named() {
         ("unset", "read of unset"),
         ("misaligned", "misaligned"),
         ("divergent", "__syncthreads"),
+        ("early_read", "before waiting for the launch that wrote it"),
+        ("early_write", "before waiting"),
+        ("never_waits", "has not waited"),
     ];
     assert_eq!(text.lines().count(), expected.len(), "{text}");
     for (kernel, finding) in expected {

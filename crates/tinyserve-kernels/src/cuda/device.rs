@@ -10,6 +10,9 @@ use super::error::{CudaError, CudaVersion};
 const OLDEST_DRIVER: CudaVersion = CudaVersion { major: 12, minor: 0 };
 /// The oldest compute capability that our PTX is for.
 const OLDEST_CAPABILITY: (i32, i32) = (8, 0);
+/// The oldest driver whose graphs hold launches that overlap, and the oldest capability that has
+/// them.
+const OVERLAPS_FROM: (CudaVersion, (i32, i32)) = (CudaVersion { major: 12, minor: 3 }, (9, 0));
 
 /// A GPU as the driver describes it.
 #[derive(Debug, Clone, PartialEq)]
@@ -40,6 +43,14 @@ impl CudaDevice {
     pub fn all() -> Result<Vec<Self>, CudaError> {
         let driver = driver()?;
         (0..count()?).map(|ordinal| Self::describe(ordinal, driver)).collect()
+    }
+
+    /// Whether launches of a step overlap on it: each begins while the one before still runs, and
+    /// waits for it where it has to (CUDA's programmatic dependent launch).
+    #[must_use]
+    pub fn overlaps_launches(&self) -> bool {
+        let (driver, capability) = OVERLAPS_FROM;
+        self.driver >= driver && self.capability >= capability
     }
 
     fn describe(ordinal: usize, driver: CudaVersion) -> Result<Self, CudaError> {

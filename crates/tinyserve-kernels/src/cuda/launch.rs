@@ -1,62 +1,17 @@
-//! Loading kernels from the embedded PTX, and launching them on the device's one stream.
+//! Launching kernels on the device's one stream.
 
-use std::collections::HashMap;
+use std::ffi::c_void;
 use std::ops::{Deref, Range};
+use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, CudaStream, LaunchConfig, PushKernelArg,
-};
-use cudarc::nvrtc::Ptx;
+use cudarc::driver::{CudaContext, CudaStream, sys};
 
-use super::device::message;
+use super::code::{Code, Kernel};
+use super::device::{CudaDevice, message};
 use super::error::CudaError;
 use super::graph::{Graphs, Step, capture, undisturbed};
 use super::queue::Queue;
-
-macro_rules! modules {
-    ($($name:literal),* $(,)?) => {
-        &[$(($name, include_str!(concat!("../../ptx/", $name, ".ptx")))),*]
-    };
-}
-
-/// What `cargo xtask build-kernels` made of `kernels/`.
-const MODULES: &[(&str, &str)] = modules!(
-    "activate",
-    "append_kv",
-    "attend_bf16",
-    "attend_f16",
-    "attend_f32",
-    "attend_int4",
-    "attend_int8",
-    "combine",
-    "copy_page",
-    "embed",
-    "fused_decode_bf16",
-    "fused_decode_f16",
-    "fused_decode_f32",
-    "fused_decode_int4",
-    "fused_decode_int8",
-    "gather_pages",
-    "gemm",
-    "gemv",
-    "gemv_quantised",
-    "move_tokens",
-    "norm",
-    "observe",
-    "pack_pages",
-    "project_bf16",
-    "project_f16",
-    "project_f32",
-    "rotary",
-    "rows",
-    "score_moments",
-    "score_pages",
-    "seal_pages",
-    "select_pages",
-    "split_rows",
-    "top_logits",
-);
 
 /// An argument of a kernel.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -94,6 +49,17 @@ impl Arg {
         }
     }
 
+    /// Where its value lies, for the driver.
+    fn value(&self) -> *mut c_void {
+        let value: *const c_void = match self {
+            Self::Pointer(pointer) => ptr::from_ref(pointer).cast(),
+            Self::Whole(whole) => ptr::from_ref(whole).cast(),
+            Self::Number(number) => ptr::from_ref(number).cast(),
+            Self::Shape(shape) => ptr::from_ref(shape).cast(),
+        };
+        value.cast_mut()
+    }
+
     /// The whole numbers that it is.
     fn sizes(&self) -> &[i32] {
         match self {
@@ -108,6 +74,10 @@ impl Arg {
         Self::Whole(i32::from(flag))
     }
 }
+
+/// A launch that may begin while the one before still runs.
+const OVERLAP: sys::CUlaunchAttributeID =
+    sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
 
 /// How a kernel is launched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -126,7 +96,7 @@ impl Shape {
     }
 }
 
-/// The stream, the kernels that were asked for so far, and the launches that wait.
+/// The stream, the kernels for it, and the launches that wait.
 #[derive(Debug, Clone)]
 pub(super) struct Launcher(Arc<Stream>);
 
@@ -142,7 +112,7 @@ impl Deref for Launcher {
 pub(super) struct Stream {
     pub(super) context: Arc<CudaContext>,
     pub(super) stream: Arc<CudaStream>,
-    loaded: Mutex<Loaded>,
+    code: Code,
     waiting: Mutex<Waiting>,
 }
 
@@ -153,16 +123,8 @@ impl Drop for Stream {
         let _ = self.stream.synchronize();
         self.waiting().graphs = Graphs::default();
         let _guard = undisturbed();
-        let loaded = self.loaded.get_mut().unwrap_or_else(PoisonError::into_inner);
-        loaded.kernels.clear();
-        loaded.modules.clear();
+        self.code.clear();
     }
-}
-
-#[derive(Debug, Default)]
-struct Loaded {
-    modules: HashMap<&'static str, Arc<CudaModule>>,
-    kernels: HashMap<&'static str, CudaFunction>,
 }
 
 /// Launches that are kept back, so that those of a whole step can be replayed together.
@@ -178,9 +140,13 @@ struct Waiting {
 }
 
 impl Launcher {
-    pub(super) fn new(context: Arc<CudaContext>, stream: Arc<CudaStream>) -> Self {
-        let (loaded, waiting) = (Mutex::default(), Mutex::default());
-        Self(Arc::new(Stream { context, stream, loaded, waiting }))
+    pub(super) fn new(
+        context: Arc<CudaContext>,
+        stream: Arc<CudaStream>,
+        device: &CudaDevice,
+    ) -> Self {
+        let code = Code::new(context.clone(), device);
+        Self(Arc::new(Stream { context, stream, code, waiting: Mutex::default() }))
     }
 }
 
@@ -262,7 +228,7 @@ impl Stream {
     /// launched, too, and is named. The step is captured when it comes again twice.
     fn capture(&self, queue: &Queue, graphs: &mut Graphs) -> Result<Option<usize>, CudaError> {
         // Code is loaded before: that would end captures.
-        queue.iter().try_for_each(|(kernel, ..)| self.kernel(kernel).map(drop))?;
+        queue.iter().try_for_each(|(kernel, ..)| self.code.kernel(kernel).map(drop))?;
         let graph = capture(&self.stream, || self.submit_all(queue));
         Ok(graph.ok().map(|graph| graphs.keep(queue, graph)))
     }
@@ -331,75 +297,32 @@ impl Stream {
             sizes: args.iter().flat_map(Arg::sizes).copied().collect(),
             message: message(error),
         };
-        let function = self.kernel(kernel)?;
-        let mut launch = self.stream.launch_builder(&function);
-        for arg in args {
-            match arg {
-                Arg::Pointer(pointer) => launch.arg(pointer),
-                Arg::Whole(whole) => launch.arg(whole),
-                Arg::Number(number) => launch.arg(number),
-                Arg::Shape(shape) => launch.arg(shape),
-            };
-        }
-        let config = LaunchConfig { grid_dim: grid, block_dim: block, shared_mem_bytes: shared };
-        // SAFETY: the caller's promise.
-        unsafe { launch.launch(config) }.map(drop).map_err(failed)
-    }
-
-    /// A kernel by its name; its module is loaded, and compiled for the device, when first used.
-    fn kernel(&self, name: &'static str) -> Result<CudaFunction, CudaError> {
-        let loaded = || self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kernel) = loaded().kernels.get(name) {
-            return Ok(kernel.clone());
-        }
-        let _guard = undisturbed();
-        let mut loaded = loaded();
-        let Loaded { modules, kernels } = &mut *loaded;
-        let failed = |message| CudaError::Driver {
-            what: "loading a kernel",
-            message: format!("{name}: {message}"),
+        let Kernel { function, overlaps } = self.code.kernel(kernel)?;
+        let mut args: Vec<*mut c_void> = args.iter().map(Arg::value).collect();
+        let mut attributes = [sys::CUlaunchAttribute {
+            id: OVERLAP,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        }];
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid.0,
+            gridDimY: grid.1,
+            gridDimZ: grid.2,
+            blockDimX: block.0,
+            blockDimY: block.1,
+            blockDimZ: block.2,
+            sharedMemBytes: shared,
+            hStream: self.stream.cu_stream(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: u32::from(overlaps),
         };
-        let entry = format!(".entry {name}(");
-        let Some((module, ptx)) = MODULES.iter().find(|(_, ptx)| ptx.contains(&entry)) else {
-            return Err(failed("no such kernel in this binary".to_owned()));
+        self.context.bind_to_thread().map_err(failed)?;
+        // SAFETY: the caller's promise; every pointer is to a value that outlives the call, which
+        // copies them.
+        let launched = unsafe {
+            let function = function.cu_function();
+            sys::cuLaunchKernelEx(&raw const config, function, args.as_mut_ptr(), ptr::null_mut())
         };
-        let module = match modules.get(module) {
-            Some(module) => module.clone(),
-            None => {
-                let fresh = self.context.load_module(Ptx::from_src(*ptx));
-                let fresh = fresh.map_err(|error| failed(message(error)))?;
-                modules.insert(module, fresh.clone());
-                fresh
-            }
-        };
-        let kernel = module.load_function(name).map_err(|error| failed(message(error)))?;
-        kernels.insert(name, kernel.clone());
-        Ok(kernel)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_module_is_embedded_and_every_kernel_is_in_one() {
-        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/ptx");
-        let mut files: Vec<String> = std::fs::read_dir(folder)
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
-        files.sort();
-        let names: Vec<String> = MODULES.iter().map(|(name, _)| format!("{name}.ptx")).collect();
-        assert_eq!(files, names);
-        let mut entries: Vec<&str> = MODULES
-            .iter()
-            .flat_map(|(_, ptx)| ptx.split(".entry ").skip(1))
-            .filter_map(|rest| rest.split('(').next())
-            .collect();
-        let all = entries.len();
-        entries.sort_unstable();
-        entries.dedup();
-        assert_eq!(entries.len(), all, "two kernels have one name");
+        launched.result().map_err(failed)
     }
 }

@@ -9,6 +9,7 @@
 mod append;
 mod attend;
 mod bucket;
+mod code;
 mod copies;
 mod cublas;
 mod device;
@@ -105,7 +106,7 @@ impl Cuda {
         // Watching would wait inside captures for what is outside.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(device::driver_error("making a stream"))?;
-        let launcher = Launcher::new(context, stream);
+        let launcher = Launcher::new(context, stream, &device);
         Ok(Self {
             launcher,
             device,
