@@ -6,7 +6,7 @@
 #include "activate.cuh"
 
 extern "C" __global__ void activate(const float* x, float* out, int activation, int gated, int width) {
-  ts::take_turn();
+  ts::wait_for_launches();
   int channel = blockIdx.y * blockDim.x + threadIdx.x;
   size_t row = blockIdx.x;
   if (channel < width) {

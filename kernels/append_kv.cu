@@ -104,7 +104,6 @@ __device__ __forceinline__ void rotate_run(const Rows& rows, const Run& run, ts:
                                   const uint2* entries, ts::PageShape shape, int width, int keys,       \
                                   int values) {                                                         \
     Rows rows = {qkv, angles, runs, entries, width, keys, values};                                      \
-    ts::let_next_begin();                                                                               \
     Run run = run_of(rows);                                                                             \
     ts::wait_for_launches();                                                                            \
     if (run.begin == run.end) {                                                                         \
@@ -124,7 +123,6 @@ extern "C" __global__ void append_kv_open(float* qkv, const float* angles, __hal
                                           const uint4* runs, const uint2* entries, ts::PageShape shape, int width,
                                           int keys, int values, int heads) {
   Rows rows = {qkv, angles, runs, entries, width, keys, values};
-  ts::let_next_begin();
   Run run = run_of(rows);
   ts::wait_for_launches();
   if (run.begin == run.end) {

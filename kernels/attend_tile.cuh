@@ -24,7 +24,6 @@ __device__ __forceinline__ void attend_tile(const ts::u32* tables, const ts::Til
                                             const ts::u32* lengths, float* out, float* parts, float* states,
                                             ts::PageShape shape, int group, int width, float scale, int part_pages,
                                             Attend attend) {
-  ts::let_next_begin();
   ts::AttendJob job;
   job.tile = tiles[blockIdx.x];
   job.shape = shape;

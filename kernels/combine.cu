@@ -19,7 +19,6 @@ combine(const float* parts, const ts::Tile* tiles, const ts::u32* lengths, float
         ts::PageShape shape, int group, int part_pages) {
   constexpr int CHANNELS = ts::ATTEND_MOST_DIM / COMBINE_THREADS;
   TS_SHARED(float, factors, [COMBINE_PARTS]);
-  ts::let_next_begin();
   ts::Tile tile = tiles[blockIdx.x];
   if (tile.parts == ts::NO_PARTS || tile.parts == ts::FUSED) {
     ts::wait_for_launches();

@@ -8,7 +8,7 @@
 
 template <class T>
 __device__ __forceinline__ void embed(const T* table, const ts::u32* ids, float* out, int hidden, int add) {
-  ts::take_turn();
+  ts::wait_for_launches();
   int channel = blockIdx.y * blockDim.x + threadIdx.x;
   size_t row = blockIdx.x;
   if (channel < hidden) {

@@ -24,7 +24,6 @@ __device__ __forceinline__ void fused_decode(const float* qkv, const B* boxes, c
                                              float* states, PageShape shape, int group, int width, float scale,
                                              int most_pages, Attend attend) {
   TS_DYN_SHARED(float, unscaled);
-  let_next_begin();
   u32 number = selecting[blockIdx.x];
   Tile tile = {};
   if (number != NO_TILE) {

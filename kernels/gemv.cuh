@@ -122,7 +122,10 @@ __device__ __forceinline__ void gemv(const T* w, const float* x, int inputs, con
       before = !PREPARES && to.add ? load_early(out) : 0.f;
     }
   };
-  let_next_begin();
+  // The next launch asks for its weights meanwhile. With more rows a step is slower so (docs/benchmarks).
+  if (R == 1) {
+    let_next_begin();
+  }
   // With eight rows there are no registers to hold weights in while it waits.
   if (!PREPARES && R == 8) {
     wait_for_launches();
@@ -215,7 +218,7 @@ __device__ __forceinline__ void gemv(const T* w, const float* x, int inputs, con
 // Products over rows of any bytes, an element at a time.
 template <class T, int R>
 __device__ __forceinline__ void gemv_any(const T* w, const float* x, int inputs, const Results& to) {
-  take_turn();
+  wait_for_launches();
   int lane = threadIdx.x % WARP, row = blockIdx.y * R;
   for (int output = blockIdx.x * GEMV_WARPS + threadIdx.x / WARP; output < to.outputs;
        output += gridDim.x * GEMV_WARPS) {

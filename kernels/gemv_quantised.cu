@@ -21,7 +21,7 @@ constexpr int QUANTISED_WARPS = 8;
 
 extern "C" __global__ void quantise_rows(const float* x, signed char* codes, float* scales, float* sums, int inputs,
                                          int groups) {
-  ts::take_turn();
+  ts::wait_for_launches();
   int lane = threadIdx.x % ts::WARP, group = blockIdx.y * (blockDim.x / ts::WARP) + threadIdx.x / ts::WARP;
   size_t row = blockIdx.x;
   // The whole warp leaves together.
@@ -91,7 +91,9 @@ __device__ __forceinline__ void gemv_quantised(const unsigned char* records, con
     }
   };
   int first = warp * STRIDE + lane / LANES;
-  ts::let_next_begin();
+  if (R == 1) {
+    ts::let_next_begin();
+  }
   load(first);
   ts::wait_for_launches();
   for (int begin = first; begin < groups; begin += LOADS * TURN) {
@@ -169,7 +171,7 @@ GEMV_QUANTISED(gemv_int4_4, true, 4)
 template <bool FOUR>
 __device__ __forceinline__ void embed_quantised(const unsigned char* records, const ts::u32* ids, float* out, int hidden,
                                                 int groups, int add) {
-  ts::take_turn();
+  ts::wait_for_launches();
   int channel = blockIdx.y * blockDim.x + threadIdx.x;
   size_t row = blockIdx.x;
   if (channel < hidden) {

@@ -28,7 +28,7 @@ __device__ __forceinline__ void norm_row(const float* x, float* out, int columns
 template <bool CENTRED>
 __device__ __forceinline__ void norm(const float* x, const float* weight, const float* bias, float* out,
                                      int columns, float epsilon) {
-  ts::take_turn();
+  ts::wait_for_launches();
   x += size_t(blockIdx.x) * columns;
   out += size_t(blockIdx.x) * columns;
   ts::RowNorm how = {weight, bias, epsilon, CENTRED};

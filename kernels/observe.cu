@@ -11,7 +11,7 @@
 #include "attend_floats.cuh"
 
 extern "C" __global__ void observe(const float* states, float* lse, float* entropy, int n) {
-  ts::take_turn();
+  ts::wait_for_launches();
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < n) {
     const float* state = states + size_t(i) * ts::ATTEND_STATE;

@@ -10,7 +10,7 @@
 #include "rotary.cuh"
 
 extern "C" __global__ void rotary_angles(const ts::u32* positions, const float* frequencies, float* out, int half) {
-  ts::take_turn();
+  ts::wait_for_launches();
   size_t row = blockIdx.x;
   for (int i = threadIdx.x; i < half; i += blockDim.x) {
     // Rounded to f32 before it is widened: no fused or wider product may replace it.
@@ -23,7 +23,7 @@ extern "C" __global__ void rotary_angles(const ts::u32* positions, const float* 
 }
 
 extern "C" __global__ void rotary(const float* angles, float* qkv, int head_dim, int width) {
-  ts::take_turn();
+  ts::wait_for_launches();
   int half = head_dim / 2;
   angles += size_t(blockIdx.x) * head_dim;
   float* head = qkv + size_t(blockIdx.x) * width + size_t(blockIdx.y) * head_dim;

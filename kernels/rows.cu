@@ -9,7 +9,7 @@
 #include "ts_cuda.cuh"
 
 extern "C" __global__ void gather_rows(const float* x, const ts::u32* rows, float* out, int columns) {
-  ts::take_turn();
+  ts::wait_for_launches();
   int channel = blockIdx.y * blockDim.x + threadIdx.x;
   size_t row = blockIdx.x;
   if (channel < columns) {

@@ -22,7 +22,7 @@ __device__ __forceinline__ void score_moments(const float* qkv, const Reader& re
   TS_SHARED(float, means, [MOMENT_PAGES][ts::ATTEND_MOST_DIM]);
   TS_SHARED(float, deviations, [MOMENT_PAGES][ts::ATTEND_MOST_DIM]);
   TS_SHARED(float, found, [MOMENT_PAGES][MOMENT_THREADS / MOMENT_PAGES]);
-  ts::take_turn();
+  ts::wait_for_launches();
   ts::u32 number = selecting[blockIdx.x];
   if (number == ts::NO_TILE) {
     return;

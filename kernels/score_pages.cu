@@ -133,7 +133,6 @@ __device__ __forceinline__ void score_tile(const float* qkv, const T* boxes, con
   TS_SHARED(uint4, ring, [SCORE_STAGES * SCORE_PIECES]);
   TS_SHARED(float, found, [SCORE_WARPS][GROUP_PAGES]);
   TS_SHARED(u32, scattered, [1]);
-  let_next_begin();
   u32 number = selecting[blockIdx.x];
   if (number == NO_TILE) {
     wait_for_launches();

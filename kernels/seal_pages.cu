@@ -26,7 +26,7 @@ __device__ __forceinline__ void seal_pages(const __half* open, ts::u32* pages, _
   using Codes = ts::Codes<BITS>;
   TS_SHARED(float, lowest, [SEAL_MOST_DIM]);
   TS_SHARED(float, steps, [SEAL_MOST_DIM]);
-  ts::take_turn();
+  ts::wait_for_launches();
   ts::u32 page = filled[2 * blockIdx.x], slot = filled[2 * blockIdx.x + 1];
   int kv_head = blockIdx.y, dim = shape.head_dim, size = shape.page_size;
   // The whole block leaves together.

@@ -10,7 +10,6 @@
 extern "C" __global__ void __launch_bounds__(256)
 select_pages(const float* scores, const ts::Tile* tiles, const ts::u32* selecting, ts::u32* lists, int page_size,
              int most_pages) {
-  ts::let_next_begin();
   ts::u32 number = selecting[blockIdx.x];
   ts::Tile tile = {};
   if (number != ts::NO_TILE) {

@@ -38,7 +38,7 @@ __device__ __forceinline__ void best_first(Rank rank_at, ts::u32 n, ts::u32 k, T
 
 extern "C" __global__ void __launch_bounds__(256)
 top_logits_parts(const float* logits, const ts::u32* rows, ts::u32* parts, int vocab, int k) {
-  ts::take_turn();
+  ts::wait_for_launches();
   ts::u32 begin = blockIdx.x * LOGITS_SLICE, n = min(LOGITS_SLICE, ts::u32(vocab) - begin);
   const float* x = logits + size_t(rows[blockIdx.y]) * vocab + begin;
   ts::u32* part = parts + (size_t(blockIdx.y) * gridDim.x + blockIdx.x) * (2 + 2 * k);
@@ -71,7 +71,7 @@ top_logits_parts(const float* logits, const ts::u32* rows, ts::u32* parts, int v
 
 extern "C" __global__ void __launch_bounds__(256)
 top_logits_merge(const ts::u32* parts, ts::u32* out, int slices, int k) {
-  ts::take_turn();
+  ts::wait_for_launches();
   ts::u32 record = 2 + 2 * k;
   parts += size_t(blockIdx.x) * slices * record;
   out += size_t(blockIdx.x) * record;

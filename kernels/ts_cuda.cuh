@@ -186,9 +186,9 @@ __device__ __forceinline__ uint2 load_half_once(const void* p) { return *static_
 __device__ __forceinline__ float load_early(const float* p) { return *p; }
 #endif
 
-// Launches of a step overlap where the device and its driver know how (crates/tinyserve-kernels/src/cuda/launch.rs,
-// which puts the instructions in the places of these comments; elsewhere they stay comments): all of a kernel's
-// threads let the next launch begin, which then waits where it has to. Before it has waited, a thread reads only
+// Launches of a step overlap where the device and its driver know how (crates/tinyserve-kernels/src/cuda/code.rs,
+// which puts the instructions in the places of these comments; elsewhere they stay comments): the next launch begins
+// as this one's blocks end, or let it, and then waits where it has to. Before it has waited, a thread reads only
 // what no launch of a step writes, as weights and what the host has sent, and writes nothing.
 #ifdef __CUDACC__
 __device__ __forceinline__ void let_next_begin() { asm volatile("// ts: let next begin" ::: "memory"); }
@@ -199,12 +199,6 @@ __device__ __forceinline__ void let_next_begin() {}
 
 __device__ __forceinline__ void wait_for_launches() { emu_wait_for_launches(); }
 #endif
-
-// For kernels with nothing to do before.
-__device__ __forceinline__ void take_turn() {
-  let_next_begin();
-  wait_for_launches();
-}
 
 // The sum over the lanes of a warp, in every lane.
 __device__ __forceinline__ float warp_sum(float x) {
