@@ -11,11 +11,15 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
+use tinyserve_kernels::overlapping_ptx;
 use toolkit::Toolkit;
 
 /// What nvcc 13 writes into its PTX, and what we lower it to, so that drivers from CUDA 12.0 on load
 /// it. `check-kernels` has an assembler of that age confirm that nothing in it is newer.
 const PTX_VERSION: (&str, &str) = (".version 9.0", ".version 8.0");
+
+/// The architecture on which launches overlap.
+const OVERLAPPING: &str = "sm_90";
 
 /// A kernel source and the PTX that is made of it.
 struct Unit {
@@ -132,7 +136,7 @@ fn floor(ptxas: &Path, root: &Path, units: &[Unit]) -> Result<Vec<String>> {
             let output = Command::new(ptxas)
                 .args([&format!("-arch={arch}"), "-o"])
                 .arg(&out)
-                .arg(&unit.ptx)
+                .arg(loaded(root, unit, arch)?)
                 .output()
                 .with_context(|| format!("{}", ptxas.display()))?;
             // An old assembler that meets something new may also crash: anything but 0 counts.
@@ -144,6 +148,17 @@ fn floor(ptxas: &Path, root: &Path, units: &[Unit]) -> Result<Vec<String>> {
         }
     }
     Ok(broken)
+}
+
+/// The file of a unit's PTX as devices of `arch` load it.
+fn loaded(root: &Path, unit: &Unit, arch: &str) -> Result<PathBuf> {
+    if arch != OVERLAPPING {
+        return Ok(unit.ptx.clone());
+    }
+    let ptx = fs::read_to_string(&unit.ptx).with_context(|| format!("{}", unit.ptx.display()))?;
+    let path = scratch(root)?.join(format!("{}.{arch}.ptx", unit.name));
+    fs::write(&path, overlapping_ptx(&ptx)).with_context(|| format!("{}", path.display()))?;
+    Ok(path)
 }
 
 /// The PTX of a source, lowered.

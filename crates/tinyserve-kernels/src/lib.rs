@@ -21,6 +21,7 @@ pub use cpu::{Cpu, CpuLinear, CpuOptions, CpuPath, CpuTensor, CpuVector, Selecti
 pub use cuda::{
     Cuda, CudaDevice, CudaError, CudaLinear, CudaPages, CudaTensor, CudaVector, CudaVersion,
     CudaWorkload, FusedRow, FusedTable, FusedTimes, StepTime, cublas_version, most_fused_bytes,
+    overlapping_ptx,
 };
 pub use error::KernelError;
 pub use page_lists::{PageLists, Reuse};

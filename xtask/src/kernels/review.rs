@@ -8,10 +8,10 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use super::toolkit::Toolkit;
-use super::{Unit, relative, scratch};
+use super::{OVERLAPPING, Unit, loaded, relative, scratch};
 
 /// What the PTX is assembled for: A100, H100.
-pub(super) const ARCHITECTURES: [&str; 2] = ["sm_80", "sm_90"];
+pub(super) const ARCHITECTURES: [&str; 2] = ["sm_80", OVERLAPPING];
 
 /// The committed table.
 pub(super) fn path(root: &Path) -> PathBuf {
@@ -71,7 +71,7 @@ fn usage(toolkit: &Toolkit, root: &Path, unit: &Unit, arch: &str) -> Result<Vec<
     let output = Command::new(toolkit.tool("ptxas"))
         .args([&format!("-arch={arch}"), "-v", "--warn-on-spills", "-Werror", "-o"])
         .arg(&out)
-        .arg(&unit.ptx)
+        .arg(loaded(root, unit, arch)?)
         .output()
         .context("ptxas")?;
     let text = String::from_utf8_lossy(&output.stderr);

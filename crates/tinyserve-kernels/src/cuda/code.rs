@@ -1,6 +1,5 @@
 //! The embedded PTX, and the kernels in it.
 
-use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -110,7 +109,7 @@ impl Code {
         let module = match modules.get(module) {
             Some(module) => module.clone(),
             None => {
-                let ptx = if self.overlaps { with_overlaps(ptx) } else { Cow::Borrowed(*ptx) };
+                let ptx = if self.overlaps { overlapping_ptx(ptx) } else { (*ptx).to_owned() };
                 let fresh = self.context.load_module(Ptx::from_src(ptx));
                 let fresh = fresh.map_err(|error| failed(message(error)))?;
                 modules.insert(module, fresh.clone());
@@ -132,13 +131,13 @@ impl Code {
     }
 }
 
-/// PTX whose launches can overlap.
-fn with_overlaps(ptx: &str) -> Cow<'static, str> {
-    let mut text = ptx.to_owned();
-    for (from, to) in [LET_NEXT_BEGIN, WAIT_FOR_LAUNCHES, TARGET] {
-        text = text.replace(from, to);
-    }
-    Cow::Owned(text)
+/// Embedded PTX as devices load it whose launches overlap ([`CudaDevice::overlaps_launches`]): for
+/// compute capability 9.0, with instructions in the places of our comments. What assembles the PTX
+/// without a device, to see what its kernels take, assembles this.
+#[must_use]
+pub fn overlapping_ptx(ptx: &str) -> String {
+    let instructions = [LET_NEXT_BEGIN, WAIT_FOR_LAUNCHES, TARGET];
+    instructions.into_iter().fold(ptx.to_owned(), |text, (from, to)| text.replace(from, to))
 }
 
 /// What the kernel `name` consists of, if it is in this PTX.
@@ -176,7 +175,7 @@ mod tests {
     #[test]
     fn launches_overlap_only_of_kernels_that_wait() {
         let text = |name: &str| MODULES.iter().find(|(module, _)| *module == name).unwrap().1;
-        let gemv = with_overlaps(text("gemv"));
+        let gemv = overlapping_ptx(text("gemv"));
         assert!(gemv.contains(TARGET.1) && !gemv.contains(TARGET.0));
         for (comment, instruction) in [LET_NEXT_BEGIN, WAIT_FOR_LAUNCHES] {
             assert!(gemv.contains(instruction) && !gemv.contains(comment));

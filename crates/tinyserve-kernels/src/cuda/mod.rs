@@ -33,6 +33,7 @@ use tinyserve_kv::{KvFormat, KvLayout, PageCopy, PageId, PagePool, SelectionPoli
 
 use attend::FusedChoice;
 pub use attend::{FusedRow, FusedTable};
+pub use code::overlapping_ptx;
 pub use device::CudaDevice;
 pub use error::{CudaError, CudaVersion};
 pub use fused_times::{FusedTimes, most_fused_bytes};
