@@ -227,12 +227,14 @@ impl Simd for Avx2 {
             let x = _mm256_set1_epi32(x);
             let x_even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x));
             let x_odd = _mm256_srai_epi16::<8>(x);
-            std::array::from_fn(|i| {
-                let even = _mm256_and_si256(codes[i], _mm256_set1_epi16(255));
+            let mut sums = counts;
+            for (sums, codes) in sums.iter_mut().zip(codes) {
+                let even = _mm256_and_si256(codes, _mm256_set1_epi16(255));
                 let even = _mm256_madd_epi16(even, x_even);
-                let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(codes[i]), x_odd);
-                _mm256_add_epi32(counts[i], _mm256_add_epi32(even, odd))
-            })
+                let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(codes), x_odd);
+                *sums = _mm256_add_epi32(*sums, _mm256_add_epi32(even, odd));
+            }
+            sums
         })
     }
     #[inline(always)]
@@ -263,14 +265,17 @@ impl Simd for Avx2 {
         scale: [__m256; 2],
         x_scale: f32,
     ) -> [__m256; 2] {
-        std::array::from_fn(|i| {
-            let counts = intrinsic!(_mm256_cvtepi32_ps(counts[i]));
-            self.mul_add(counts, self.mul(scale[i], self.splat(x_scale)), sums[i])
-        })
+        let x_scale = self.splat(x_scale);
+        let [low, high] = self.widen(counts);
+        [
+            self.mul_add(low, self.mul(scale[0], x_scale), sums[0]),
+            self.mul_add(high, self.mul(scale[1], x_scale), sums[1]),
+        ]
     }
     #[inline(always)]
     fn add_block(self, sums: [__m256; 2], block: [__m256; 2], factor: f32) -> [__m256; 2] {
-        std::array::from_fn(|i| self.mul_add(block[i], self.splat(factor), sums[i]))
+        let factor = self.splat(factor);
+        [self.mul_add(block[0], factor, sums[0]), self.mul_add(block[1], factor, sums[1])]
     }
     #[inline(always)]
     fn block(self, x: &[f32]) -> [__m256; 2] {
