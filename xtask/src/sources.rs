@@ -22,6 +22,14 @@ const UNSAFE_PLACES: &[&str] = &[
     "tests/cuda-emulator/src/lib.rs",
 ];
 
+/// Where vectors are instructions only in functions that have an instruction set; not where every
+/// function has it.
+const VECTOR_PLACE: &str = "crates/tinyserve-kernels/src/cpu/";
+const NOT_VECTORS: &[&str] = &["simd/neon.rs", "simd/portable.rs"];
+
+/// Calls whose closure the compiler may compile apart from the function that it stands in.
+const OWN_FUNCTIONS: &[&str] = &["from_fn", "map", "fold", "for_each", "flat_map", "filter_map"];
+
 /// A Rust file, its path relative to the workspace with forward slashes.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Source {
@@ -76,6 +84,16 @@ pub(crate) fn broken_rules(source: &Source) -> Vec<String> {
             ));
         }
     }
+    if let Some(file) = path.strip_prefix(VECTOR_PLACE)
+        && !NOT_VECTORS.contains(&file)
+    {
+        for line in vector_closure_lines(text) {
+            broken.push(format!(
+                "{path}:{line}: vectors in a closure, which may be compiled without their \
+                 instruction set, expected a loop or `array!`"
+            ));
+        }
+    }
     broken
 }
 
@@ -97,6 +115,40 @@ fn unsafe_lines(text: &str) -> Vec<usize> {
             found.push(number);
         }
     }
+    found
+}
+
+/// Numbers of the lines where a call of [`OWN_FUNCTIONS`] begins in whose arguments vectors are
+/// computed: by `simd`, or by intrinsics.
+fn vector_closure_lines(text: &str) -> Vec<usize> {
+    let code = code_only(text);
+    let mut found = Vec::new();
+    for name in OWN_FUNCTIONS {
+        for (at, _) in code.match_indices(name) {
+            let rest = &code[at + name.len()..];
+            let rest = match rest.strip_prefix("::<") {
+                Some(rest) => &rest[rest.find('(').unwrap_or(rest.len())..],
+                None => rest,
+            };
+            if code[..at].ends_with(is_word) || !rest.starts_with('(') {
+                continue;
+            }
+            let mut depth = 0;
+            let end = rest.find(|c| {
+                depth += i32::from(c == '(') - i32::from(c == ')');
+                depth == 0
+            });
+            let arguments = &rest[..end.unwrap_or(rest.len())];
+            let mut words = arguments.split(|c: char| !is_word(c));
+            if arguments.contains('|')
+                && words
+                    .any(|word| word == "simd" || word == "intrinsic" || word.starts_with("_mm"))
+            {
+                found.push(1 + code[..at].matches('\n').count());
+            }
+        }
+    }
+    found.sort_unstable();
     found
 }
 
@@ -224,6 +276,34 @@ mod tests {
             ("let not_unsafe = unsafely;", vec![]),
         ] {
             assert_eq!(unsafe_lines(text), lines, "{text}");
+        }
+    }
+
+    #[test]
+    fn vectors_stay_in_functions_that_have_an_instruction_set() {
+        for (text, lines) in [
+            ("let x: [V; 2] = std::array::from_fn(|i| simd.load(&x[i]));", vec![1]),
+            ("\nlet x = std::array::from_fn::<_, 2, _>(|i| {\n f(simd, i)\n});", vec![2]),
+            ("codes.map(|code| intrinsic!(_mm256_and_si256(code, x)))", vec![1]),
+            ("intrinsic!(codes.map(|c| f(_mm_add_ps(c, c))))", vec![1]),
+            ("x.iter().fold(zero, |sum, x| simd.add(sum, x))", vec![1]),
+            ("let x = std::array::from_fn(|i| &x[i]); simd.load(x[0])", vec![]),
+            ("simd.sums(&sums).iter().map(|x| x + 1.0)", vec![]),
+            ("array!(2, |i| simd.load(&x[i]))", vec![]),
+            ("remap(|i| simd.load(i)); maps(|i| simd.load(i))", vec![]),
+            ("// from_fn(|i| simd.load(i))", vec![]),
+        ] {
+            assert_eq!(vector_closure_lines(text), lines, "{text}");
+        }
+        let text = "//! A file.\nlet x = a.map(|a| simd.sum(a));\n";
+        for (path, allowed) in [
+            ("crates/tinyserve-kernels/src/cpu/norm.rs", false),
+            ("crates/tinyserve-kernels/src/cpu/simd/avx2.rs", false),
+            ("crates/tinyserve-kernels/src/cpu/simd/neon.rs", true),
+            ("crates/tinyserve-kernels/src/cuda/copies.rs", true),
+        ] {
+            let broken = broken_rules(&source(path, text));
+            assert_eq!(broken.is_empty(), allowed, "{path}: {broken:?}");
         }
     }
 

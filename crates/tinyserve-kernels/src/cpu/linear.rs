@@ -21,7 +21,7 @@ use super::Cpu;
 use super::activate::InStore;
 use super::columns::Columns;
 use super::path::CpuPath;
-use super::simd::{Element, Kernel, PairKernel, PairSimd, Simd, dispatch, dispatch_pairs};
+use super::simd::{Element, Kernel, PairKernel, PairSimd, Simd, array, dispatch, dispatch_pairs};
 use super::tensor::{CpuMatrix, CpuTensor, Elements};
 use crate::Store;
 use factors::{Factors, Pairs, Widened};
@@ -319,7 +319,7 @@ fn block_sums<S: Simd, F: Factors<S>, const R: usize, const O: usize, const AHEA
                 simd.prefetch(next.wrapping_add(line));
             }
         }
-        let w: [F::Weights; O] = std::array::from_fn(|o| F::weights(simd, &w[o][i..i + F::INPUTS]));
+        let w = array!(O, |o| F::weights(simd, &w[o][i..i + F::INPUTS]));
         for r in 0..R {
             let x = F::inputs(simd, &x[r][i..i + F::INPUTS]);
             for o in 0..O {

@@ -61,7 +61,7 @@ impl Kernel for Chains {
                 *sum = simd.mul_add(*sum, a, b);
             }
         }
-        sums.into_iter().map(|x| simd.sum(x)).sum()
+        simd.sums(&sums).iter().sum()
     }
 }
 

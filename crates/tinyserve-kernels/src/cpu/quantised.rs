@@ -13,7 +13,7 @@ use super::activate::InStore;
 use super::columns::Columns;
 use super::norm::Norm;
 use super::packed::{BLOCK, CodeBits, GROUP, Packed, QUAD_BYTES, largest};
-use super::simd::{Kernel, Simd, dispatch};
+use super::simd::{Kernel, Simd, array, dispatch};
 use super::tensor::CpuTensor;
 use super::{Cpu, SERIAL_ELEMENTS};
 use crate::{NormKind, Store};
@@ -396,14 +396,12 @@ impl Tiles<'_> {
             let records: [&[u8]; O] =
                 std::array::from_fn(|o| &w[o][group * bytes..(group + 1) * bytes]);
             let x: [&RowGroup; R] = std::array::from_fn(|r| &x[r][group]);
-            let mut counts: [[S::Counts; O]; R] =
-                std::array::from_fn(|r| [simd.counts(if FOUR { 0 } else { x[r].start }); O]);
+            let mut counts = array!(R, |r| [simd.counts(if FOUR { 0 } else { x[r].start }); O]);
             if FOUR {
                 for quad in 0..4 {
-                    let codes: [S::Codes; O] =
-                        std::array::from_fn(|o| simd.codes(&records[o][quad * QUAD_BYTES..]));
-                    let low: [S::Codes; O] = std::array::from_fn(|o| simd.low_halves(codes[o]));
-                    let high: [S::Codes; O] = std::array::from_fn(|o| simd.high_halves(codes[o]));
+                    let codes = array!(O, |o| simd.codes(&records[o][quad * QUAD_BYTES..]));
+                    let low = array!(O, |o| simd.low_halves(codes[o]));
+                    let high = array!(O, |o| simd.high_halves(codes[o]));
                     for r in 0..R {
                         for (quad, codes) in [(quad, &low), (quad + 4, &high)] {
                             let x = quad_of(x[r], quad);
@@ -415,8 +413,7 @@ impl Tiles<'_> {
                 }
             } else {
                 for quad in 0..8 {
-                    let codes: [S::Codes; O] =
-                        std::array::from_fn(|o| simd.codes(&records[o][quad * QUAD_BYTES..]));
+                    let codes = array!(O, |o| simd.codes(&records[o][quad * QUAD_BYTES..]));
                     for r in 0..R {
                         let x = quad_of(x[r], quad);
                         for o in 0..O {

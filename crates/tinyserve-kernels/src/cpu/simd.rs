@@ -12,7 +12,26 @@ pub(in crate::cpu) mod avx512;
 mod neon;
 mod pairs;
 mod portable;
+mod sums;
 
+/// An array of `$n` whose element `$i` is `$value`.
+///
+/// Not `from_fn` or `map`: their closures may be compiled apart from the function that
+/// [`dispatch`] gives an instruction set, and every instruction in them becomes a call.
+macro_rules! array {
+    ($n:expr, |$i:ident| $value:expr) => {{
+        let mut all = {
+            let $i = 0;
+            [$value; $n]
+        };
+        for $i in 1..$n {
+            all[$i] = $value;
+        }
+        all
+    }};
+}
+
+pub(crate) use array;
 pub(crate) use pairs::{PairKernel, PairSimd, dispatch_pairs};
 
 /// A set of vector instructions.
@@ -51,7 +70,11 @@ pub(crate) trait Simd: Copy {
     /// [`Self::sum`] of each vector, to the last bit.
     #[inline(always)]
     fn sums<const N: usize>(self, x: &[Self::V; N]) -> [f32; N] {
-        std::array::from_fn(|i| self.sum(x[i]))
+        let mut sums = [0.0; N];
+        for (sum, &x) in sums.iter_mut().zip(x) {
+            *sum = self.sum(x);
+        }
+        sums
     }
     /// The largest element.
     fn highest(self, x: Self::V) -> f32;
@@ -79,45 +102,7 @@ pub(crate) trait Simd: Copy {
         }
     }
 
-    // Numbers as bytes: what is added to [`SPLIT`] is rounded to a whole number of at most
-    // [`LARGEST`] and split into signed bytes, `low + 256·middle + 65,536·high`.
-
-    /// Splits each element of a sum with [`SPLIT`]: for every four a word of each piece, and a word
-    /// of anything, into the first `LANES` words of `out`.
-    #[inline(always)]
-    fn split(self, sums: Self::V, out: &mut [u32]) {
-        let mut wide = [0.0; 16];
-        self.store(sums, &mut wide);
-        for (sums, out) in wide[..Self::LANES].chunks_exact(4).zip(out.chunks_exact_mut(4)) {
-            for (piece, out) in out.iter_mut().enumerate().take(PIECES) {
-                let mut bytes = [0; 4];
-                for (byte, &sum) in bytes.iter_mut().zip(sums) {
-                    *byte = pieces(sum)[piece];
-                }
-                *out = u32::from_le_bytes(bytes);
-            }
-        }
-    }
-    /// Splits four sums with [`SPLIT`] for each lane: `LANES` words for each piece, whose bytes are
-    /// the four sums' in order.
-    #[inline(always)]
-    fn split_quads(self, sums: &[Self::V; 4], out: [&mut [u32]; PIECES]) {
-        let mut wide = [[0.0; 16]; 4];
-        for (&sums, wide) in sums.iter().zip(&mut wide) {
-            self.store(sums, wide);
-        }
-        for (piece, out) in out.into_iter().enumerate() {
-            for (lane, out) in out.iter_mut().enumerate().take(Self::LANES) {
-                let mut bytes = [0; 4];
-                for (byte, wide) in bytes.iter_mut().zip(&wide) {
-                    *byte = pieces(wide[lane])[piece];
-                }
-                *out = u32::from_le_bytes(bytes);
-            }
-        }
-    }
-
-    // Products in integers, for blocks of sixteen outputs side by side.
+    // Products of codes, for blocks of sixteen outputs side by side.
 
     /// 64 unsigned codes: four inputs of each output of a block.
     type Codes: Copy;
@@ -136,8 +121,6 @@ pub(crate) trait Simd: Copy {
     fn counts(self, x: i32) -> Self::Counts;
     /// Adds the products of each output's four codes with the four signed bytes of `x`, exactly.
     fn add_products(self, counts: Self::Counts, codes: Self::Codes, x: i32) -> Self::Counts;
-    /// `a + b`.
-    fn add_whole(self, a: Self::Counts, b: Self::Counts) -> Self::Counts;
     /// Zero for every output.
     fn block_zero(self) -> Self::Block;
     /// Widens the first sixteen little-endian f16.
@@ -160,6 +143,43 @@ pub(crate) trait Simd: Copy {
     fn store_block(self, block: Self::Block, out: &mut [f32]);
     /// The numbers of a block.
     fn block_values(self, block: Self::Block) -> [f32; 16];
+
+    // Sums of codes times f32, which are stored as the processor multiplies codes by them: as they
+    // are, or split into signed bytes where bytes are what it multiplies fastest.
+
+    /// The sum that each output of a block has so far.
+    type Sums: Copy;
+    /// Words that four factors take.
+    const QUAD_WORDS: usize;
+    /// What the largest factor is scaled to.
+    const LARGEST: f32;
+    /// What is added to a factor before it is stored.
+    const ROUNDING: f32;
+    /// Sums that the registers hold beside what is added to them.
+    const SUMS: usize;
+    /// Parts that long sums are made of, where their order changes the result.
+    const CHAINS: usize;
+
+    /// Nothing for every output.
+    fn no_sums(self) -> Self::Sums;
+    /// Stores four factors of each lane, [`Self::ROUNDING`] added, into lanes `at..` of the first
+    /// `QUAD_WORDS` of `out`.
+    fn store_quads(self, factors: &[Self::V; 4], out: &mut [BlockWords], at: usize);
+    /// Stores the factors of `LANES` inputs, [`Self::ROUNDING`] added: for every four inputs four
+    /// words, of which the first `QUAD_WORDS` count, into the first `LANES` words of `out`.
+    fn store_factors(self, factors: Self::V, out: &mut [u32]);
+    /// Adds the products of each output's four codes with the four factors of every query, word `w`
+    /// of which is `word(query, w)`.
+    fn add_quads<const Q: usize, const B: usize>(
+        self,
+        sums: &mut [[Self::Sums; B]; Q],
+        codes: &[Self::Codes; B],
+        word: impl Fn(usize, usize) -> u32,
+    );
+    /// `a + b`.
+    fn join_sums(self, a: Self::Sums, b: Self::Sums) -> Self::Sums;
+    /// `offset + unit·sum` of each output.
+    fn totals(self, sums: Self::Sums, offset: f32, unit: f32) -> Self::Block;
 
     /// The elements of `x` and zeros after them; `x` is shorter than a vector.
     #[inline(always)]
@@ -210,22 +230,10 @@ pub(crate) trait Simd: Copy {
 /// Bytes that memory is read by.
 pub(crate) const LINE: usize = 64;
 
-/// Signed bytes that a number is split into.
-pub(crate) const PIECES: usize = 3;
-/// The largest number that is split: its sum with [`SPLIT`] keeps its exponent.
-pub(crate) const LARGEST: f32 = 4_161_000.0;
-/// 1.5·2²³, which rounds what is added to it to a whole number in the lowest bits of the sum, and
-/// what makes the two lower bytes of these bits 128 larger than the signed pieces.
-pub(crate) const SPLIT: f32 = 12_582_912.0 + 32_896.0;
-/// What the third byte is larger by than the signed piece: the lower byte of the exponent.
-const ABOVE: u8 = 0x40;
-
-/// The pieces of a sum with [`SPLIT`].
-#[inline(always)]
-fn pieces(sum: f32) -> [u8; PIECES] {
-    let [low, middle, high, _] = sum.to_bits().to_le_bytes();
-    [low ^ 0x80, middle ^ 0x80, high.wrapping_sub(ABOVE)]
-}
+/// A word for each output of a block.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(align(64))]
+pub(crate) struct BlockWords(pub(crate) [u32; 16]);
 
 /// A stored element that vectors can be loaded from.
 pub(crate) trait Element: bytemuck::Pod + Default + Send + Sync {
@@ -331,68 +339,88 @@ mod tests {
         }
     }
 
-    struct Split<'a>(&'a [f32], [&'a mut [u8]; PIECES]);
-
-    impl Kernel for Split<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn run<S: Simd>(mut self, simd: S) {
-            let mut words = [0; 16];
-            for (i, x) in self.0.chunks_exact(S::LANES).enumerate() {
-                simd.split(simd.add(simd.load(x), simd.splat(SPLIT)), &mut words);
-                for (quad, words) in words[..S::LANES].chunks_exact(4).enumerate() {
-                    let at = i * S::LANES + 4 * quad;
-                    for (piece, word) in self.1.iter_mut().zip(words) {
-                        piece[at..at + 4].copy_from_slice(&word.to_le_bytes());
-                    }
-                }
-            }
-        }
+    /// `out[lane]` is `1 + 2·Σ` of the sixteen factors times the codes `[4, 16 outputs, 4]` of each
+    /// output, the factors stored as those of inputs, and as those of one of sixteen lanes.
+    struct Sums<'a> {
+        factors: &'a [f32; 16],
+        codes: &'a [u8; 256],
+        out: [&'a mut [f32; 16]; 2],
     }
 
-    struct SplitQuads<'a>([&'a [f32]; 4], [&'a mut [u32]; PIECES]);
-
-    impl Kernel for SplitQuads<'_> {
+    impl Kernel for Sums<'_> {
         type Output = ();
         #[inline(always)]
         fn run<S: Simd>(self, simd: S) {
-            let Self(x, [low, middle, high]) = self;
-            for at in (0..x[0].len()).step_by(S::LANES) {
-                let mut sums = [simd.splat(SPLIT); 4];
-                for (sums, x) in sums.iter_mut().zip(x) {
-                    *sums = simd.add(simd.load(&x[at..]), *sums);
+            const LANE: usize = 5;
+            let mut of_inputs = [[0; 4]; 4];
+            let mut of_lanes = [[BlockWords::default(); 4]; 4];
+            let stored = |x: S::V| simd.mul_add(x, simd.splat(S::LARGEST), simd.splat(S::ROUNDING));
+            for at in (0..16).step_by(S::LANES) {
+                let words = &mut of_inputs.as_flattened_mut()[at..];
+                simd.store_factors(stored(simd.load(&self.factors[at..])), words);
+                for (quad, out) in of_lanes.iter_mut().enumerate() {
+                    let mut factors = [simd.splat(0.0); 4];
+                    for (i, factors) in factors.iter_mut().enumerate() {
+                        let mut lanes = [-1.0; 16];
+                        lanes[LANE] = self.factors[4 * quad + i];
+                        *factors = stored(simd.load(&lanes[at..]));
+                    }
+                    simd.store_quads(&factors, &mut out[..S::QUAD_WORDS], at);
                 }
-                simd.split_quads(&sums, [&mut low[at..], &mut middle[at..], &mut high[at..]]);
+            }
+            let mut sums = [[[simd.no_sums()]; 2]; 2];
+            for (quad, codes) in self.codes.as_chunks::<64>().0.iter().enumerate() {
+                let [even, odd] = &mut sums;
+                let sums = if quad % 2 == 0 { even } else { odd };
+                simd.add_quads(sums, &[simd.codes(codes)], |query, word| match query {
+                    0 => of_inputs[quad][word],
+                    _ => of_lanes[quad][word].0[LANE],
+                });
+            }
+            for (query, out) in self.out.into_iter().enumerate() {
+                let sum = simd.join_sums(sums[0][query][0], sums[1][query][0]);
+                simd.store_block(simd.totals(sum, 1.0, 2.0 / S::LARGEST), out);
             }
         }
     }
 
     #[test]
-    fn numbers_are_split_into_bytes_that_add_up_to_them() {
-        let mut x: Vec<f32> = vec![0.0, -0.0, 0.4, -0.4, 1.6, LARGEST, -LARGEST, 127.0, 128.0];
-        x.extend((0..119).map(|i| (i as f32 - 60.0) * 69_341.7));
-        assert_eq!(x.len(), 128);
-        let value = |low: u8, middle: u8, high: u8| {
-            f32::from(low as i8)
-                + 256.0 * f32::from(middle as i8)
-                + 65_536.0 * f32::from(high as i8)
-        };
-        for path in CpuPath::available().skip(1) {
-            let [mut low, mut middle, mut high] = [[0; 128]; PIECES];
-            dispatch(path, Split(&x, [&mut low, &mut middle, &mut high]));
-            for (i, x) in x.iter().enumerate() {
-                let found = value(low[i], middle[i], high[i]);
-                assert!((found - x).abs() <= 0.5, "{path}: {x} became {found}");
-            }
-            let mut words = [[0; 32]; PIECES];
-            let mut quads = x.chunks_exact(32);
-            let quads = std::array::from_fn(|_| quads.next().unwrap());
-            let [a, b, c] = &mut words;
-            dispatch(path, SplitQuads(quads, [a, b, c]));
-            for (lane, byte) in (0..32).flat_map(|lane| (0..4).map(move |byte| (lane, byte))) {
-                let at = 32 * byte + lane;
-                let found = words.map(|words| words[lane].to_le_bytes()[byte]);
-                assert_eq!(found, [low[at], middle[at], high[at]], "{path}: {}", x[at]);
+    fn codes_times_factors_add_up() {
+        let mut codes = [0; 256];
+        for (i, code) in codes.iter_mut().enumerate() {
+            *code = (i * 89 % 256) as u8;
+        }
+        let mut ramp = [0.0; 16];
+        for (i, factor) in ramp.iter_mut().enumerate() {
+            *factor = (i * 7 % 16) as f32 / 7.5 - 1.0;
+        }
+        let mut near_bytes = [0.0; 16];
+        for (i, factor) in near_bytes.iter_mut().enumerate() {
+            // Where the parts of a number carry over into each other.
+            let whole = [0, 1, 127, 128, 255, 256, 32_767, 32_768, 65_535, 65_536][i % 10];
+            *factor = if i % 2 == 0 { whole } else { -whole } as f32 / 4_161_000.0;
+        }
+        let ends = std::array::from_fn(|i| [1.0, -1.0, 0.0, 1e-20][i % 4]);
+        for factors in [ramp, near_bytes, ends] {
+            for path in CpuPath::available().skip(1) {
+                let [mut of_inputs, mut of_lane] = [[0.0; 16]; 2];
+                let out = [&mut of_inputs, &mut of_lane];
+                dispatch(path, Sums { factors: &factors, codes: &codes, out });
+                for output in 0..16 {
+                    let of = |i: usize| f64::from(codes[i / 4 * 64 + 4 * output + i % 4]);
+                    let product = |i: usize| f64::from(factors[i]) * of(i);
+                    let expected = 1.0 + 2.0 * (0..16).map(product).sum::<f64>();
+                    // What is added up is rounded, and each factor to half a step at most.
+                    let most = 1.0 + 2.0 * (0..16).map(|i| product(i).abs()).sum::<f64>();
+                    let steps = (0..16).map(of).sum::<f64>() / 4_161_000.0;
+                    for found in [of_inputs[output], of_lane[output]] {
+                        let off = (f64::from(found) - expected).abs();
+                        assert!(
+                            off <= 1e-6 * most + 0.5 * steps,
+                            "{path}: {found}, not {expected}"
+                        );
+                    }
+                }
             }
         }
     }

@@ -10,11 +10,11 @@ use tinyserve_kv::{CodePages, GROUP_PAGES, HeadPage, KvElement, KvFormat};
 
 use super::ahead::{ChunkPages, NextPages};
 use super::observe::Records;
-use super::products::{BLOCK, Pieces, Places, QuadFactors, TINY, Widest};
+use super::products::{BLOCK, Places, TINY, TokenFactors, Widest};
 use super::softmax::{Shape, State};
 use super::tile::{StoredPages, Tile, TileScratch, chunk_pages};
 use crate::cpu::memory::Aligned;
-use crate::cpu::simd::{LARGEST, Simd};
+use crate::cpu::simd::{BlockWords, Simd};
 
 /// Most bytes of a chunk's pages that memory is asked for while the chunk before it is computed.
 const MOST_ASKED: usize = 256 * 1024;
@@ -32,7 +32,7 @@ pub(super) struct CodeScratch {
     starts: Vec<usize>,
     /// Channels of a query, padded to whole vectors.
     padded: usize,
-    /// Queries, scaled to [`LARGEST`] `[queries, padded]`.
+    /// Queries, scaled to [`Simd::LARGEST`] `[queries, padded]`.
     scaled: Aligned,
     /// What scaled queries count in, the scale of scores included, and what they do times codes
     /// `[queries]`.
@@ -49,16 +49,16 @@ pub(super) struct CodeScratch {
     /// Where these pages are a block of neighbours in the pool, which one: chunks of large pages have
     /// it in common.
     block: Option<usize>,
-    /// Factors of some queries for the pages of a look `[quads, queries]`.
-    factors: Vec<QuadFactors>,
+    /// Factors of some queries for the pages of a look `[quads, queries, words]`.
+    factors: Vec<BlockWords>,
     /// Scaled queries times the minima of these pages.
     offsets: [[f32; BLOCK]; MOST_QUERIES],
     /// Scales and minima of the values of a chunk, widened `[2, tokens]`.
     value_ranges: Aligned,
     /// Weights times scales of the chunk for some queries `[queries, tokens]`.
     products: Aligned,
-    /// Pieces of the products of some queries `[blocks of tokens, queries]`.
-    pieces: Vec<Pieces>,
+    /// These products as factors of codes `[blocks of tokens, queries]`.
+    token_factors: Vec<TokenFactors>,
 }
 
 impl CodeScratch {
@@ -87,11 +87,11 @@ impl CodeScratch {
             }
             let largest = simd.highest(largest);
             scaled[dim..].fill(0.0);
-            let factor = simd.splat(LARGEST / largest);
+            let factor = simd.splat(S::LARGEST / largest);
             for scaled in scaled.chunks_exact_mut(S::LANES) {
                 simd.store(simd.mul(simd.load(scaled), factor), scaled);
             }
-            let unit = largest / LARGEST * scale;
+            let unit = largest / S::LARGEST * scale;
             self.units.push((unit, unit / f32::from(highest_code)));
         }
         self.corners.resize(2 * dim * BLOCK, f16::ZERO);

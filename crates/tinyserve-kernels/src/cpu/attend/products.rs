@@ -1,9 +1,9 @@
-//! Attention over pages of codes: products in whole numbers, made floats once per page or chunk.
+//! Attention over pages of codes: products of the codes themselves, and of what is a page's alone.
 //!
 //! A key's channel is `min + range·code/highest`, so a score is `q·min`, which is the page's alone,
 //! and a dot product of the codes with `q·range/highest`. These factors, and a chunk's weights times
-//! the scales of its values, are rounded to 23 bits and split into three signed bytes: then the
-//! products are exact, and a few instructions make sixty-four of them.
+//! the scales of its values, are stored as the processor multiplies codes by them: as floats, or as
+//! three signed bytes of 23 bits, whose products are exact and sixty-four of one instruction.
 
 mod boxes;
 mod keys;
@@ -11,13 +11,13 @@ mod values;
 
 pub(super) use boxes::{Widest, factors, load_boxes, normalise, pick_box};
 pub(super) use keys::{dots, dots_of_blocks};
-pub(super) use values::{Values, products, split};
+pub(super) use values::{Values, products, store_factors};
 
-use crate::cpu::simd::{PIECES, Simd};
+use crate::cpu::simd::Simd;
 
 /// Tokens, channels or pages side by side: what a [`Simd::Block`] holds.
 pub(super) const BLOCK: usize = 16;
-/// Codes that one word of each piece meets.
+/// Codes of an output that are multiplied together.
 const QUAD: usize = 4;
 /// Queries from which on lines are asked for before a page, not between its words: their sums leave
 /// no register for it.
@@ -52,28 +52,10 @@ fn half<S: Simd, const BITS: usize>(simd: S, codes: S::Codes, half: usize) -> S:
     }
 }
 
-/// `offset + unit·Σ counts·256^piece`.
-#[inline(always)]
-fn number<S: Simd>(simd: S, counts: &[S::Counts; PIECES], (offset, unit): (f32, f32)) -> S::Block {
-    let mut sums = simd.block(&[offset; BLOCK]);
-    let mut unit = unit;
-    for &counts in counts {
-        sums = simd.add_block(sums, simd.widen(counts), unit);
-        unit *= 256.0;
-    }
-    sums
-}
-
-/// The pieces of the factors of one quad of channels for `BLOCK` pages side by side.
+/// The factors of `BLOCK` tokens, in words for each quad of them.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(align(64))]
-pub(super) struct QuadFactors([[u32; BLOCK]; PIECES]);
-
-/// The pieces of `BLOCK` numbers, quad by quad a word for each piece; then a word of garbage, which
-/// makes them what one store writes.
-#[derive(Debug, Clone, Copy, Default)]
-#[repr(align(64))]
-pub(super) struct Pieces([[u32; PIECES + 1]; BLOCK / QUAD]);
+pub(super) struct TokenFactors([[u32; QUAD]; BLOCK / QUAD]);
 
 /// Where the codes of a page lie.
 #[derive(Debug, Clone, Copy)]

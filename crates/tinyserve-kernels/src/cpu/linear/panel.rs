@@ -10,7 +10,7 @@ use std::ops::Range;
 use half::bf16;
 
 use super::super::memory::Aligned;
-use super::super::simd::{Element, Kernel, PairKernel, PairSimd, Simd};
+use super::super::simd::{Element, Kernel, PairKernel, PairSimd, Simd, array};
 use super::factors::{Factors, Pairs, Widened};
 use super::{BLOCK_INPUTS, StripArgs};
 
@@ -173,8 +173,7 @@ fn tile<S: Simd, F: Factors<S>, const R: usize, const O: usize>(
         let mut vectors = [[simd.splat(0.0); O]; R];
         let mut i = 0;
         for w in weights[..whole * O].chunks_exact(step) {
-            let w: [F::Weights; O] =
-                std::array::from_fn(|o| F::weights_of_panel(simd, &w[o * F::INPUTS..]));
+            let w: [F::Weights; O] = array!(O, |o| F::weights_of_panel(simd, &w[o * F::INPUTS..]));
             for r in 0..R {
                 let x = F::inputs(simd, &x[r][i..i + F::INPUTS]);
                 for o in 0..O {

@@ -4,7 +4,8 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{ABOVE, Kernel, PIECES, Simd};
+use super::sums::float_sums;
+use super::{BlockWords, Kernel, Simd};
 
 /// Proof that the processor has AVX2, FMA and F16C.
 #[derive(Clone, Copy)]
@@ -147,48 +148,6 @@ impl Simd for Avx2 {
             _mm_storel_epi64(out.as_mut_ptr().cast(), _mm_packus_epi16(halves, halves));
         });
     }
-    #[inline(always)]
-    fn split(self, sums: __m256, out: &mut [u32]) {
-        let out = &mut out[..8];
-        intrinsic!({
-            // The first bytes of four numbers side by side, then their second ones and so on.
-            let order = _mm256_setr_epi8(
-                0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9, 13, 2,
-                6, 10, 14, 3, 7, 11, 15,
-            );
-            let pieces = _mm256_shuffle_epi8(_mm256_castps_si256(sums), order);
-            let above = i32::from_ne_bytes([ABOVE; 4]);
-            let flip = i32::from_ne_bytes([0x80; 4]);
-            let flip = _mm256_setr_epi32(flip, flip, above, 0, flip, flip, above, 0);
-            _mm256_storeu_si256(out.as_mut_ptr().cast(), _mm256_sub_epi8(pieces, flip));
-        });
-    }
-    #[inline(always)]
-    fn split_quads(self, sums: &[__m256; 4], [low, middle, high]: [&mut [u32]; PIECES]) {
-        let (low, middle, high) = (&mut low[..8], &mut middle[..8], &mut high[..8]);
-        intrinsic!({
-            let (a, b) = (_mm256_castps_si256(sums[0]), _mm256_castps_si256(sums[1]));
-            let (c, d) = (_mm256_castps_si256(sums[2]), _mm256_castps_si256(sums[3]));
-            let bytes = _mm256_set1_epi16(0xff);
-            let (ac, bd) = (
-                _mm256_blend_epi16::<0xaa>(a, _mm256_slli_epi32::<16>(c)),
-                _mm256_blend_epi16::<0xaa>(b, _mm256_slli_epi32::<16>(d)),
-            );
-            let (ac_high, bd_high) = (
-                _mm256_blend_epi16::<0xaa>(_mm256_srli_epi32::<16>(a), c),
-                _mm256_blend_epi16::<0xaa>(_mm256_srli_epi32::<16>(b), d),
-            );
-            let flip = _mm256_set1_epi8(-128);
-            let l = _mm256_blendv_epi8(_mm256_slli_epi16::<8>(bd), ac, bytes);
-            let m = _mm256_blendv_epi8(bd, _mm256_srli_epi16::<8>(ac), bytes);
-            let h = _mm256_blendv_epi8(_mm256_slli_epi16::<8>(bd_high), ac_high, bytes);
-            let h = _mm256_sub_epi8(h, _mm256_set1_epi8(ABOVE.cast_signed()));
-            _mm256_storeu_si256(low.as_mut_ptr().cast(), _mm256_xor_si256(l, flip));
-            _mm256_storeu_si256(middle.as_mut_ptr().cast(), _mm256_xor_si256(m, flip));
-            _mm256_storeu_si256(high.as_mut_ptr().cast(), h);
-        });
-    }
-
     type Codes = [__m256i; 2];
     type Counts = [__m256i; 2];
     type Block = [__m256; 2];
@@ -236,10 +195,6 @@ impl Simd for Avx2 {
             }
             sums
         })
-    }
-    #[inline(always)]
-    fn add_whole(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
-        intrinsic!([_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])])
     }
     #[inline(always)]
     fn block_zero(self) -> [__m256; 2] {
@@ -292,5 +247,31 @@ impl Simd for Avx2 {
         self.store(block[0], &mut values);
         self.store(block[1], &mut values[8..]);
         values
+    }
+
+    // Bytes are multiplied in pairs only, whose sums overflow: floats are faster.
+    float_sums!(4);
+}
+
+impl Avx2 {
+    /// Code `i` of each output's four.
+    #[inline(always)]
+    fn code(self, codes: [__m256i; 2], i: usize) -> [__m256; 2] {
+        let [a, b] = codes;
+        self.widen(intrinsic!({
+            let byte = _mm256_set1_epi32(255);
+            match i {
+                0 => [_mm256_and_si256(a, byte), _mm256_and_si256(b, byte)],
+                1 => [
+                    _mm256_and_si256(_mm256_srli_epi32::<8>(a), byte),
+                    _mm256_and_si256(_mm256_srli_epi32::<8>(b), byte),
+                ],
+                2 => [
+                    _mm256_and_si256(_mm256_srli_epi32::<16>(a), byte),
+                    _mm256_and_si256(_mm256_srli_epi32::<16>(b), byte),
+                ],
+                _ => [_mm256_srli_epi32::<24>(a), _mm256_srli_epi32::<24>(b)],
+            }
+        }))
     }
 }

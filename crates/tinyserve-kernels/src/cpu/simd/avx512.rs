@@ -4,7 +4,21 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{ABOVE, Kernel, PIECES, PairKernel, PairSimd, Simd};
+use super::{BlockWords, Kernel, PairKernel, PairSimd, Simd};
+
+// A factor that is added to [`SPLIT`] is rounded to a whole number of at most [`LARGEST`] and split
+// into signed bytes, `low + 256·middle + 65,536·high`: then its products with codes are exact, and
+// one instruction makes sixty-four of them.
+
+/// Signed bytes that a factor is split into.
+const PIECES: usize = 3;
+/// The largest number that is split: its sum with [`SPLIT`] keeps its exponent.
+const LARGEST: f32 = 4_161_000.0;
+/// 1.5·2²³, which rounds what is added to it to a whole number in the lowest bits of the sum, and
+/// what makes the two lower bytes of these bits 128 larger than the signed pieces.
+const SPLIT: f32 = 12_582_912.0 + 32_896.0;
+/// What the third byte is larger by than the signed piece: the lower byte of the exponent.
+const ABOVE: u8 = 0x40;
 
 /// Proof that the processor has AVX-512 F, BW, VL and DQ, and VNNI and BF16 if it says so.
 #[derive(Clone, Copy)]
@@ -188,53 +202,6 @@ impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
             _mm_storeu_si128(out.as_mut_ptr().cast(), bytes);
         });
     }
-    #[inline(always)]
-    fn split(self, sums: __m512, out: &mut [u32]) {
-        let out = &mut out[..16];
-        intrinsic!({
-            // The first bytes of four numbers side by side, then their second ones and so on.
-            let order = _mm512_broadcast_i32x4(_mm_setr_epi8(
-                0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
-            ));
-            let pieces = _mm512_shuffle_epi8(_mm512_castps_si512(sums), order);
-            let above = i32::from_ne_bytes([ABOVE; 4]);
-            let flip = i32::from_ne_bytes([0x80; 4]);
-            let flip = _mm512_broadcast_i32x4(_mm_setr_epi32(flip, flip, above, 0));
-            _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_sub_epi8(pieces, flip));
-        });
-    }
-    #[inline(always)]
-    fn split_quads(self, sums: &[__m512; 4], [low, middle, high]: [&mut [u32]; PIECES]) {
-        let (low, middle, high) = (&mut low[..16], &mut middle[..16], &mut high[..16]);
-        intrinsic!({
-            let (a, b) = (_mm512_castps_si512(sums[0]), _mm512_castps_si512(sums[1]));
-            let (c, d) = (_mm512_castps_si512(sums[2]), _mm512_castps_si512(sums[3]));
-            let (words, bytes) = (_mm512_set1_epi32(0xffff), _mm512_set1_epi16(0xff));
-            // Bits of `x` where the mask has ones, of `y` elsewhere.
-            macro_rules! select {
-                ($mask:ident, $x:expr, $y:expr) => {
-                    _mm512_ternarylogic_epi32::<0xca>($mask, $x, $y)
-                };
-            }
-            let (ac, bd) = (
-                select!(words, a, _mm512_slli_epi32::<16>(c)),
-                select!(words, b, _mm512_slli_epi32::<16>(d)),
-            );
-            let (ac_high, bd_high) = (
-                select!(words, _mm512_srli_epi32::<16>(a), c),
-                select!(words, _mm512_srli_epi32::<16>(b), d),
-            );
-            let flip = _mm512_set1_epi8(-128);
-            let l = select!(bytes, ac, _mm512_slli_epi16::<8>(bd));
-            let m = select!(bytes, _mm512_srli_epi16::<8>(ac), bd);
-            let h = select!(bytes, ac_high, _mm512_slli_epi16::<8>(bd_high));
-            let h = _mm512_sub_epi8(h, _mm512_set1_epi8(ABOVE.cast_signed()));
-            _mm512_storeu_si512(low.as_mut_ptr().cast(), _mm512_xor_si512(l, flip));
-            _mm512_storeu_si512(middle.as_mut_ptr().cast(), _mm512_xor_si512(m, flip));
-            _mm512_storeu_si512(high.as_mut_ptr().cast(), h);
-        });
-    }
-
     type Codes = __m512i;
     type Counts = __m512i;
     type Block = __m512;
@@ -273,10 +240,6 @@ impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
         })
     }
     #[inline(always)]
-    fn add_whole(self, a: __m512i, b: __m512i) -> __m512i {
-        intrinsic!(_mm512_add_epi32(a, b))
-    }
-    #[inline(always)]
     fn block_zero(self) -> __m512 {
         self.splat(0.0)
     }
@@ -313,6 +276,102 @@ impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
         let mut values = [0.0; 16];
         self.store(block, &mut values);
         values
+    }
+
+    type Sums = [__m512i; PIECES];
+    const QUAD_WORDS: usize = PIECES;
+    const LARGEST: f32 = LARGEST;
+    const ROUNDING: f32 = SPLIT;
+    const SUMS: usize = 8;
+    // They are exact.
+    const CHAINS: usize = 1;
+
+    #[inline(always)]
+    fn no_sums(self) -> [__m512i; PIECES] {
+        [self.counts(0); PIECES]
+    }
+    #[inline(always)]
+    fn store_factors(self, factors: __m512, out: &mut [u32]) {
+        let out = &mut out[..16];
+        intrinsic!({
+            // The first bytes of four numbers side by side, then their second ones and so on.
+            let order = _mm512_broadcast_i32x4(_mm_setr_epi8(
+                0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
+            ));
+            let pieces = _mm512_shuffle_epi8(_mm512_castps_si512(factors), order);
+            let above = i32::from_ne_bytes([ABOVE; 4]);
+            let flip = i32::from_ne_bytes([0x80; 4]);
+            let flip = _mm512_broadcast_i32x4(_mm_setr_epi32(flip, flip, above, 0));
+            _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_sub_epi8(pieces, flip));
+        });
+    }
+    #[inline(always)]
+    fn store_quads(self, factors: &[__m512; 4], out: &mut [BlockWords], at: usize) {
+        let (low, out) = out.split_at_mut(1);
+        let (middle, high) = out.split_at_mut(1);
+        let low = &mut low[0].0[at..][..16];
+        let (middle, high) = (&mut middle[0].0[at..][..16], &mut high[0].0[at..][..16]);
+        intrinsic!({
+            let (a, b) = (_mm512_castps_si512(factors[0]), _mm512_castps_si512(factors[1]));
+            let (c, d) = (_mm512_castps_si512(factors[2]), _mm512_castps_si512(factors[3]));
+            let (words, bytes) = (_mm512_set1_epi32(0xffff), _mm512_set1_epi16(0xff));
+            // Bits of `x` where the mask has ones, of `y` elsewhere.
+            macro_rules! select {
+                ($mask:ident, $x:expr, $y:expr) => {
+                    _mm512_ternarylogic_epi32::<0xca>($mask, $x, $y)
+                };
+            }
+            let (ac, bd) = (
+                select!(words, a, _mm512_slli_epi32::<16>(c)),
+                select!(words, b, _mm512_slli_epi32::<16>(d)),
+            );
+            let (ac_high, bd_high) = (
+                select!(words, _mm512_srli_epi32::<16>(a), c),
+                select!(words, _mm512_srli_epi32::<16>(b), d),
+            );
+            let flip = _mm512_set1_epi8(-128);
+            let l = select!(bytes, ac, _mm512_slli_epi16::<8>(bd));
+            let m = select!(bytes, _mm512_srli_epi16::<8>(ac), bd);
+            let h = select!(bytes, ac_high, _mm512_slli_epi16::<8>(bd_high));
+            let h = _mm512_sub_epi8(h, _mm512_set1_epi8(ABOVE.cast_signed()));
+            _mm512_storeu_si512(low.as_mut_ptr().cast(), _mm512_xor_si512(l, flip));
+            _mm512_storeu_si512(middle.as_mut_ptr().cast(), _mm512_xor_si512(m, flip));
+            _mm512_storeu_si512(high.as_mut_ptr().cast(), h);
+        });
+    }
+    #[inline(always)]
+    fn add_quads<const Q: usize, const B: usize>(
+        self,
+        sums: &mut [[[__m512i; PIECES]; B]; Q],
+        codes: &[__m512i; B],
+        word: impl Fn(usize, usize) -> u32,
+    ) {
+        for (query, sums) in sums.iter_mut().enumerate() {
+            for piece in 0..PIECES {
+                let x = word(query, piece).cast_signed();
+                for (sums, &codes) in sums.iter_mut().zip(codes) {
+                    sums[piece] = self.add_products(sums[piece], codes, x);
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    fn join_sums(self, a: [__m512i; PIECES], b: [__m512i; PIECES]) -> [__m512i; PIECES] {
+        let mut sums = a;
+        for (sum, b) in sums.iter_mut().zip(b) {
+            *sum = intrinsic!(_mm512_add_epi32(*sum, b));
+        }
+        sums
+    }
+    #[inline(always)]
+    fn totals(self, sums: [__m512i; PIECES], offset: f32, unit: f32) -> __m512 {
+        let mut total = self.splat(offset);
+        let mut unit = unit;
+        for counts in sums {
+            total = self.add_block(total, self.widen(counts), unit);
+            unit *= 256.0;
+        }
+        total
     }
 }
 
@@ -359,5 +418,5 @@ fn four_sums<S: Simd<V = __m512>>(simd: S, &[a, b, c, d]: &[__m512; 4]) -> [f32;
         _mm512_maskz_compress_ps(0x1111, one)
     });
     simd.store(four, &mut sums);
-    std::array::from_fn(|i| sums[i])
+    [sums[0], sums[1], sums[2], sums[3]]
 }

@@ -5,7 +5,8 @@ use std::arch::asm;
 
 use half::{bf16, f16};
 
-use super::{Kernel, Simd};
+use super::sums::float_sums;
+use super::{BlockWords, Kernel, Simd};
 
 /// Proof that the processor has NEON, which is part of every 64-bit Arm processor's base.
 #[derive(Clone, Copy)]
@@ -202,10 +203,6 @@ impl Simd for Neon {
         })
     }
     #[inline(always)]
-    fn add_whole(self, a: Self::Counts, b: Self::Counts) -> Self::Counts {
-        std::array::from_fn(|i| intrinsic!(vaddq_s32(a[i], b[i])))
-    }
-    #[inline(always)]
     fn block_zero(self) -> Self::Block {
         intrinsic!([vdupq_n_f32(0.0); 4])
     }
@@ -256,5 +253,27 @@ impl Simd for Neon {
         let mut values = [0.0; 16];
         self.store_block(block, &mut values);
         values
+    }
+
+    // The product of unsigned and signed bytes is not in every processor.
+    float_sums!(4);
+}
+
+impl Neon {
+    /// Code `i` of each output's four.
+    #[inline(always)]
+    fn code(self, codes: [uint8x16_t; 4], i: usize) -> [float32x4_t; 4] {
+        codes.map(|codes| {
+            intrinsic!({
+                let words = vreinterpretq_u32_u8(codes);
+                let code = match i {
+                    0 => vandq_u32(words, vdupq_n_u32(255)),
+                    1 => vandq_u32(vshrq_n_u32::<8>(words), vdupq_n_u32(255)),
+                    2 => vandq_u32(vshrq_n_u32::<16>(words), vdupq_n_u32(255)),
+                    _ => vshrq_n_u32::<24>(words),
+                };
+                vcvtq_f32_u32(code)
+            })
+        })
     }
 }

@@ -3,7 +3,8 @@
 use half::{bf16, f16};
 
 use super::pairs::{add_product, rounded};
-use super::{PairSimd, Simd};
+use super::sums::float_sums;
+use super::{BlockWords, PairSimd, Simd};
 
 const LANES: usize = 8;
 
@@ -120,10 +121,6 @@ impl Simd for Portable {
         })
     }
     #[inline(always)]
-    fn add_whole(self, a: [i32; 16], b: [i32; 16]) -> [i32; 16] {
-        std::array::from_fn(|o| a[o] + b[o])
-    }
-    #[inline(always)]
     fn block_zero(self) -> [f32; 16] {
         [0.0; 16]
     }
@@ -160,6 +157,16 @@ impl Simd for Portable {
     #[inline(always)]
     fn block_values(self, block: [f32; 16]) -> [f32; 16] {
         block
+    }
+
+    float_sums!(4);
+}
+
+impl Portable {
+    /// Code `i` of each output's four.
+    #[inline(always)]
+    fn code(self, codes: [u8; 64], i: usize) -> [f32; 16] {
+        std::array::from_fn(|o| f32::from(codes[4 * o + i]))
     }
 }
 

@@ -40,7 +40,8 @@ impl Tile<'_, CodePages<'_>> {
         (next, scratch): (&mut NextPages<'_, '_>, &mut TileScratch),
     ) {
         let (scores, codes) = (&mut scratch.weights[..], &mut scratch.codes);
-        codes.factors.resize(MOST_QUERIES * places.1.key_words * (8 / BITS), Default::default());
+        let quads = places.1.key_words * (8 / BITS);
+        codes.factors.resize(MOST_QUERIES * quads * S::QUAD_WORDS, Default::default());
         let mut first = pages.start;
         while first < pages.end {
             let look = self.look(simd, first..pages.end, next, codes);
@@ -56,20 +57,12 @@ impl Tile<'_, CodePages<'_>> {
                 // As many queries as the registers hold sums for, and words enough that no sum
                 // waits.
                 query += match shape.queries - query {
-                    8.. if S::LANES == BLOCK => {
+                    8.. if S::SUMS >= 8 => {
                         self.scores_of::<S, 8, 1, BITS>(simd, look, of, out, codes)
                     }
-                    4.. if S::LANES == BLOCK => {
-                        self.scores_of::<S, 4, 1, BITS>(simd, look, of, out, codes)
-                    }
-                    2.. if S::LANES == BLOCK => {
-                        self.scores_of::<S, 2, 2, BITS>(simd, look, of, out, codes)
-                    }
-                    2.. => self.scores_of::<S, 2, 1, BITS>(simd, look, of, out, codes),
-                    _ if S::LANES == BLOCK => {
-                        self.scores_of::<S, 1, 4, BITS>(simd, look, of, out, codes)
-                    }
-                    _ => self.scores_of::<S, 1, 2, BITS>(simd, look, of, out, codes),
+                    4.. => self.scores_of::<S, 4, 1, BITS>(simd, look, of, out, codes),
+                    2.. => self.scores_of::<S, 2, 2, BITS>(simd, look, of, out, codes),
+                    _ => self.scores_of::<S, 1, 4, BITS>(simd, look, of, out, codes),
                 };
             }
         }
@@ -150,14 +143,14 @@ impl Tile<'_, CodePages<'_>> {
         (scores, chunk): (&mut [f32], usize),
         codes: &mut CodeScratch,
     ) -> usize {
-        let quads = places.key_words * (8 / BITS);
+        let words = places.key_words * (8 / BITS) * S::QUAD_WORDS;
         // Of more queries others' factors have taken their place.
         let known = look.known && Q == queries;
         for (q, offsets) in codes.offsets[..Q].iter_mut().enumerate().filter(|_| !known) {
             let scaled = &codes.scaled[(query + q) * codes.padded..(query + q + 1) * codes.padded];
             let widest = (Q == 1 && queries == 1).then_some(&codes.widest);
             let boxes = (&codes.ranges[..], &codes.minima[..], widest);
-            let out = (&mut codes.factors[q..Q * quads], Q);
+            let out = (&mut codes.factors[q * S::QUAD_WORDS..Q * words], Q);
             let lines = if Q < products::MANY { 4 / Q } else { 0 };
             *offsets = products::factors(simd, scaled, boxes, out, (&mut *next, lines));
         }
@@ -170,12 +163,13 @@ impl Tile<'_, CodePages<'_>> {
             }
             let page = i - first;
             let of_page = (pages.of(page), places, &mut *next);
-            let (factors, numbers) = ((&codes.factors[..Q * quads], lane), (&starts, &units));
+            let (factors, numbers) = ((&codes.factors[..Q * words], lane), (&starts, &units));
             let out = (&mut scores[query * chunk + page * places.size..], chunk);
             // As many sums as the registers hold beside the codes of a set; halves of int4 take more.
-            if Q >= products::MANY && BITS == 8 && places.size.is_multiple_of(4 * BLOCK) {
+            let many = Q >= products::MANY && S::SUMS >= 2 * products::MANY;
+            if many && BITS == 8 && places.size.is_multiple_of(4 * BLOCK) {
                 products::dots_of_blocks::<S, Q, 2, 4, BITS>(simd, of_page, factors, numbers, out);
-            } else if Q >= products::MANY && places.size.is_multiple_of(2 * BLOCK) {
+            } else if many && places.size.is_multiple_of(2 * BLOCK) {
                 products::dots_of_blocks::<S, Q, 4, 2, BITS>(simd, of_page, factors, numbers, out);
             } else {
                 products::dots::<S, Q, W, BITS>(simd, of_page, factors, numbers, out);

@@ -38,7 +38,7 @@ impl Tile<'_, CodePages<'_>> {
         let (scales, minima) = (layout.scales().start, layout.minima().start);
         codes.value_ranges.resize(2 * tokens);
         codes.products.resize(MOST_VALUES * blocks * BLOCK);
-        codes.pieces.resize(MOST_VALUES * blocks, Default::default());
+        codes.token_factors.resize(MOST_VALUES * blocks, Default::default());
         for group in 0..layout.groups() {
             let (out_scales, out_minima) = codes.value_ranges.split_at_mut(tokens);
             let out = out_scales.chunks_exact_mut(padded).zip(out_minima.chunks_exact_mut(padded));
@@ -66,8 +66,8 @@ impl Tile<'_, CodePages<'_>> {
             while query < queries {
                 let q = match queries - query {
                     // As many as the registers hold counts for.
-                    4.. if S::LANES == BLOCK => MOST_VALUES,
-                    2.. if S::LANES == BLOCK => 2,
+                    4.. => MOST_VALUES,
+                    2.. => 2,
                     _ => 1,
                 };
                 // Query by query in each step: the last operations of a sum wait for each other.
@@ -83,15 +83,15 @@ impl Tile<'_, CodePages<'_>> {
                 }
                 let rows = codes.products.chunks_exact(blocks * BLOCK);
                 for (i, ((_, unit, _), row)) in sums.iter_mut().zip(rows).enumerate().take(q) {
-                    let out = (&mut codes.pieces[i..], q);
+                    let out = (&mut codes.token_factors[i..], q);
                     let next = &mut next.between(queries);
-                    *unit = products::split(simd, (row, *unit), out, next);
+                    *unit = products::store_factors(simd, (row, *unit), out, next);
                 }
                 let values = Values {
                     chunk: pages,
                     pages: count,
                     places,
-                    pieces: &codes.pieces[..q * blocks],
+                    factors: &codes.token_factors[..q * blocks],
                 };
                 let (range, target) = (group * channels..end, (&mut *state, query));
                 let next = &mut *next;

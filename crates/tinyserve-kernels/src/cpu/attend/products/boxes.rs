@@ -3,8 +3,8 @@
 use tinyserve_kv::GROUP_PAGES;
 
 use super::super::ahead::{Ahead, NextPages};
-use super::{BLOCK, QUAD, QuadFactors, TINY};
-use crate::cpu::simd::{Element, SPLIT, Simd};
+use super::{BLOCK, QUAD, TINY};
+use crate::cpu::simd::{BlockWords, Element, Simd};
 
 /// Puts the box of the page in lane `lane` of a group into column `column` of `corners`
 /// `[head_dim, 2 (max, min), BLOCK]`; `boxes` is `[head_dim, 2 (max, min), GROUP_PAGES]`.
@@ -123,8 +123,8 @@ fn joined<S: Simd>(simd: S, [a, b, c, d]: [S::V; CHAINS]) -> S::V {
     simd.add(simd.add(a, b), simd.add(c, d))
 }
 
-/// Pieces of `scaled·ranges` for `BLOCK` pages, quad by quad into every `step`-th of `out`, and
-/// `scaled·minima`.
+/// `scaled·ranges` for `BLOCK` pages as factors of codes, quad by quad [`Simd::QUAD_WORDS`] of every
+/// `step` times as many of `out`, and `scaled·minima`.
 ///
 /// `scaled` is `[padded]`, `ranges` and `minima` are `[padded, BLOCK]`; ranges that are not
 /// [normalised](normalise) come with the `widest`. For each quad up to four lines of the next pages are
@@ -134,7 +134,7 @@ pub(in super::super) fn factors<S: Simd>(
     simd: S,
     scaled: &[f32],
     (ranges, minima, widest): (&[f32], &[f32], Option<&Widest>),
-    (out, step): (&mut [QuadFactors], usize),
+    (out, step): (&mut [BlockWords], usize),
     (next, lines): (&mut NextPages<'_, '_>, usize),
 ) -> [f32; BLOCK] {
     let mut offsets = [0.0f32; BLOCK];
@@ -142,9 +142,9 @@ pub(in super::super) fn factors<S: Simd>(
         let mut sums = [simd.splat(0.0); CHAINS];
         let boxes = ranges.as_chunks::<{ QUAD * BLOCK }>().0.iter();
         let boxes = boxes.zip(minima.as_chunks::<{ QUAD * BLOCK }>().0);
-        let quads = out.iter_mut().step_by(step).zip(scaled.as_chunks::<QUAD>().0);
+        let quads = out.chunks_mut(step * S::QUAD_WORDS).zip(scaled.as_chunks::<QUAD>().0);
         for ((out, scaled), (ranges, minima)) in quads.zip(boxes) {
-            let mut factors = [simd.splat(SPLIT); QUAD];
+            let mut factors = [simd.splat(S::ROUNDING); QUAD];
             for c in 0..QUAD {
                 if c < lines {
                     next.ask(simd);
@@ -158,8 +158,7 @@ pub(in super::super) fn factors<S: Simd>(
                 factors[c] = simd.mul_add(range, scaled, factors[c]);
                 sums[c] = simd.mul_add(simd.load(&minima[row..]), scaled, sums[c]);
             }
-            let [low, middle, high] = &mut out.0;
-            simd.split_quads(&factors, [&mut low[at..], &mut middle[at..], &mut high[at..]]);
+            simd.store_quads(&factors, &mut out[..S::QUAD_WORDS], at);
         }
         simd.store(joined(simd, sums), &mut offsets[at..]);
     }

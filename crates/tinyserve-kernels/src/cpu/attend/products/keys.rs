@@ -1,42 +1,45 @@
 //! Scores: the products of the codes of keys with a page's factors.
 
 use super::super::ahead::{Ahead, NextPages};
-use super::{BLOCK, MANY, Places, QuadFactors, half, load, number};
-use crate::cpu::simd::{PIECES, Simd};
+use super::{BLOCK, MANY, Places, half, load};
+use crate::cpu::simd::{BlockWords, Simd};
 
-/// Adds the products of some codes of the keys of a block of tokens with `factors`
-/// `[quads, queries]` of the page in lane `lane`.
+/// Adds the products of some codes of the keys of some blocks of tokens, for `Q` queries from `first`
+/// on, with `factors` `[quads, all queries, words]` of the page in lane `lane`.
 #[inline(always)]
-fn add_word<S: Simd, const Q: usize, const BITS: usize>(
+fn add_word<S: Simd, const ALL: usize, const Q: usize, const B: usize, const BITS: usize>(
     simd: S,
-    codes: S::Codes,
-    (factors, lane): (&[QuadFactors], usize),
-    counts: &mut [[S::Counts; PIECES]; Q],
+    codes: &[S::Codes; B],
+    (factors, first, lane): (&[BlockWords], usize, usize),
+    sums: &mut [[S::Sums; B]; Q],
 ) {
-    for (part, rows) in factors.as_chunks::<Q>().0.iter().enumerate() {
-        let codes = half::<S, BITS>(simd, codes, part);
-        for (row, counts) in rows.iter().zip(&mut *counts) {
-            for (piece, counts) in row.0.iter().zip(counts) {
-                *counts = simd.add_products(*counts, codes, piece[lane % BLOCK].cast_signed());
-            }
+    for (part, rows) in factors.chunks_exact(ALL * S::QUAD_WORDS).enumerate() {
+        let mut halves = *codes;
+        for codes in &mut halves {
+            *codes = half::<S, BITS>(simd, *codes, part);
         }
+        let rows = &rows[first * S::QUAD_WORDS..(first + Q) * S::QUAD_WORDS];
+        simd.add_quads(sums, &halves, |query, word| {
+            rows[query * S::QUAD_WORDS + word].0[lane % BLOCK]
+        });
     }
 }
 
 /// Scores of the tokens of one page for `Q` queries, into rows of `out` that are `chunk` apart.
 ///
-/// `factors` is `[quads, queries]`, of which the page has lane `lane`. `starts` and `units` say what
+/// `factors` is `[quads, queries, words]`, of which the page has lane `lane`. `starts` and `units` say what
 /// the scores of each query begin with, and what they count in. `W` words at a time are summed up
-/// apart, so that no product waits for the one before it.
+/// apart, so that no product waits for the one before it: a part of [`Simd::CHAINS`] that are added
+/// up in order, so that a query gets the same scores whatever others are beside it.
 #[inline(always)]
 pub(in super::super) fn dots<S: Simd, const Q: usize, const W: usize, const BITS: usize>(
     simd: S,
     (page, places, next): (&[u8], Places, &mut NextPages<'_, '_>),
-    (factors, lane): (&[QuadFactors], usize),
+    (factors, lane): (&[BlockWords], usize),
     (starts, units): (&[f32; Q], &[f32; Q]),
     (out, chunk): (&mut [f32], usize),
 ) {
-    let (row, quads) = (4 * places.size, Q * (8 / BITS));
+    let (row, words) = (4 * places.size, Q * S::QUAD_WORDS * (8 / BITS));
     let keys = &page[..places.key_words * row];
     if Q >= MANY {
         for _ in 0..places.key_words / 4 {
@@ -44,36 +47,43 @@ pub(in super::super) fn dots<S: Simd, const Q: usize, const W: usize, const BITS
             next.ask_box(simd);
         }
     }
+    let chains = if S::CHAINS > W { S::CHAINS } else { W };
     for (block, token) in (0..places.size).step_by(BLOCK).enumerate() {
-        let mut counts = [[[simd.counts(0); PIECES]; Q]; W];
-        let mut at = block * 4 * BLOCK;
-        let groups = factors.chunks_exact(W * quads);
-        let rest = groups.remainder();
-        for factors in groups {
-            for (w, counts) in counts.iter_mut().enumerate() {
-                // Lines of pages and boxes in turn, a word without any between them.
-                if Q < MANY && w % 2 == 0 {
-                    next.ask(simd);
-                } else if Q < MANY && w % 4 == 1 {
-                    next.ask_box(simd);
+        let mut totals = [simd.no_sums(); Q];
+        for first in (0..chains).step_by(W) {
+            let mut sums = [[[simd.no_sums()]; Q]; W];
+            let groups = factors.chunks_exact(chains * words);
+            let rest = groups.remainder();
+            let mut at = block * 4 * BLOCK;
+            for factors in groups {
+                for (w, sums) in sums.iter_mut().enumerate() {
+                    // Lines of pages and boxes in turn, a word without any between them.
+                    if Q < MANY && w % 2 == 0 {
+                        next.ask(simd);
+                    } else if Q < MANY && w % 4 == 1 {
+                        next.ask_box(simd);
+                    }
+                    let codes = [load(simd, keys, at + (first + w) * row)];
+                    let factors = &factors[(first + w) * words..(first + w + 1) * words];
+                    add_word::<S, Q, Q, 1, BITS>(simd, &codes, (factors, 0, lane), sums);
                 }
-                let factors = (&factors[w * quads..(w + 1) * quads], lane);
-                add_word::<S, Q, BITS>(simd, load(simd, keys, at), factors, counts);
-                at += row;
+                at += chains * row;
             }
-        }
-        for factors in rest.chunks_exact(quads) {
-            add_word::<S, Q, BITS>(simd, load(simd, keys, at), (factors, lane), &mut counts[0]);
-            at += row;
+            if first == 0 {
+                for factors in rest.chunks_exact(words) {
+                    let codes = [load(simd, keys, at)];
+                    add_word::<S, Q, Q, 1, BITS>(simd, &codes, (factors, 0, lane), &mut sums[0]);
+                    at += row;
+                }
+            }
+            for sums in &sums {
+                for (total, &[sum]) in totals.iter_mut().zip(sums) {
+                    *total = simd.join_sums(*total, sum);
+                }
+            }
         }
         for q in 0..Q {
-            let mut sums = counts[0][q];
-            for counts in &counts[1..] {
-                for (sum, &counts) in sums.iter_mut().zip(&counts[q]) {
-                    *sum = simd.add_whole(*sum, counts);
-                }
-            }
-            let scores = number(simd, &sums, (starts[q], units[q]));
+            let scores = simd.totals(totals[q], starts[q], units[q]);
             simd.store_block(scores, &mut out[q * chunk + token..]);
         }
     }
@@ -92,11 +102,11 @@ pub(in super::super) fn dots_of_blocks<
 >(
     simd: S,
     (page, places, next): (&[u8], Places, &mut NextPages<'_, '_>),
-    (factors, lane): (&[QuadFactors], usize),
+    (factors, lane): (&[BlockWords], usize),
     (starts, units): (&[f32; Q], &[f32; Q]),
     (out, chunk): (&mut [f32], usize),
 ) {
-    let (row, quads) = (4 * places.size, Q * (8 / BITS));
+    let (row, words) = (4 * places.size, Q * S::QUAD_WORDS * (8 / BITS));
     let keys = &page[..places.key_words * row];
     for token in (0..places.size).step_by(B * BLOCK) {
         for first in (0..Q).step_by(G) {
@@ -104,33 +114,20 @@ pub(in super::super) fn dots_of_blocks<
                 next.ask(simd);
                 next.ask_box(simd);
             }
-            let mut counts = [[[simd.counts(0); PIECES]; B]; G];
-            let words = keys[4 * token..].chunks(row).zip(factors.chunks_exact(quads));
-            for (word, factors) in words {
+            let mut sums = [[simd.no_sums(); B]; G];
+            for (word, factors) in keys[4 * token..].chunks(row).zip(factors.chunks_exact(words)) {
                 let word = &word[..B * 4 * BLOCK];
                 let mut codes = [simd.codes(&[0; 4 * BLOCK]); B];
                 for (b, codes) in codes.iter_mut().enumerate() {
                     *codes = simd.codes(&word[b * 4 * BLOCK..]);
                 }
-                for (part, rows) in factors.as_chunks::<Q>().0.iter().enumerate() {
-                    let mut halves = codes;
-                    for codes in &mut halves {
-                        *codes = half::<S, BITS>(simd, *codes, part);
-                    }
-                    for (row, counts) in rows[first..first + G].iter().zip(&mut counts) {
-                        for (piece, words) in row.0.iter().enumerate() {
-                            let x = words[lane % BLOCK].cast_signed();
-                            for (counts, &codes) in counts.iter_mut().zip(&halves) {
-                                counts[piece] = simd.add_products(counts[piece], codes, x);
-                            }
-                        }
-                    }
-                }
+                let factors = (factors, first, lane);
+                add_word::<S, Q, G, B, BITS>(simd, &codes, factors, &mut sums);
             }
-            for (g, counts) in counts.iter().enumerate() {
+            for (g, sums) in sums.iter().enumerate() {
                 let q = first + g;
-                for (b, counts) in counts.iter().enumerate() {
-                    let scores = number(simd, counts, (starts[q], units[q]));
+                for (b, &sum) in sums.iter().enumerate() {
+                    let scores = simd.totals(sum, starts[q], units[q]);
                     simd.store_block(scores, &mut out[q * chunk + token + b * BLOCK..]);
                 }
             }

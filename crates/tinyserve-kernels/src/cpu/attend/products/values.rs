@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use super::super::ahead::{Ahead, NextPages};
 use super::super::softmax::{Rows, State};
-use super::{BLOCK, MANY, Pieces, Places, QUAD, TINY, half, load, number};
-use crate::cpu::simd::{LARGEST, PIECES, SPLIT, Simd};
+use super::{BLOCK, MANY, Places, QUAD, TINY, TokenFactors, half, load};
+use crate::cpu::simd::Simd;
 
 /// Weights times scales into `out`, page by page `padded` tokens, which are zero beyond `size`, and
 /// zeros after the last page; the sum of weights times minima, and the largest product.
@@ -54,25 +54,26 @@ pub(in super::super) fn products<S: Simd>(
     (simd.sum(sums) + rest, simd.highest(highest).max(highest_rest))
 }
 
-/// Pieces of `products`, which are not negative and at most `largest`, in whole blocks into every
-/// `step`-th of `out`; what they count in.
+/// `products`, which are not negative and at most `largest`, as factors of codes, in whole blocks into
+/// every `step`-th of `out`; what they count in.
 #[inline(always)]
-pub(in super::super) fn split<S: Simd>(
+pub(in super::super) fn store_factors<S: Simd>(
     simd: S,
     (products, largest): (&[f32], f32),
-    (out, step): (&mut [Pieces], usize),
+    (out, step): (&mut [TokenFactors], usize),
     next: &mut impl Ahead,
 ) -> f32 {
-    let factor = simd.splat(LARGEST / largest);
+    let factor = simd.splat(S::LARGEST / largest);
     for (block, products) in products.chunks_exact(BLOCK).enumerate() {
         next.ask(simd);
         let words = out[block * step].0.as_flattened_mut();
         for at in (0..BLOCK).step_by(S::LANES) {
-            let sums = simd.mul_add(simd.load(&products[at..]), factor, simd.splat(SPLIT));
-            simd.split(sums, &mut words[at..]);
+            let rounding = simd.splat(S::ROUNDING);
+            let factors = simd.mul_add(simd.load(&products[at..]), factor, rounding);
+            simd.store_factors(factors, &mut words[at..]);
         }
     }
-    largest / LARGEST
+    largest / S::LARGEST
 }
 
 /// What the values of sealed pages are added up from.
@@ -80,20 +81,20 @@ pub(in super::super) struct Values<'a, P> {
     pub(in super::super) chunk: P,
     pub(in super::super) pages: usize,
     pub(in super::super) places: Places,
-    /// Pieces of weights times scales `[blocks of tokens, Q]`.
-    pub(in super::super) pieces: &'a [Pieces],
+    /// Weights times scales `[blocks of tokens, Q]`.
+    pub(in super::super) factors: &'a [TokenFactors],
 }
 
 impl<P: Rows<u8>> Values<'_, P> {
-    /// `Σ weight·value` of channels `at..at + V·BLOCK` for `Q` queries, in counts.
+    /// `Σ weight·code` of channels `at..at + V·BLOCK` for `Q` queries.
     #[inline(always)]
-    fn counts<S: Simd, const Q: usize, const V: usize, const BITS: usize>(
+    fn sums<S: Simd, const Q: usize, const V: usize, const BITS: usize>(
         &self,
         simd: S,
         at: usize,
         next: &mut NextPages<'_, '_>,
-    ) -> [[[S::Counts; PIECES]; V]; Q] {
-        let mut counts = [[[simd.counts(0); PIECES]; V]; Q];
+    ) -> [[S::Sums; V]; Q] {
+        let mut sums = [[simd.no_sums(); V]; Q];
         let Places { value_words: words, head_dim, values, .. } = self.places;
         let mut quad = 0;
         for page in 0..self.pages {
@@ -119,7 +120,7 @@ impl<P: Rows<u8>> Values<'_, P> {
                     let (block, lane) = (quad / (BLOCK / QUAD), quad % (BLOCK / QUAD));
                     quad += 1;
                     let rows =
-                        self.pieces.get(block * Q..).and_then(|rows| rows.first_chunk::<Q>());
+                        self.factors.get(block * Q..).and_then(|rows| rows.first_chunk::<Q>());
                     // Never nothing, as with keys.
                     let Some(rows) = rows else { break };
                     let mut halves = codes;
@@ -129,23 +130,16 @@ impl<P: Rows<u8>> Values<'_, P> {
                     if Q < MANY {
                         next.ask(simd);
                     }
-                    for (row, counts) in rows.iter().zip(&mut counts) {
-                        for piece in 0..PIECES {
-                            let x = row.0[lane][piece].cast_signed();
-                            for (counts, &codes) in counts.iter_mut().zip(&halves) {
-                                counts[piece] = simd.add_products(counts[piece], codes, x);
-                            }
-                        }
-                    }
+                    simd.add_quads(&mut sums, &halves, |query, word| rows[query].0[lane][word]);
                 }
             }
         }
-        counts
+        sums
     }
 
     /// `out·shift + Σ weight·value` of `channels`, for `Q` queries from `query` on.
     ///
-    /// `sums` is, for each query, the sum of weights times minima, what its pieces count in, and
+    /// `sums` is, for each query, the sum of weights times minima, what its factors count in, and
     /// what earlier sums shrink by. Meanwhile lines of the next pages are asked for.
     #[inline(always)]
     pub(in super::super) fn add<S: Simd, const Q: usize, const BITS: usize>(
@@ -162,10 +156,12 @@ impl<P: Rows<u8>> Values<'_, P> {
             let next = &mut *next;
             at += match (channels.end - at) / BLOCK {
                 // More sums than this leave the registers.
-                4.. if Q == 1 && S::LANES == BLOCK => {
+                4.. if Q == 1 && S::SUMS >= 2 * MANY => {
                     self.add_blocks::<S, Q, 4, BITS>(simd, at, state, sums, next)
                 }
-                2.. => self.add_blocks::<S, Q, 2, BITS>(simd, at, state, sums, next),
+                2.. if Q < MANY || S::SUMS >= 2 * MANY => {
+                    self.add_blocks::<S, Q, 2, BITS>(simd, at, state, sums, next)
+                }
                 _ => self.add_blocks::<S, Q, 1, BITS>(simd, at, state, sums, next),
             };
         }
@@ -182,11 +178,11 @@ impl<P: Rows<u8>> Values<'_, P> {
         sums: &[(f32, f32, f32); Q],
         next: &mut NextPages<'_, '_>,
     ) -> usize {
-        let counts = self.counts::<S, Q, V, BITS>(simd, at, next);
+        let of_codes = self.sums::<S, Q, V, BITS>(simd, at, next);
         let mut block = [0.0; BLOCK];
-        for (q, (counts, &(offset, unit, shift))) in counts.iter().zip(sums).enumerate() {
-            for (v, counts) in counts.iter().enumerate() {
-                simd.store_block(number(simd, counts, (offset, unit)), &mut block);
+        for (q, (of_codes, &(offset, unit, shift))) in of_codes.iter().zip(sums).enumerate() {
+            for (v, &sum) in of_codes.iter().enumerate() {
+                simd.store_block(simd.totals(sum, offset, unit), &mut block);
                 state.add_block(simd, query + q, at + v * BLOCK, shift, &block);
             }
         }
