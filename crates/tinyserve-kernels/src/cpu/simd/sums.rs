@@ -9,7 +9,7 @@ macro_rules! float_sums {
         const LARGEST: f32 = 1.0;
         const ROUNDING: f32 = 0.0;
         const SUMS: usize = $sums;
-        const CHAINS: usize = 4;
+        const CHAINS: usize = 2;
 
         #[inline(always)]
         fn no_sums(self) -> Self::Block {

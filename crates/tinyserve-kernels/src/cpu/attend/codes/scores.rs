@@ -62,7 +62,10 @@ impl Tile<'_, CodePages<'_>> {
                     }
                     4.. => self.scores_of::<S, 4, 1, BITS>(simd, look, of, out, codes),
                     2.. => self.scores_of::<S, 2, 2, BITS>(simd, look, of, out, codes),
-                    _ => self.scores_of::<S, 1, 4, BITS>(simd, look, of, out, codes),
+                    _ if S::SUMS >= 8 => {
+                        self.scores_of::<S, 1, 4, BITS>(simd, look, of, out, codes)
+                    }
+                    _ => self.scores_of::<S, 1, 2, BITS>(simd, look, of, out, codes),
                 };
             }
         }
