@@ -125,8 +125,6 @@ pub(crate) trait Simd: Copy {
     fn block_zero(self) -> Self::Block;
     /// Widens the first sixteen little-endian f16.
     fn block_f16(self, bytes: &[u8]) -> Self::Block;
-    /// The counts as numbers.
-    fn widen(self, counts: Self::Counts) -> Self::Block;
     /// `sums + counts·(scale·x_scale)`.
     fn add_counts(
         self,

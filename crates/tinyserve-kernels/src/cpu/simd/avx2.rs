@@ -209,10 +209,6 @@ impl Simd for Avx2 {
         ])
     }
     #[inline(always)]
-    fn widen(self, counts: [__m256i; 2]) -> [__m256; 2] {
-        intrinsic!([_mm256_cvtepi32_ps(counts[0]), _mm256_cvtepi32_ps(counts[1])])
-    }
-    #[inline(always)]
     fn add_counts(
         self,
         sums: [__m256; 2],
@@ -254,6 +250,12 @@ impl Simd for Avx2 {
 }
 
 impl Avx2 {
+    /// Whole numbers as floats.
+    #[inline(always)]
+    fn widen(self, counts: [__m256i; 2]) -> [__m256; 2] {
+        intrinsic!([_mm256_cvtepi32_ps(counts[0]), _mm256_cvtepi32_ps(counts[1])])
+    }
+
     /// Code `i` of each output's four.
     #[inline(always)]
     fn code(self, codes: [__m256i; 2], i: usize) -> [__m256; 2] {

@@ -251,10 +251,6 @@ impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
         )))
     }
     #[inline(always)]
-    fn widen(self, counts: __m512i) -> __m512 {
-        intrinsic!(_mm512_cvtepi32_ps(counts))
-    }
-    #[inline(always)]
     fn add_counts(self, sums: __m512, counts: __m512i, scale: __m512, x_scale: f32) -> __m512 {
         let counts = intrinsic!(_mm512_cvtepi32_ps(counts));
         self.mul_add(counts, self.mul(scale, self.splat(x_scale)), sums)
@@ -368,7 +364,8 @@ impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
         let mut total = self.splat(offset);
         let mut unit = unit;
         for counts in sums {
-            total = self.add_block(total, self.widen(counts), unit);
+            let counts = intrinsic!(_mm512_cvtepi32_ps(counts));
+            total = self.add_block(total, counts, unit);
             unit *= 256.0;
         }
         total

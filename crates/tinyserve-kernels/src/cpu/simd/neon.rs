@@ -214,10 +214,6 @@ impl Simd for Neon {
         })
     }
     #[inline(always)]
-    fn widen(self, counts: Self::Counts) -> Self::Block {
-        std::array::from_fn(|i| intrinsic!(vcvtq_f32_s32(counts[i])))
-    }
-    #[inline(always)]
     fn add_counts(
         self,
         sums: Self::Block,

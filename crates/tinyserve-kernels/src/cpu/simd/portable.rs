@@ -129,10 +129,6 @@ impl Simd for Portable {
         std::array::from_fn(|i| f16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]).to_f32())
     }
     #[inline(always)]
-    fn widen(self, counts: [i32; 16]) -> [f32; 16] {
-        counts.map(|count| count as f32)
-    }
-    #[inline(always)]
     fn add_counts(
         self,
         sums: [f32; 16],
