@@ -3,7 +3,7 @@
 //! A key's channel is `min + range·code/highest`, so a score is `q·min`, which is the page's alone,
 //! and a dot product of the codes with `q·range/highest`. These factors, and a chunk's weights times
 //! the scales of its values, are stored as the processor multiplies codes by them: as floats, or as
-//! three signed bytes of 23 bits, whose products are exact and sixty-four of one instruction.
+//! three signed bytes, whose products are exact and of which one instruction makes sixty-four.
 
 mod boxes;
 mod keys;
