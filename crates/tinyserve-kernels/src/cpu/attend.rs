@@ -10,6 +10,7 @@ mod codes;
 mod count;
 mod observe;
 mod products;
+mod scores;
 mod softmax;
 mod tile;
 

@@ -1,4 +1,4 @@
-//! The arithmetic of a tile: scores, weights, weighted values, and the merging of parts.
+//! The arithmetic of a tile: weights of scores, weighted values, and the merging of parts.
 
 use std::ops::Range;
 
@@ -8,49 +8,32 @@ use crate::cpu::simd::{Element, LINE, Simd};
 /// Scores further below the highest weigh nothing that f32 could add to a sum.
 const DEEPEST: f32 = -87.3;
 
-/// Queries whose scores are summed up together.
-const BLOCK: usize = 8;
-
-/// First query and length of the block of `query`, of `queries`: blocks of 8, then 4, 2 and 1.
-#[inline(always)]
-pub(super) fn block_of(query: usize, queries: usize) -> (usize, usize) {
-    let mut first = query - query % BLOCK;
-    let mut length = BLOCK;
-    loop {
-        while first + length > queries {
-            length /= 2;
-        }
-        if query < first + length {
-            return (first, length);
-        }
-        first += length;
-    }
-}
-
 /// Queries whose values are added up together, of so many that are left: as many as the registers
 /// hold sums for, so that a value is widened once for all of them.
 #[inline(always)]
 pub(super) fn value_block<S: Simd>(left: usize) -> usize {
     match left {
         8.. if S::LANES == 16 => 8,
-        4.. if S::LANES == 16 => 4,
+        4.. => 4,
         2.. => 2,
         _ => 1,
     }
 }
 
-/// Vectors of keys whose scores are summed up together for a block of queries: as many as the
-/// registers hold sums for.
+/// Tokens of a chunk whose keys, or values, all `queries` go through one after the other, so that the
+/// first-level cache reads them but once: as many as memory is asked for `ahead`, if it is.
 #[inline(always)]
-pub(super) fn vectors_together<S: Simd>(block: usize) -> usize {
-    match block {
-        8 if S::LANES == 16 => 2,
-        4 if S::LANES == 16 => 4,
-        4 => 2,
-        8 => 1,
-        _ => 4,
+pub(super) fn tokens_together<S: Simd>(queries: usize, ahead: usize) -> usize {
+    match ahead {
+        // Few queries go through them but once, and large registers hold the sums of many.
+        _ if S::LANES == 16 || queries < TILED => usize::MAX,
+        0 => 64,
+        ahead => ahead,
     }
 }
+
+/// Queries from which on a chunk is read in parts, see [`tokens_together`].
+const TILED: usize = 4;
 
 /// The keys, or the values, of a chunk's pages and of those after it. Not closures: the compiler
 /// calls one in the innermost loops, and every call puts all sums out of the registers.
@@ -290,6 +273,7 @@ impl<'a> State<'a> {
     /// there are `shifts`, and the tokens `range` of a chunk.
     ///
     /// `weights` is `[queries, chunk]`; page `i` of the chunk is `values(i)`, `[size, head_dim]`.
+    /// Memory is asked for values ahead while those of the first queries are added.
     #[inline(always)]
     pub(super) fn add_values<S: Simd, T: Element>(
         &mut self,
@@ -302,9 +286,15 @@ impl<'a> State<'a> {
     ) {
         match shifts.len() {
             8 => self.add_to::<S, T, _, 8, 2>(simd, query, weights, shifts, values, range),
-            4 => self.add_to::<S, T, _, 4, 4>(simd, query, weights, shifts, values, range),
+            4 if S::LANES == 16 => {
+                self.add_to::<S, T, _, 4, 4>(simd, query, weights, shifts, values, range);
+            }
+            4 => self.add_to::<S, T, _, 4, 3>(simd, query, weights, shifts, values, range),
             2 => self.add_to::<S, T, _, 2, 4>(simd, query, weights, shifts, values, range),
-            _ => self.add_to::<S, T, _, 1, 4>(simd, query, weights, shifts, values, range),
+            _ if S::LANES == 16 => {
+                self.add_to::<S, T, _, 1, 4>(simd, query, weights, shifts, values, range);
+            }
+            _ => self.add_to::<S, T, _, 1, 8>(simd, query, weights, shifts, values, range),
         }
     }
 
@@ -320,17 +310,19 @@ impl<'a> State<'a> {
     ) {
         let (dim, stride) = (self.shape.head_dim, self.shape.stride);
         let out = (&mut self.out[query * stride..(query + Q) * stride], stride);
-        let rows = Values { values, dim, range };
+        let rows = Values { values, dim, range, asks: query == 0 };
         let shifts = std::array::from_fn(|i| shifts[i]);
         let (mut at, out) = (0, out.0);
         while at < dim {
             // As many whole vectors at a time as registers hold sums for; then a part of one.
-            let vectors = (dim - at) / S::LANES;
+            let left = (dim - at) / S::LANES;
+            // Two and two rather than three and a single one.
+            let most = left >= V && !(V == 3 && left == 4);
             let shift = (shifts, (&mut *out, stride));
             at += S::LANES
-                * if vectors >= V {
+                * if most {
                     rows.add::<S, T, Q, V>(simd, weights, at, shift)
-                } else if vectors >= 2 {
+                } else if left >= 2 {
                     rows.add::<S, T, Q, 2>(simd, weights, at, shift)
                 } else {
                     rows.add::<S, T, Q, 1>(simd, weights, at, shift)
@@ -345,6 +337,8 @@ struct Values<'a, R> {
     values: (&'a R, usize),
     dim: usize,
     range: Range<usize>,
+    /// Whether memory is asked for values ahead.
+    asks: bool,
 }
 
 impl<R> Values<'_, R> {
@@ -373,14 +367,24 @@ impl<R> Values<'_, R> {
         while token < self.range.end {
             let (index, first) = (token / size, token % size);
             let tokens = (size - first).min(self.range.end - token);
-            let ahead = pages.of(index + pages.ahead(index)).as_ptr();
+            let ahead = pages.ahead(index);
+            let asks = self.asks && ahead > 0;
+            let ahead = pages.of(index + ahead)[first * self.dim..].as_ptr();
             let rows = pages.of(index)[first * self.dim..].chunks_exact(self.dim).take(tokens);
             let w: [&[f32]; Q] = std::array::from_fn(|i| &weights[i * chunk + token..][..tokens]);
             for (t, row) in rows.enumerate() {
                 let row = &row[at..end];
-                let place = ahead.wrapping_add((first + t) * self.dim + at);
-                for line in 0..(V * S::LANES * size_of::<T>()).div_ceil(LINE) {
-                    simd.prefetch(place.wrapping_add(line * LINE / size_of::<T>()));
+                if asks {
+                    // Passes over as many tokens as are ahead share lines out in their order: memory
+                    // gives neighbours faster. Others ask for what they themselves come to next.
+                    let shared = S::LANES < 16 && Q >= TILED;
+                    let place = ahead.wrapping_add(match shared {
+                        true => at * tokens + t * V * S::LANES,
+                        false => t * self.dim + at,
+                    });
+                    for line in 0..(V * S::LANES * size_of::<T>()).div_ceil(LINE) {
+                        simd.prefetch(place.wrapping_add(line * LINE / size_of::<T>()));
+                    }
                 }
                 let mut wide = [simd.splat(0.0); V];
                 for (v, wide) in wide.iter_mut().enumerate() {
@@ -405,136 +409,5 @@ impl<R> Values<'_, R> {
             }
         }
         V
-    }
-}
-
-/// Dot products of a block of queries `[head_dim, block]` with the keys of `tokens` of
-/// `[head_dim, stride]`, into rows of `out` that are `chunk` apart; whole vectors are written.
-#[inline(always)]
-pub(super) fn scores<S: Simd, T: Element>(
-    simd: S,
-    (q, block): (&[f32], usize),
-    keys: (&[T], usize),
-    tokens: Range<usize>,
-    out: (&mut [f32], usize),
-) {
-    match block {
-        8 => scores_of::<S, T, 8>(simd, q, keys, tokens, out),
-        4 => scores_of::<S, T, 4>(simd, q, keys, tokens, out),
-        2 => scores_of::<S, T, 2>(simd, q, keys, tokens, out),
-        _ => scores_of::<S, T, 1>(simd, q, keys, tokens, out),
-    }
-}
-
-#[inline(always)]
-fn scores_of<S: Simd, T: Element, const Q: usize>(
-    simd: S,
-    q: &[f32],
-    (keys, stride): (&[T], usize),
-    tokens: Range<usize>,
-    (out, chunk): (&mut [f32], usize),
-) {
-    for at in tokens.clone().step_by(S::LANES) {
-        let mut sums = [simd.splat(0.0); Q];
-        for (keys, q) in keys.chunks_exact(stride).zip(q.chunks_exact(Q)) {
-            let keys = T::load(simd, &keys[at..at + S::LANES]);
-            for (sum, &q) in sums.iter_mut().zip(q) {
-                *sum = simd.mul_add(simd.splat(q), keys, *sum);
-            }
-        }
-        for (i, &sum) in sums.iter().enumerate() {
-            simd.store(sum, &mut out[i * chunk + at - tokens.start..]);
-        }
-    }
-}
-
-/// [`scores`] of [`vectors_together`] whole vectors of keys from token `first` of the chunk on, in
-/// pages of `size`, which is whole vectors; into the same columns of `out`. Between the products
-/// memory is asked for keys ahead, line after line where vectors of one page lie side by side.
-#[inline(always)]
-pub(super) fn scores_of_vectors<S: Simd, T: Element>(
-    simd: S,
-    (q, block): (&[f32], usize),
-    keys: (&impl Rows<T>, usize, usize),
-    out: (&mut [f32], usize),
-) {
-    match block {
-        8 if S::LANES == 16 => vectors_of::<S, T, _, 8, 2>(simd, q, keys, out),
-        8 => vectors_of::<S, T, _, 8, 1>(simd, q, keys, out),
-        4 if S::LANES == 16 => vectors_of::<S, T, _, 4, 4>(simd, q, keys, out),
-        4 => vectors_of::<S, T, _, 4, 2>(simd, q, keys, out),
-        2 => vectors_of::<S, T, _, 2, 4>(simd, q, keys, out),
-        _ => vectors_of::<S, T, _, 1, 4>(simd, q, keys, out),
-    }
-}
-
-#[inline(always)]
-fn vectors_of<S: Simd, T: Element, R: Rows<T>, const Q: usize, const V: usize>(
-    simd: S,
-    q: &[f32],
-    (rows, first, size): (&R, usize, usize),
-    (out, chunk): (&mut [f32], usize),
-) {
-    // The lanes of a vector from the first channel to the last.
-    let length = (q.len() / Q - 1) * size + S::LANES;
-    let mut vectors = [&[] as &[T]; V];
-    let mut ahead = [std::ptr::null(); V];
-    for (v, (keys, ahead)) in vectors.iter_mut().zip(&mut ahead).enumerate() {
-        let token = first + v * S::LANES;
-        let (page, lane) = (token / size, token % size);
-        *keys = &rows.of(page)[lane..lane + length];
-        *ahead = rows.of(page + rows.ahead(page))[lane..].as_ptr();
-    }
-    let begins_line = |lane: usize| (lane * size_of::<T>()).is_multiple_of(LINE);
-    let mut sums = [[simd.splat(0.0); V]; Q];
-    let mut key = 0;
-    for q in q.chunks_exact(Q) {
-        if key + S::LANES > length {
-            // Never so; the compiler leaves out the checks of every vector instead.
-            break;
-        }
-        for (v, ahead) in ahead.iter().enumerate() {
-            if begins_line((first + v * S::LANES) % size + key) {
-                simd.prefetch(ahead.wrapping_add(key));
-            }
-        }
-        // Not `map`: its closure would be compiled without the vector instructions.
-        let mut keys = [simd.splat(0.0); V];
-        for (wide, stored) in keys.iter_mut().zip(&vectors) {
-            *wide = T::load(simd, &stored[key..key + S::LANES]);
-        }
-        for (sums, &q) in sums.iter_mut().zip(q) {
-            let q = simd.splat(q);
-            for (sum, &keys) in sums.iter_mut().zip(&keys) {
-                *sum = simd.mul_add(q, keys, *sum);
-            }
-        }
-        key += size;
-    }
-    for (i, sums) in sums.iter().enumerate() {
-        for (v, &sum) in sums.iter().enumerate() {
-            simd.store(sum, &mut out[i * chunk + first + v * S::LANES..]);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn blocks_cover_every_query_once_in_order() {
-        for queries in 1..40 {
-            let mut next = 0;
-            while next < queries {
-                let (first, length) = block_of(next, queries);
-                assert_eq!(first, next, "of {queries}");
-                assert!(matches!(length, 1 | 2 | 4 | 8) && first + length <= queries);
-                for query in first..first + length {
-                    assert_eq!(block_of(query, queries), (first, length));
-                }
-                next += length;
-            }
-        }
     }
 }

@@ -13,7 +13,7 @@ use super::ahead::Nothing;
 use super::codes::CodeScratch;
 use super::observe::Records;
 use super::softmax::{self, Rows, Shape, State};
-use super::{Context, Unit, products};
+use super::{Context, Unit, products, scores};
 use crate::cpu::memory::Aligned;
 use crate::cpu::simd::{Element, Kernel, LINE, Simd};
 
@@ -73,7 +73,7 @@ impl PageList<'_> {
 /// Buffers of a tile, reused from tile to tile.
 #[derive(Debug, Default)]
 pub(super) struct TileScratch {
-    /// Queries times the scale in blocks of [`softmax::block_of`] queries, each `[head_dim, block]`.
+    /// Queries times the scale in blocks of [`scores::block_of`] queries, each `[head_dim, block]`.
     pub(super) queries: Vec<f32>,
     /// One page of keys, widened `[head_dim, page_size]`, padded to whole vectors.
     pub(super) page: Vec<f32>,
@@ -217,7 +217,7 @@ impl TileScratch {
             let heads = context.queries(row, unit.kv_head).chunks_exact(dim);
             for (g, query) in heads.enumerate() {
                 let index = r * group + g;
-                let (first, length) = softmax::block_of(index, queries);
+                let (first, length) = scores::block_of(index, queries);
                 let block = &mut self.queries[first * dim..(first + length) * dim];
                 for (column, &x) in block.chunks_exact_mut(length).zip(query) {
                     column[index - first] = x * context.scale;
@@ -348,19 +348,25 @@ impl<E: KvElement + Element> Tile<'_, HeadPages<'_, E>> {
             let keys = |i: usize| self.page(pages.start + i).keys;
             gather(simd, (keys, pages.len()), (size, dim), chunk, chunk_keys);
         }
-        let mut query = 0;
-        while query < shape.queries {
-            let (_, block) = softmax::block_of(query, shape.queries);
-            let q = &scratch.queries[query * dim..(query + block) * dim];
-            let out = &mut scratch.weights[query * chunk..(query + block) * chunk];
-            let tokens = tokens(query + block - 1);
-            if whole_vectors {
-                self.page_scores(simd, (q, block), (of_chunk, tokens), (out, chunk));
-            } else {
-                let keys = &scratch.keys[..dim * chunk];
-                softmax::scores(simd, (q, block), (keys, chunk), 0..tokens, (out, chunk));
+        // Whole vectors either way.
+        let ahead = if whole_vectors { self.ahead * size } else { 0 };
+        let together = softmax::tokens_together::<S>(shape.queries, ahead).min(most.max(1));
+        for first in (0..most).step_by(together) {
+            let mut query = 0;
+            while query < shape.queries {
+                let (_, block) = scores::block_of(query, shape.queries);
+                let q = (&scratch.queries[query * dim..(query + block) * dim], block);
+                let out = &mut scratch.weights[query * chunk..(query + block) * chunk];
+                let tokens = first..tokens(query + block - 1).min(first + together);
+                if whole_vectors {
+                    let asks = query == 0 && self.ahead > 0;
+                    self.page_scores(simd, q, (of_chunk, tokens, asks), (out, chunk));
+                } else {
+                    let keys = (&scratch.keys[..dim * chunk], chunk);
+                    scores::scores(simd, q, keys, tokens.clone(), (&mut out[first..], chunk));
+                }
+                query += block;
             }
-            query += block;
         }
         let mut state = State::new(&mut scratch.part, shape);
         for (query, scores) in scratch.weights.chunks_exact_mut(chunk).enumerate() {
@@ -381,57 +387,64 @@ impl<E: KvElement + Element> Tile<'_, HeadPages<'_, E>> {
                 records.keep(&mut scratch.records, (chunk_index, query), weights, &state);
             }
         }
-        let mut query = 0;
-        while query < shape.queries {
-            let block = softmax::value_block::<S>(shape.queries - query);
-            let weights = &scratch.weights[query * chunk..(query + block) * chunk];
-            let shifts = &scratch.shifts[query..query + block];
-            // What every query of the block sees goes together, the rest query by query: a weight
-            // of nothing would still turn a value that is not a number into one that shows.
-            let common = tokens(query);
-            let values = &PageValues(of_chunk);
-            state.add_values(simd, query, (weights, chunk), shifts, (values, size), 0..common);
-            for i in 0..block {
-                let own = common..tokens(query + i);
-                if !own.is_empty() {
-                    let weights = &weights[i * chunk..(i + 1) * chunk];
-                    state.add_values(
-                        simd,
-                        query + i,
-                        (weights, chunk),
-                        &[1.0],
-                        (values, size),
-                        own,
-                    );
+        for first in (0..most).step_by(together) {
+            let these =
+                |tokens: Range<usize>| tokens.start.max(first)..tokens.end.min(first + together);
+            let mut query = 0;
+            while query < shape.queries {
+                let block = softmax::value_block::<S>(shape.queries - query);
+                let weights = &scratch.weights[query * chunk..(query + block) * chunk];
+                let shifts = match first {
+                    0 => &scratch.shifts[query..query + block],
+                    _ => &[1.0; 8][..block],
+                };
+                // What every query of the block sees goes together, the rest query by query: a
+                // weight of nothing would still turn a value that is not a number into one that
+                // shows.
+                let common = tokens(query);
+                let values = (&PageValues(of_chunk), size);
+                let range = these(0..common);
+                state.add_values(simd, query, (weights, chunk), shifts, values, range);
+                for i in 0..block {
+                    let own = these(common..tokens(query + i));
+                    if !own.is_empty() {
+                        let weights = &weights[i * chunk..(i + 1) * chunk];
+                        let (query, weights) = (query + i, (weights, chunk));
+                        state.add_values(simd, query, weights, &[1.0], values, own);
+                    }
                 }
+                query += block;
             }
-            query += block;
         }
     }
 
-    /// Scores of the first `tokens` tokens of pages that are whole vectors, several vectors at a time:
-    /// one of keys alone would leave the processor waiting for its sum, or for queries.
+    /// Scores of `tokens` of pages that are whole vectors, several vectors at a time: one of keys alone
+    /// would leave the processor waiting for its sum, or for queries.
     #[inline(always)]
     fn page_scores<S: Simd>(
         &self,
         simd: S,
         (q, block): (&[f32], usize),
-        (pages, tokens): (Chunk<'_, '_, HeadPages<'_, E>>, usize),
+        (pages, tokens, asks): (Chunk<'_, '_, HeadPages<'_, E>>, Range<usize>, bool),
         (out, chunk): (&mut [f32], usize),
     ) {
         let size = self.context.pages.layout().page_size();
-        let together = softmax::vectors_together::<S>(block) * S::LANES;
-        let mut at = 0;
-        while at + together <= tokens {
-            let keys = (&Keys(pages), at, size);
-            softmax::scores_of_vectors(simd, (q, block), keys, (&mut *out, chunk));
-            at += together;
+        let (mut at, tokens) = (tokens.start, tokens.end);
+        loop {
+            let left = tokens.saturating_sub(at) / S::LANES;
+            let together = scores::vectors_together::<S>(block, left);
+            if together > left {
+                break;
+            }
+            let keys = ((&Keys(pages), at, size), asks);
+            scores::scores_of_vectors(simd, (q, block), together, keys, (&mut *out, chunk));
+            at += together * S::LANES;
         }
         while at < tokens {
             let (page, lane) = (at / size, at % size);
             let keys = (self.page(pages.first + page).keys, size);
             let end = size.min(lane + tokens - at);
-            softmax::scores(simd, (q, block), keys, lane..end, (&mut out[at..], chunk));
+            scores::scores(simd, (q, block), keys, lane..end, (&mut out[at..], chunk));
             at += size - lane;
         }
     }

@@ -7,7 +7,8 @@ use tinyserve_kv::{CodePages, GROUP_PAGES, KvElement};
 
 use super::super::ahead::{ChunkPages, NextPages};
 use super::super::products::{self, BLOCK, Places};
-use super::super::softmax::{self, Rows, Shape};
+use super::super::scores;
+use super::super::softmax::{Rows, Shape};
 use super::super::tile::{Tile, TileScratch, gather};
 use super::{CodeScratch, MOST_QUERIES};
 use crate::cpu::simd::{Element, LINE, Simd};
@@ -200,14 +201,14 @@ impl Tile<'_, CodePages<'_>> {
         }
         let mut query = 0;
         while query < shape.queries {
-            let (_, block) = softmax::block_of(query, shape.queries);
+            let (_, block) = scores::block_of(query, shape.queries);
             let q = &scratch.queries[query * dim..(query + block) * dim];
             let out = &mut scratch.weights[query * chunk + at..(query + block) * chunk];
             if whole_vectors {
-                softmax::scores(simd, (q, block), (keys, size), 0..tokens, (out, chunk));
+                scores::scores(simd, (q, block), (keys, size), 0..tokens, (out, chunk));
             } else {
                 let keys = (&scratch.keys[..dim * chunk], chunk);
-                softmax::scores(simd, (q, block), keys, 0..tokens, (out, chunk));
+                scores::scores(simd, (q, block), keys, 0..tokens, (out, chunk));
             }
             query += block;
         }

@@ -1,8 +1,20 @@
 //! Scores: the products of the codes of keys with a page's factors.
 
 use super::super::ahead::{Ahead, NextPages};
-use super::{BLOCK, MANY, Places, half, load};
+use super::{BLOCK, MANY, Places, half};
 use crate::cpu::simd::{BlockWords, Simd};
+
+/// More than any page has whose last block of keys ends behind it: fewer than a block of tokens of
+/// fewer than a block of channels.
+const SHORT: usize = 1024;
+
+/// A page that is shorter than `SHORT`, and zeros after it.
+#[cold]
+fn lengthened(page: &[u8]) -> [u8; SHORT] {
+    let mut copy = [0; SHORT];
+    copy[..page.len()].copy_from_slice(page);
+    copy
+}
 
 /// Adds the products of some codes of the keys of some blocks of tokens, for `Q` queries from `first`
 /// on, with `factors` `[quads, all queries, words]` of the page in lane `lane`.
@@ -40,7 +52,16 @@ pub(in super::super) fn dots<S: Simd, const Q: usize, const W: usize, const BITS
     (out, chunk): (&mut [f32], usize),
 ) {
     let (row, words) = (4 * places.size, Q * S::QUAD_WORDS * (8 / BITS));
-    let keys = &page[..places.key_words * row];
+    let end = (places.key_words - 1) * row + 4 * places.size.next_multiple_of(BLOCK);
+    let copy;
+    let page = if end <= page.len() {
+        page
+    } else {
+        // Not in the loop: a call there would put all sums out of the registers.
+        copy = lengthened(page);
+        &copy
+    };
+    let keys = &page[..end];
     if Q >= MANY {
         for _ in 0..places.key_words / 4 {
             next.ask(simd);
@@ -63,7 +84,7 @@ pub(in super::super) fn dots<S: Simd, const Q: usize, const W: usize, const BITS
                     } else if Q < MANY && w % 4 == 1 {
                         next.ask_box(simd);
                     }
-                    let codes = [load(simd, keys, at + (first + w) * row)];
+                    let codes = [simd.codes(&keys[at + (first + w) * row..][..4 * BLOCK])];
                     let factors = &factors[(first + w) * words..(first + w + 1) * words];
                     add_word::<S, Q, Q, 1, BITS>(simd, &codes, (factors, 0, lane), sums);
                 }
@@ -71,7 +92,7 @@ pub(in super::super) fn dots<S: Simd, const Q: usize, const W: usize, const BITS
             }
             if first == 0 {
                 for factors in rest.chunks_exact(words) {
-                    let codes = [load(simd, keys, at)];
+                    let codes = [simd.codes(&keys[at..at + 4 * BLOCK])];
                     add_word::<S, Q, Q, 1, BITS>(simd, &codes, (factors, 0, lane), &mut sums[0]);
                     at += row;
                 }
