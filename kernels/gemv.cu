@@ -15,15 +15,14 @@
   name(GEMV_PARAMETERS(T)) {                                                                             \
     ts::gemv<T, R, O, false>(w, x, inputs, {bias, out, outputs, rows, width, column, add}, {});          \
   }
-// More rows with 16-bit weights are multiplied on tensor cores: gemv_tensor.cu.
-#define GEMV_FEW_ROWS(name, T)                                                                           \
+#define GEMV_ROWS(name, T)                                                                               \
   GEMV(name##_1, T, 1, 1)                                                                                \
   GEMV(name##_2, T, 2, 2)                                                                                \
   GEMV(name##_4, T, 4, 2)                                                                                \
+  GEMV(name##_8, T, 8, 2)                                                                                \
   extern "C" __global__ void __launch_bounds__(256) name##_any(GEMV_PARAMETERS(T)) {                     \
     ts::gemv_any<T, 4>(w, x, inputs, {bias, out, outputs, rows, width, column, add});                    \
   }
-GEMV_FEW_ROWS(gemv_f32, float)
-GEMV(gemv_f32_8, float, 8, 2)
-GEMV_FEW_ROWS(gemv_f16, __half)
-GEMV_FEW_ROWS(gemv_bf16, __nv_bfloat16)
+GEMV_ROWS(gemv_f32, float)
+GEMV_ROWS(gemv_f16, __half)
+GEMV_ROWS(gemv_bf16, __nv_bfloat16)

@@ -19,9 +19,9 @@
     ts::gemv<T, R, O, true>(w, x, inputs, {bias, out, outputs, rows, width, 0, 0},                          \
                             {{weight, shift, epsilon, centred != 0}, activation, gated});                   \
   }
-// Rows whose products are not on tensor cores.
-#define PROJECT_FEW_ROWS(name, T) \
+#define PROJECT_ROWS(name, T)     \
   PROJECT(name##_1, T, 1, 1)      \
   PROJECT(name##_gated, T, 1, 2)  \
   PROJECT(name##_2, T, 2, 2)      \
-  PROJECT(name##_4, T, 4, 2)
+  PROJECT(name##_4, T, 4, 2)      \
+  PROJECT(name##_8, T, 8, 2)

@@ -3,4 +3,4 @@
 // Must move outputs·inputs·2 bytes of weights once per R rows; x comes out of the caches.
 #include "project.cuh"
 
-PROJECT_FEW_ROWS(project_bf16, __nv_bfloat16)
+PROJECT_ROWS(project_bf16, __nv_bfloat16)

@@ -3,4 +3,4 @@
 // Must move outputs·inputs·2 bytes of weights once per R rows; x comes out of the caches.
 #include "project.cuh"
 
-PROJECT_FEW_ROWS(project_f16, __half)
+PROJECT_ROWS(project_f16, __half)

@@ -3,5 +3,4 @@
 // Must move outputs·inputs·4 bytes of weights once per R rows; x comes out of the caches.
 #include "project.cuh"
 
-PROJECT_FEW_ROWS(project_f32, float)
-PROJECT(project_f32_8, float, 8, 2)
+PROJECT_ROWS(project_f32, float)

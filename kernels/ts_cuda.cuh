@@ -130,19 +130,6 @@ __device__ __forceinline__ void add_tile(float (&sums)[4], const u32 (&a)[4], u3
 #endif
 }
 
-// Adds the product of a tile [16, 8] and a tile [8, 8] of floats of 11 significant bits to `sums`, as above: `a` has of
-// column t the rows g and g + 8, then those of the column 4 further; b0 and b1 have those rows t and t + 4 of column g.
-__device__ __forceinline__ void add_tile(float (&sums)[4], const float (&a)[4], float b0, float b1) {
-#ifdef __CUDACC__
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
-        "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
-#else
-  emu_mma_m16n8k8(sums, a, b0, b1);
-#endif
-}
-
 // 2^x in one instruction: about two units in the last place off, and 0 where only subnormal numbers are left.
 __device__ __forceinline__ float power_of_2(float x) {
 #ifdef __CUDACC__

@@ -301,27 +301,6 @@ EMU_INL void emu_mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0
     for (int k = 0; k < 16; k++)
       d[i] += A[i / 2][k] * B[i & 1][k];
 }
-// the same of floats whose lowest 13 bits tensor cores do not see, PTX mma.m16n8k8 .tf32
-EMU_INL void emu_mma_m16n8k8(float (&d)[4], const float (&a)[4], float b0, float b1, EMU_L) {
-  float A[2][8], B[2][8];
-  unsigned m = EMU_LANE / 4, n = EMU_LANE % 4 * 2;
-  auto pair = [](float low, float high) { return __float_as_uint(low) | uint64_t(__float_as_uint(high)) << 32; };
-  auto seen = [](uint64_t v, int i) { return __uint_as_float(unsigned(v >> 32 * i) & 0xffffe000u); };
-  for (int p = 0; p < 2; p++) {
-    const uint64_t* g = emu::gather(~0u, pair(a[2 * p], a[2 * p + 1]), emu::MMA, line);
-    for (int l = 0; l < 4; l++)
-      for (int i = 0; i < 2; i++)
-        A[i][l + 4 * p] = seen(g[4 * m + l], i);
-  }
-  const uint64_t* g = emu::gather(~0u, pair(b0, b1), emu::MMA, line);
-  for (int c = 0; c < 2; c++)
-    for (int l = 0; l < 4; l++)
-      for (int i = 0; i < 2; i++)
-        B[c][l + 4 * i] = seen(g[4 * (n + c) + l], i);
-  for (int i = 0; i < 4; i++)
-    for (int k = 0; k < 8; k++)
-      d[i] += A[i / 2][k] * B[i & 1][k];
-}
 // ---- host side: registry and launch ----
 namespace emu {
 typedef void (*Tramp)(void**);

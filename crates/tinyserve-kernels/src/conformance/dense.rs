@@ -15,8 +15,8 @@ use crate::{
 };
 
 const ROWS: [usize; 6] = [1, 2, 3, 4, 7, 17];
-/// Rows of a large batch and of prefills: backends multiply them tile by tile.
-const MANY_ROWS: [usize; 3] = [11, 24, 70];
+/// Rows of a prefill: backends multiply them tile by tile.
+const MANY_ROWS: [usize; 2] = [24, 70];
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
 const FORMATS: [WeightFormat; 3] = [WeightFormat::Stored, WeightFormat::Int8, WeightFormat::Int4];
 const STORES: [Store; 2] = [Store::Overwrite, Store::Add];
@@ -181,9 +181,7 @@ fn linears<B: Backend>(
         }
     }
     for (dtype, rows) in DTYPES.into_iter().flat_map(|dtype| MANY_ROWS.map(|rows| (dtype, rows))) {
-        for (inputs, parts) in
-            [(72, vec![67]), (256, vec![40, 24]), (1100, vec![33]), (2312, vec![19])]
-        {
+        for (inputs, parts) in [(72, vec![67]), (256, vec![40, 24]), (1100, vec![33])] {
             if !part.takes_next() {
                 continue;
             }

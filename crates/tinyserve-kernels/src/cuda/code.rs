@@ -37,7 +37,6 @@ const MODULES: &[(&str, &str)] = modules!(
     "gemm",
     "gemv",
     "gemv_quantised",
-    "gemv_tensor",
     "move_tokens",
     "norm",
     "observe",

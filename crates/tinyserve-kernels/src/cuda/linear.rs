@@ -25,8 +25,6 @@ const SHARED_BYTES: usize = (48 << 10) - 1024;
 const GEMM_TILE: usize = 64;
 /// Rows from which on weights go through shared memory: below, most of a tile would be empty.
 const GEMM_ROWS: usize = 32;
-/// Outputs of a block of the products on tensor cores.
-const TENSOR_OUTPUTS: usize = 16;
 /// Outputs of a block of the products over quantised weights.
 const QUANTISED_OUTPUTS: usize = 16;
 
@@ -233,39 +231,25 @@ fn stored_kernel(
         let grid = (part.outputs.div_ceil(GEMM_TILE), rows.div_ceil(GEMM_TILE), 1);
         return (kernel, Shape::new(grid, 256));
     }
-    if let Some((kernel, together)) = tensor_kernel(part.dtype, rows)
-        && aligned
-    {
-        let grid = (part.outputs.div_ceil(TENSOR_OUTPUTS), rows.div_ceil(together), 1);
-        return (kernel, Shape::new(grid, 256));
-    }
-    let [one, two, four, any] = match part.dtype {
-        DType::F32 => ["gemv_f32_1", "gemv_f32_2", "gemv_f32_4", "gemv_f32_any"],
-        DType::F16 => ["gemv_f16_1", "gemv_f16_2", "gemv_f16_4", "gemv_f16_any"],
-        DType::Bf16 => ["gemv_bf16_1", "gemv_bf16_2", "gemv_bf16_4", "gemv_bf16_any"],
+    let names = match part.dtype {
+        DType::F32 => ["gemv_f32_1", "gemv_f32_2", "gemv_f32_4", "gemv_f32_8", "gemv_f32_any"],
+        DType::F16 => ["gemv_f16_1", "gemv_f16_2", "gemv_f16_4", "gemv_f16_8", "gemv_f16_any"],
+        DType::Bf16 => {
+            ["gemv_bf16_1", "gemv_bf16_2", "gemv_bf16_4", "gemv_bf16_8", "gemv_bf16_any"]
+        }
     };
+    let [one, two, four, eight, any] = names;
     // Rows that share a pass over the weights, and outputs of a warp.
     let (kernel, together, outputs) = match rows {
         _ if !aligned => (any, 4, 1),
         1 => (one, 1, 1),
         2 => (two, 2, 2),
         3..=4 => (four, 4, 2),
-        _ => ("gemv_f32_8", 8, 2),
+        _ => (eight, 8, 2),
     };
     let most = resident(part.dtype, rows, false) * multiprocessors;
     let blocks = gemv_blocks(part.outputs.div_ceil(outputs), most);
     (kernel, Shape::new((blocks, rows.div_ceil(together), 1), 32 * GEMV_WARPS as u32))
-}
-
-/// The kernel of products on tensor cores, and the rows that share a pass over the weights: of 16-bit
-/// weights with so many rows that it is the faster one.
-fn tensor_kernel(dtype: DType, rows: usize) -> Option<(&'static str, usize)> {
-    let [eight, sixteen] = match dtype {
-        DType::F16 if rows > 4 => ["gemv_tensor_f16_8", "gemv_tensor_f16_16"],
-        DType::Bf16 if rows > 4 => ["gemv_tensor_bf16_8", "gemv_tensor_bf16_16"],
-        _ => return None,
-    };
-    Some(if rows > 8 { (sixteen, 16) } else { (eight, 8) })
 }
 
 /// Blocks that a multiprocessor takes at once, as kernels/gemv.cuh has it: each goes on to further
@@ -349,21 +333,35 @@ fn projection(
     if !(linear.inputs * part.dtype.size()).is_multiple_of(16) {
         return None;
     }
-    // Products on tensor cores are launches of their own.
-    if tensor_kernel(part.dtype, rows).is_some() {
-        return None;
-    }
-    let [one, gate, two, four] = match part.dtype {
-        DType::F32 => ["project_f32_1", "project_f32_gated", "project_f32_2", "project_f32_4"],
-        DType::F16 => ["project_f16_1", "project_f16_gated", "project_f16_2", "project_f16_4"],
-        DType::Bf16 => ["project_bf16_1", "project_bf16_gated", "project_bf16_2", "project_bf16_4"],
+    let [one, gate, two, four, eight] = match part.dtype {
+        DType::F32 => [
+            "project_f32_1",
+            "project_f32_gated",
+            "project_f32_2",
+            "project_f32_4",
+            "project_f32_8",
+        ],
+        DType::F16 => [
+            "project_f16_1",
+            "project_f16_gated",
+            "project_f16_2",
+            "project_f16_4",
+            "project_f16_8",
+        ],
+        DType::Bf16 => [
+            "project_bf16_1",
+            "project_bf16_gated",
+            "project_bf16_2",
+            "project_bf16_4",
+            "project_bf16_8",
+        ],
     };
     let (kernel, together, outputs) = match rows {
         1 if gated => (gate, 1, 2),
         1 => (one, 1, 1),
         2 => (two, 2, 2),
         3..=4 => (four, 4, 2),
-        5..=8 => ("project_f32_8", 8, 2),
+        5..=8 => (eight, 8, 2),
         _ => return None,
     };
     Some((part, kernel, together, outputs))
